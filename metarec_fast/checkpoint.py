@@ -1,0 +1,126 @@
+"""Learners on disk: `weights.safetensors` and `learner.json` in one directory, readable without running any code."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from metarec_fast.models import DotRecommender
+
+if TYPE_CHECKING:
+    from metarec_fast.learners import Learner
+
+FORMAT_VERSION = 1
+WEIGHTS, DESCRIPTION = "weights.safetensors", "learner.json"
+
+
+def save(learner: Learner, directory: str | os.PathLike[str]) -> None:
+    """Writes the learner to a directory, which is made if need be; `load` reads it.
+
+    A file that is there already is replaced at once, never left half written.
+
+    Raises:
+        TypeError: An item id is neither an integer nor a string.
+    """
+    folder = Path(directory)
+    description = {
+        "format_version": FORMAT_VERSION,
+        "class": type(learner).__name__,
+        "hyperparameters": learner.hyperparameters,
+        "model": learner.model.hyperparameters,
+        "dtype": str(learner.model.item_embedding.weight.dtype).removeprefix("torch."),
+        "rating_range": None if learner.rating_range is None else list(learner.rating_range),
+        "item_ids": None if learner.item_ids is None else _pack_ids(learner.item_ids),
+    }
+    text = json.dumps(description, ensure_ascii=False, indent=1)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in learner.state_dict().items()}
+    replace_file(folder / WEIGHTS, lambda path: save_file(tensors, path))
+    replace_file(folder / DESCRIPTION, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def load(directory: str | os.PathLike[str]) -> Learner:
+    """Reads a learner that `learner.save(directory)` wrote, on the CPU.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is broken, or of a newer format, or the two do not belong together; it is named.
+    """
+    import torch
+
+    from metarec_fast.learners import FOMAML, MAML, MetaSGD
+    from metarec_fast.maml_r import MAMLR
+    from metarec_fast.reptile import Reptile
+
+    folder = Path(directory)
+    path = folder / DESCRIPTION
+    classes = {cls.__name__: cls for cls in (MAML, FOMAML, Reptile, MetaSGD, MAMLR)}
+    description = _read_json(path)
+    version = description.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}")
+    try:
+        cls = classes[description["class"]]
+        model = DotRecommender(**description["model"]).to(getattr(torch, description["dtype"]))
+        learner: Learner = cls(model, **description["hyperparameters"]).to(getattr(torch, description["dtype"]))
+        ids, limits = description["item_ids"], description["rating_range"]
+        learner.item_ids = None if ids is None else _unpack_ids(ids)
+        learner.rating_range = None if limits is None else (float(limits[0]), float(limits[1]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not a saved learner: {type(error).__name__}: {error}") from error
+
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights}: no such file")
+    try:
+        learner.load_state_dict(load_file(weights))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{weights}: does not hold the weights of this learner: {error}") from error
+    return learner
+
+
+def replace_file(path: Path, write: Any) -> None:
+    """Lets `write` make a file beside `path`, and puts it there at once: a crash leaves the old file or the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _pack_ids(ids: NDArray[Any]) -> dict[str, Any]:
+    values = ids.tolist()
+    strange = next((value for value in values if isinstance(value, bool) or not isinstance(value, (int, str))), None)
+    if strange is not None:
+        raise TypeError(f"item_ids: only integers and strings can be saved, got {type(strange).__name__} {strange!r}")
+    return {"dtype": ids.dtype.str, "values": values}
+
+
+def _unpack_ids(packed: dict[str, Any]) -> NDArray[Any]:
+    dtype = np.dtype(packed["dtype"])
+    ids = np.empty(len(packed["values"]), dtype)
+    ids[:] = packed["values"]
+    return ids

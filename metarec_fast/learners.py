@@ -1,0 +1,332 @@
+"""Meta-learning algorithms as modules: calling one on a batch of tasks gives the outer loss to be minimised.
+
+    unique rows of the batch = model's nn.Embedding → functional.meta_step → loss, exact gradients on `backward()`
+
+so every optimiser, gradient clipping, sparse embeddings and DistributedDataParallel work as they do without us.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer, SparseAdam
+
+from metarec_fast import checkpoint, functional, serving, training
+from metarec_fast._arguments import check_entries, check_outer_loss
+from metarec_fast.data import Interactions
+from metarec_fast.functional import Steps
+from metarec_fast.models import DotRecommender
+from metarec_fast.reference import pointwise_loss
+from metarec_fast.results import FastWeights
+from metarec_fast.tasks import Entries, TaskBatch
+
+OuterLoss = str | Mapping[str, float]
+
+
+class Learner(nn.Module):
+    """What all algorithms share: a model, how a task adapts, and an outer loss.
+
+    A subclass says in `inner_loop` how a task adapts, and in `weigh` how much a support entry counts.
+
+    Attributes:
+        model: The meta-parameters that all users share.
+        hyperparameters: The constructor's arguments, the model apart.
+        item_ids: Original ids of the model's items, [N]; `fit` sets them, or assign `log.item_ids`.
+        rating_range: Lowest and highest target seen by `fit`, to which `evaluate` clips predictions.
+    """
+
+    default_outer_lr = 3e-3
+
+    fit = training.fit
+    adapt = serving.adapt
+    save = checkpoint.save
+
+    def __init__(
+        self,
+        model: DotRecommender,
+        *,
+        inner_lr: float,
+        inner_steps: Steps,
+        first_order: bool,
+        adapt: str,
+        outer_loss: OuterLoss | None,
+        **extra: Any,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, DotRecommender):
+            raise TypeError(f"model: expected a DotRecommender, got {type(model).__name__}")
+        if not (isinstance(inner_lr, (int, float)) and 0 < inner_lr < float("inf")):
+            raise ValueError(f"inner_lr: expected a number > 0, got {inner_lr!r}")
+        self.model = model
+        self.inner_lr, self.inner_steps, self.first_order, self.adapted = inner_lr, inner_steps, first_order, adapt
+        self.outer_loss = check_outer_loss(model.loss if outer_loss is None else outer_loss)
+        self.hyperparameters: dict[str, Any] = {
+            "inner_lr": inner_lr,
+            "inner_steps": inner_steps,
+            "first_order": first_order,
+            "adapt": adapt,
+            "outer_loss": outer_loss if outer_loss is None or isinstance(outer_loss, str) else dict(outer_loss),
+            **extra,
+        }
+        self.rating_range: tuple[float, float] | None = None
+        self._catalogue: serving.Catalogue | None = None
+
+    def forward(self, batch: TaskBatch) -> Tensor:
+        """The outer loss of a batch, a scalar: how well tasks that adapted on their support predict their query.
+
+        L = Σ_t ω_t L_Q,t / Σ_t ω_t,  the mean over tasks (weighted by `batch.weights`) of their mean query losses.
+
+        Raises:
+            ValueError: The batch has no query or no targets.
+            IndexError: An item id lies outside the model's table.
+        """
+        batch = self._prepare(batch, query="targets")
+        unique, local = batch.localize()
+        rows, biases = self.model.lookup(unique)
+        support = self.weigh(local.support, batch.support.items)
+        local = TaskBatch(support, local.query, local.users, local.weights)
+        start, settings = self.model.user_init, self._settings(support)
+        if torch.is_grad_enabled():
+            result = functional.meta_step(start, rows, biases, local, outer_loss=self.outer_loss, **settings)
+            return result.loss
+        scores = functional.adapt_and_score(start, rows, biases, local, **settings)
+        assert local.query is not None
+        return mean_task_loss(self.outer_loss, scores, local.query, local.weights)
+
+    def inner_loop(self, sizes: Tensor) -> dict[str, Any]:
+        """How tasks with `sizes` [T] support entries adapt: the keyword arguments of `functional.adapt`."""
+        return {
+            "inner_lr": self.inner_lr,
+            "inner_steps": self.inner_steps,
+            "loss": self.model.loss,
+            "first_order": self.first_order,
+            "adapt": self.adapted,
+        }
+
+    def weigh(self, support: Entries, items: Tensor) -> Entries:
+        """The support with the weight of every entry, given its items' row numbers [n] in the model."""
+        return support
+
+    @torch.no_grad()
+    def initialize(self, log: Interactions, seed: int = 0) -> None:
+        """Gives the meta-parameters a start that fits the log; `fit` calls it unless the model has one already."""
+        self.model.initialize(log)
+
+    def parameter_groups(self, outer_lr: float | None = None) -> list[dict[str, Any]]:
+        """Parameters and their learning rates, for `torch.optim`; by default at `default_outer_lr`."""
+        return [{"params": list(self.parameters()), "lr": self._outer_lr(outer_lr)}]
+
+    def default_optimizers(self, outer_lr: float | None = None) -> list[Optimizer]:
+        """What `fit` uses unless told otherwise: Adam, and SparseAdam for embeddings with sparse gradients."""
+        groups = self.parameter_groups(outer_lr)
+        modules = (module for module in self.modules() if isinstance(module, nn.Embedding) and module.sparse)
+        sparse = {module.weight for module in modules}
+        optimizers: list[Optimizer] = []
+        if dense_groups := _select(groups, lambda parameter: parameter not in sparse):
+            optimizers.append(Adam(dense_groups, betas=(0.9, 0.99), fused=True))
+        if sparse_groups := _select(groups, lambda parameter: parameter in sparse):
+            optimizers.append(SparseAdam(sparse_groups, betas=(0.9, 0.99)))
+        return optimizers
+
+    @torch.no_grad()
+    def predict(self, batch: TaskBatch) -> Tensor:
+        """The score [n] of every query item, after adapting each task on its support; targets are not looked at.
+
+        Raises:
+            ValueError: The batch has no query.
+            IndexError: An item id lies outside the model's table.
+        """
+        batch = self._prepare(batch, query="items")
+        support = self.weigh(batch.support, batch.support.items)
+        batch = TaskBatch(support, batch.query, batch.users, batch.weights)
+        tables = self.model.tables()
+        return functional.adapt_and_score(self.model.user_init, *tables, batch, **self._settings(support))
+
+    @torch.no_grad()
+    def fast_weights(self, batch: TaskBatch) -> FastWeights:
+        """What each task becomes on its support: user vectors [T, D], biases [T], with adapt="all" items too."""
+        support = self._prepare(batch, query=None).support
+        support = self.weigh(support, support.items)
+        return functional.adapt(self.model.user_init, *self.model.tables(), support, **self._settings(support))
+
+    @torch.no_grad()
+    def score_catalogue(self, batch: TaskBatch) -> Tensor:
+        """The scores of all items for each task of the batch, [T, N], after adapting on its support."""
+        fast = self.fast_weights(batch)
+        table, item_bias = self.model.tables()
+        scores = self.model.offset + item_bias + fast.bias[:, None] + fast.user @ table.T
+        if fast.items is not None:
+            tasks, items = batch.support.task_ids().to(scores.device), batch.support.items.to(scores.device)
+            own = fast.items.biases + (fast.user[tasks] * fast.items.rows).sum(1)
+            scores[tasks, items] = self.model.offset + fast.bias[tasks] + own
+        return scores
+
+    @property
+    def item_ids(self) -> NDArray[Any] | None:
+        """Original ids of the model's items, [N]; None as long as nobody said."""
+        return None if self._catalogue is None else self._catalogue.ids
+
+    @item_ids.setter
+    def item_ids(self, ids: Any) -> None:
+        self._catalogue = None if ids is None else serving.Catalogue(ids, self.model.num_items)
+
+    @property
+    def catalogue(self) -> serving.Catalogue:
+        """Original item ids and the way back to row numbers."""
+        if self._catalogue is None:
+            raise ValueError("item_ids: not known yet; fit sets them, or assign learner.item_ids = log.item_ids")
+        return self._catalogue
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters.items())
+
+    def _settings(self, support: Entries) -> dict[str, Any]:
+        """The keyword arguments of a functional operator on this support, besides tables, start and batch."""
+        model = self.model
+        loop = self.inner_loop(support.sizes())
+        return {"user_bias_init": model.user_bias_init, "offset": model.offset, **loop}
+
+    def _prepare(self, batch: TaskBatch, query: str | None) -> TaskBatch:
+        """The batch with the model's device and dtype, its ids checked against the table."""
+        if not isinstance(batch, TaskBatch):
+            raise TypeError(f"batch: expected a TaskBatch, got {type(batch).__name__}")
+        if query is not None and batch.query is None:
+            raise ValueError("batch.query: expected Entries, got None")
+        table, targets = self.model.item_embedding.weight, batch.support.targets
+        if batch.support.items.device != table.device or (targets is not None and targets.dtype != table.dtype):
+            batch = batch.to(table.device, table.dtype)
+        check_entries("support", batch.support, table, targets=True, loss=self.model.loss)
+        if query is not None and batch.query is not None:
+            check_entries("query", batch.query, table, targets=query == "targets", loss=self.model.loss)
+        return batch
+
+    def _check(self) -> None:
+        """Raises now what the operators would say on the first batch; constructors end with it."""
+        nothing = torch.empty(0, dtype=torch.int64)
+        batch = TaskBatch(Entries(nothing, torch.empty(0), torch.zeros(1, dtype=torch.int64)))
+        self.fast_weights(batch)
+
+    def _outer_lr(self, outer_lr: float | None) -> float:
+        if outer_lr is None:
+            return self.default_outer_lr
+        if not 0 < outer_lr < float("inf"):
+            raise ValueError(f"outer_lr: must be > 0 and finite, got {outer_lr}")
+        return float(outer_lr)
+
+
+class MAML(Learner):
+    """Model-agnostic meta-learning (Finn et al. 2017): the start from which a few steps of SGD on a new user's ratings
+    predict his others best, by exact gradients through those steps.
+
+    Args:
+        model: The meta-parameters.
+        inner_lr: Step size of the inner loop.
+        inner_steps: K, how many steps.
+        first_order: Leave out second derivatives; cheaper, and often as good (FOMAML).
+        adapt: "user": user vector and bias adapt, items are shared (as in MeLU and ANIL). "all": the item vectors and
+            biases of a task's support adapt too, each task its own copy.
+        outer_loss: "squared", "logistic", "absolute", or the weight of each; by default the model's loss.
+
+    Raises:
+        ValueError, TypeError: An argument does not fit; the message names it.
+    """
+
+    def __init__(
+        self,
+        model: DotRecommender,
+        *,
+        inner_lr: float = 0.1,
+        inner_steps: Steps = 5,
+        first_order: bool = False,
+        adapt: str = "user",
+        outer_loss: OuterLoss | None = None,
+    ) -> None:
+        super().__init__(
+            model, inner_lr=inner_lr, inner_steps=inner_steps, first_order=first_order, adapt=adapt,
+            outer_loss=outer_loss,
+        )  # fmt: skip
+        self._check()
+
+
+class FOMAML(MAML):
+    """First-order MAML (Finn et al. 2017, section 5.2): the inner gradient counts as constant. MAML's arguments."""
+
+    def __init__(
+        self,
+        model: DotRecommender,
+        *,
+        inner_lr: float = 0.1,
+        inner_steps: Steps = 5,
+        adapt: str = "user",
+        outer_loss: OuterLoss | None = None,
+    ) -> None:
+        super().__init__(
+            model, inner_lr=inner_lr, inner_steps=inner_steps, first_order=True, adapt=adapt, outer_loss=outer_loss
+        )
+        del self.hyperparameters["first_order"]
+
+
+class MetaSGD(Learner):
+    """MAML that also learns the step size of each coordinate (Li et al. 2017): s A with A [D + 1] learned, A > 0.
+
+    Args:
+        inner_lr: Where all step sizes start. The other arguments are those of `MAML`.
+    """
+
+    def __init__(
+        self,
+        model: DotRecommender,
+        *,
+        inner_lr: float = 0.1,
+        inner_steps: Steps = 5,
+        first_order: bool = False,
+        adapt: str = "user",
+        outer_loss: OuterLoss | None = None,
+    ) -> None:
+        super().__init__(
+            model, inner_lr=inner_lr, inner_steps=inner_steps, first_order=first_order, adapt=adapt,
+            outer_loss=outer_loss,
+        )  # fmt: skip
+        self.log_rates = nn.Parameter(model.user_init.new_full((model.dim + 1,), math.log(inner_lr)))
+        self._check()
+
+    @property
+    def rates(self) -> Tensor:
+        """The step size of each coordinate, the user bias last, [D + 1]."""
+        return self.log_rates.exp()
+
+    def inner_loop(self, sizes: Tensor) -> dict[str, Any]:
+        return {**super().inner_loop(sizes), "inner_lr": 1.0, "preconditioner": self.rates}
+
+    def parameter_groups(self, outer_lr: float | None = None) -> list[dict[str, Any]]:
+        rate = self._outer_lr(outer_lr)
+        return [{"params": list(self.model.parameters()), "lr": rate}, {"params": [self.log_rates], "lr": 5 * rate}]
+
+
+def mean_task_loss(
+    losses: Mapping[str, float], scores: Tensor, entries: Entries, task_weights: Tensor | None
+) -> Tensor:
+    """Σ_t ω_t L_t / Σ_t ω_t over tasks that have entries, L_t = Σ_i v_i ℓ(p_i, y_i) / Σ_i v_i; 0 without entries."""
+    assert entries.targets is not None
+    errors = torch.zeros_like(scores)
+    for name, share in losses.items():
+        errors = errors + share * pointwise_loss(name, scores, entries.targets)
+    weights = torch.ones_like(scores) if entries.weights is None else entries.weights
+    zeros = scores.new_zeros(entries.num_tasks)
+    tasks = entries.task_ids()
+    totals, counts = zeros.index_add(0, tasks, weights * errors), zeros.index_add(0, tasks, weights)
+    present = counts > 0
+    importance = present.to(scores.dtype) if task_weights is None else present * task_weights
+    means = totals / torch.where(present, counts, 1.0)
+    return (importance * means).sum() / importance.sum().clamp(min=torch.finfo(scores.dtype).tiny)
+
+
+def _select(groups: Iterable[dict[str, Any]], wanted: Any) -> list[dict[str, Any]]:
+    """The groups with those of their parameters that are wanted, without the groups left empty."""
+    selected = ({**group, "params": [p for p in group["params"] if wanted(p)]} for group in groups)
+    return [group for group in selected if group["params"]]

@@ -1,0 +1,168 @@
+"""MAML-R: MAML for recommendation. The start comes from a Bayesian factor model, the inner loop is learned whole.
+
+    φ_{k+1} = φ_k − s_k A ∘ [∇L_S(φ_k) + ρ (φ_k − φ_0)] + β_k (φ_k − φ_{k−1}),    ρ (|S| + n0)/2 = λ0 + λ1 |S|
+
+with s, A, β, λ0, λ1 and the weight w_i of a rating of item i learned; K → ∞ would be the factor model's ridge.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metarec_fast.data import Interactions
+from metarec_fast.factor_model import FactorModel
+from metarec_fast.functional import Steps
+from metarec_fast.learners import Learner, OuterLoss
+from metarec_fast.models import DotRecommender
+from metarec_fast.tasks import Entries
+
+_PULL_PER_RATING = 0.008  # λ1/λ0 at the start
+_FIRST_RATE = 0.2  # s_k A_j starts at this over the curvature of coordinate j
+_TYPICAL_SUPPORT = 30.0  # for which that curvature is taken
+_PULL = 1.0  # λ0 without a warm start
+
+
+class MAMLR(Learner):
+    """MAML with a learned inner loop, started from a factor model of the training users.
+
+    With every part off (`warm_start=False, learn_rates=False, momentum=0, pull=False, weigh_items=False,
+    extra_count=0, outer_loss="squared"`) it is MAML.
+
+    Args:
+        model: The meta-parameters.
+        inner_lr: Where step sizes start if not warm-started; the step size if `learn_rates` is off.
+        inner_steps: K, or "exact" for the limit of many steps, which needs neither rates nor momentum.
+        first_order: Leave out second derivatives.
+        adapt: "user"; "all" only with `learn_rates`, `momentum` and `pull` off.
+        outer_loss: "squared", "logistic", "absolute", or the weight of each. By default half squared and half
+            absolute, or for a logistic model "logistic".
+        warm_start: Let `initialize` fit a `FactorModel` (for the squared loss), else as MAML does.
+        learn_rates: Learn a step size per step, s, and per coordinate, A.
+        momentum: Where the learned momentum β of all steps starts; 0 for none.
+        pull: Learn a pull to the start that grows with the support, λ0 + λ1 |S|.
+        weigh_items: Learn how much a rating of each item can be trusted.
+        extra_count: n0, added to the number of support entries in the inner loss' mean: steadier for small supports.
+
+    Raises:
+        ValueError, TypeError: An argument does not fit; the message names it.
+    """
+
+    default_outer_lr = 2e-4  # of the items; other parameters in proportion
+
+    def __init__(
+        self,
+        model: DotRecommender,
+        *,
+        inner_lr: float = 0.1,
+        inner_steps: Steps = 5,
+        first_order: bool = False,
+        adapt: str = "user",
+        outer_loss: OuterLoss | None = None,
+        warm_start: bool = True,
+        learn_rates: bool = True,
+        momentum: float = 0.3,
+        pull: bool = True,
+        weigh_items: bool = True,
+        extra_count: float = 5.0,
+    ) -> None:
+        settings = {
+            "warm_start": warm_start, "learn_rates": learn_rates, "momentum": momentum, "pull": pull,
+            "weigh_items": weigh_items, "extra_count": extra_count,
+        }  # fmt: skip
+        super().__init__(
+            model, inner_lr=inner_lr, inner_steps=inner_steps, first_order=first_order, adapt=adapt,
+            outer_loss=outer_loss, **settings,
+        )  # fmt: skip
+        if outer_loss is None and model.loss == "squared":
+            self.outer_loss = {"squared": 0.5, "absolute": 0.5}
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum: must be in [0, 1), got {momentum}")
+        self.warm_start, self.extra_count = warm_start, extra_count
+
+        steps = inner_steps if isinstance(inner_steps, int) else 0
+        like = model.item_embedding.weight
+        kind: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+        self.log_steps = self.log_rates = self.momentum = self.log_pull = self.log_weight = None
+        if learn_rates and steps > 0:
+            self.log_steps = nn.Parameter(torch.zeros(steps, **kind))  # s [K]
+            self.log_rates = nn.Parameter(torch.full((model.dim + 1,), math.log(inner_lr), **kind))  # A [D + 1]
+        if momentum > 0 and steps > 0:
+            self.momentum = nn.Parameter(torch.full((steps,), float(momentum), **kind))  # β [K]
+        if pull:
+            self.log_pull = nn.Parameter(torch.tensor([_PULL, _PULL * _PULL_PER_RATING], **kind).log())  # λ0, λ1
+        if weigh_items:
+            self.log_weight = nn.Embedding(model.num_items, 1, sparse=model.sparse, **kind)  # w [N, 1]
+            nn.init.zeros_(self.log_weight.weight)
+        self._check()
+
+    def inner_loop(self, sizes: Tensor) -> dict[str, Any]:
+        loop = {**super().inner_loop(sizes), "extra_count": self.extra_count}
+        if self.log_steps is not None and self.log_rates is not None:
+            loop["inner_lr"], loop["preconditioner"] = self.log_steps.exp(), self.log_rates.exp()
+        if self.momentum is not None:
+            loop["momentum"] = self.momentum
+        if self.log_pull is not None:
+            first, per_rating = self.log_pull.exp()
+            # Tasks without support never move, whatever pulls them.
+            count = (sizes + self.extra_count).clamp(min=1)
+            loop["prior_pull"] = 2 * (first + per_rating * sizes) / count
+        return loop
+
+    def weigh(self, support: Entries, items: Tensor) -> Entries:
+        if self.log_weight is None:
+            return support
+        weights = self.log_weight(items).squeeze(1).exp()
+        if support.weights is not None:
+            weights = weights * support.weights
+        return Entries.unchecked(
+            support.items, support.targets, support.offsets, weights,
+            max_size=support.max_size, max_item=support.max_item,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def initialize(self, log: Interactions, seed: int = 0) -> None:
+        """Starts from a factor model of the log: items, offset, weights, pull, and rates that fit its curvature."""
+        model = self.model
+        if not self.warm_start or model.loss != "squared":
+            super().initialize(log, seed)
+            return
+        model.check_log(log)
+        factors = FactorModel.fit(log, dim=model.dim, seed=seed)
+        counts = torch.bincount(torch.from_numpy(log.items).long(), minlength=model.num_items).double()
+        share = counts / counts.sum()
+
+        # Users come from an isotropic Gaussian, so a rotation changes nothing but where rates are diagonal.
+        table = factors.item_table.double()
+        _, axes = torch.linalg.eigh(table.T @ (share[:, None] * table))
+        table = table @ axes.flip(1)
+        model.item_embedding.weight.copy_(table)
+        model.item_bias.weight.copy_(factors.item_bias[:, None])
+        model.offset.fill_(factors.offset)
+        model.user_init.zero_()
+        model.user_bias_init.zero_()
+        if self.log_weight is not None:
+            self.log_weight.weight.copy_(factors.support_weights.log()[:, None])
+        if self.log_pull is not None:
+            self.log_pull.copy_(torch.tensor([factors.pull, factors.pull * _PULL_PER_RATING]).log())
+        if self.log_steps is not None and self.log_rates is not None:
+            squares = torch.cat([share @ table.square(), torch.ones(1)])  # [D + 1], mean square of each input
+            self.log_rates.copy_((_FIRST_RATE / (squares + factors.pull / _TYPICAL_SUPPORT)).log())
+            self.log_steps.zero_()
+        model.initialized.fill_(True)
+
+    def parameter_groups(self, outer_lr: float | None = None) -> list[dict[str, Any]]:
+        """Items at `outer_lr`; offset, start and pull at 5 times that, support weights at 15, steps at 50."""
+        rate = self._outer_lr(outer_lr)
+        model = self.model
+        groups: list[tuple[float, list[Tensor | None]]] = [
+            (1, [model.item_embedding.weight, model.item_bias.weight]),
+            (5, [model.offset, model.user_init, model.user_bias_init, self.log_pull]),
+            (15, [None if self.log_weight is None else self.log_weight.weight]),
+            (50, [self.log_steps, self.log_rates, self.momentum]),
+        ]
+        present = ((times, [p for p in parameters if p is not None]) for times, parameters in groups)
+        return [{"params": parameters, "lr": times * rate} for times, parameters in present if parameters]

@@ -1,0 +1,114 @@
+"""The dot-product recommender's meta-parameters: p_i = m + b_i + c + u·e_i."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from metarec_fast._arguments import INNER_LOSSES
+
+if TYPE_CHECKING:
+    from metarec_fast.data import Interactions
+
+_TABLE_SCALE = 0.1  # standard deviation of a new item vector's length
+_DAMPING = 5.0  # an item's bias starts as if it had this many more ratings, average ones
+
+
+class DotRecommender(nn.Module):
+    """What all users share: item vectors and biases, the global offset, and where every user starts.
+
+    Args:
+        num_items: N, size of the catalogue.
+        dim: D, width of user and item vectors.
+        loss: How scores are compared with targets: "squared" (ratings) or "logistic" (y in [0, 1]).
+        sparse: Give the item embeddings sparse gradients, which cost what a batch touches, not what the catalogue
+            holds; they need an optimiser that takes them (`torch.optim.SparseAdam`, `SGD`).
+
+    Raises:
+        ValueError: A size is below 1, or the loss is unknown.
+    """
+
+    initialized: Tensor  # bool, whether the parameters mean something already
+
+    def __init__(self, num_items: int, dim: int, loss: str = "squared", sparse: bool = False) -> None:
+        super().__init__()
+        for name, value in (("num_items", num_items), ("dim", dim)):
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+                raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{name}: must be ≥ 1, got {value}")
+        if loss not in INNER_LOSSES:
+            raise ValueError(f"loss: expected one of {', '.join(INNER_LOSSES)}, got {loss!r}")
+        self.num_items, self.dim, self.loss, self.sparse = int(num_items), int(dim), loss, bool(sparse)
+
+        self.item_embedding = nn.Embedding(self.num_items, self.dim, sparse=self.sparse)  # e
+        self.item_bias = nn.Embedding(self.num_items, 1, sparse=self.sparse)  # b
+        self.user_init = nn.Parameter(torch.zeros(self.dim))  # u at the start
+        self.user_bias_init = nn.Parameter(torch.zeros(()))  # c at the start
+        self.offset = nn.Parameter(torch.zeros(()))  # m
+        self.register_buffer("initialized", torch.tensor(False))
+        nn.init.normal_(self.item_embedding.weight, std=_TABLE_SCALE / self.dim**0.5)
+        nn.init.zeros_(self.item_bias.weight)
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {"num_items": self.num_items, "dim": self.dim, "loss": self.loss, "sparse": self.sparse}
+
+    @torch.no_grad()
+    def initialize(self, log: Interactions) -> None:
+        """Sets offset and item biases to damped averages of the log: of ratings, or for "logistic" their log-odds.
+
+        Raises:
+            ValueError: The log has no ratings, another number of items, or targets that do not fit the loss.
+        """
+        self.check_log(log)
+        ratings = log.ratings.astype(np.float64)
+        mean = float(ratings.mean())
+        sums = np.bincount(log.items, ratings, minlength=self.num_items)
+        counts = np.bincount(log.items, minlength=self.num_items)
+        item_means = (sums + _DAMPING * mean) / (counts + _DAMPING)
+        if self.loss == "logistic":
+            item_means, mean = _log_odds(item_means), float(_log_odds(np.array(mean)))
+        self.offset.fill_(mean)
+        self.item_bias.weight.copy_(torch.from_numpy(item_means - mean)[:, None])
+        self.initialized.fill_(True)
+
+    def check_log(self, log: Interactions) -> None:
+        """Raises ValueError unless the log has ratings, this model's number of items, and targets for its loss."""
+        if log.num_items != self.num_items:
+            raise ValueError(f"log: expected {self.num_items} items, like the model, got {log.num_items}")
+        if len(log) == 0:
+            raise ValueError("log: expected at least one rating, got none")
+        if self.loss == "logistic":
+            check_probabilities("log.ratings", log.ratings)
+
+    def lookup(self, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Item vectors [n, D] and biases [n], through the embeddings."""
+        return self.item_embedding(items), self.item_bias(items).squeeze(1)
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """All item vectors [N, D] and biases [N]."""
+        return self.item_embedding.weight, self.item_bias.weight.squeeze(1)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters.items())
+
+
+def check_probabilities(name: str, targets: Any) -> None:
+    """Raises ValueError unless all targets lie in [0, 1], what the logistic loss is for."""
+    values = np.asarray(targets)
+    outside = np.flatnonzero((values < 0) | (values > 1))
+    if outside.size:
+        raise ValueError(
+            f"{name}: the logistic loss needs targets in [0, 1], got {values[outside[0]]} at position {outside[0]}"
+        )
+
+
+def _log_odds(probability: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    clipped = np.clip(probability, 1e-3, 1 - 1e-3)
+    odds: np.ndarray[Any, Any] = np.log(clipped / (1 - clipped))
+    return odds

@@ -1,0 +1,333 @@
+"""`fit`: meta-train on the tasks of some users, judge on others by adapting to them, keep the best weights."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+from tqdm.auto import tqdm
+
+from metarec_fast.checkpoint import replace_file
+from metarec_fast.history import Epoch, History
+from metarec_fast.reference import pointwise_loss
+from metarec_fast.sampler import TaskSampler
+
+if TYPE_CHECKING:
+    from metarec_fast.data import Interactions
+    from metarec_fast.learners import Learner
+
+CHECKPOINT = "training.pt"
+_WARM_UP = 50  # steps, or a tenth of all if that is less
+_FINAL_RATE = 0.02  # of the outer learning rate, at the end of its decay
+
+SetSize = int | tuple[int, int] | str
+
+
+def fit(
+    learner: Learner,
+    train: Interactions,
+    valid: Interactions | None = None,
+    *,
+    support: SetSize = (3, 90),
+    query: SetSize = "rest",
+    order: str = "random",
+    epochs: int = 30,
+    patience: int | None = 3,
+    batch_size: int | None = None,
+    outer_lr: float | None = None,
+    seed: int = 0,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    clip: float | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    tensorboard: str | os.PathLike[str] | None = None,
+) -> History:
+    """Meta-trains the learner: initialises it from the log unless it is initialised, runs epochs of outer steps with
+    a learning rate that warms up and decays linearly, and validates after each by adapting to held-out users.
+
+    With `valid`, training stops after `patience` epochs in a row without a better figure, and the best weights, which
+    may be those of the start, are restored. The same arguments give the same bits, whatever the number of threads.
+    Ctrl-C raises KeyboardInterrupt as ever, the best weights so far in place. A further `fit` trains on from there.
+
+    Args:
+        train: Ratings of the users to learn from. Logs are mapped by original item ids; ratings of items that the
+            learner does not know are ignored, with one warning. The first log that a learner sees sets `item_ids`.
+        valid: Ratings of other users. None for no validation: all epochs are run, the last weights stay.
+        support, query: Entries of a task, drawn anew each epoch: a number, (low, high), or "rest".
+        order: "random", or "time" for the oldest ratings as support.
+        epochs: At most this many passes over the training users.
+        patience: None never stops early.
+        batch_size: Tasks a step; by default a sixteenth of the training users, between 16 and 256.
+        outer_lr: Learning rate of the outer loop; by default the learner's `default_outer_lr`.
+        seed: Of initialisation and sampling.
+        optimizer: Your own (one, or several that share the parameters) instead of `learner.default_optimizers`; its
+            learning rates are warmed up and decayed too.
+        clip: Largest norm of the whole gradient.
+        checkpoint: Directory for a file that is replaced after each epoch, and from which training can go on.
+        resume: Go on from the checkpoint, if there is one, as if never interrupted, bit for bit.
+        progress: Show a bar with the training loss and the validation figure.
+        tensorboard: Directory for TensorBoard event files (needs the extra `tensorboard`).
+
+    Returns:
+        The training loss, the validation figure (RMSE, or log-loss for the logistic loss), the rate and the seconds
+        of each epoch.
+
+    Raises:
+        ValueError: An argument does not fit, or the checkpoint to resume was made with others; the message names it.
+        FloatingPointError: The loss became infinite or NaN: the inner loop diverges.
+        ImportError: TensorBoard is asked for and not installed.
+    """
+    _check_arguments(epochs, patience, batch_size, clip, optimizer, outer_lr)
+    if resume and checkpoint is None:
+        raise ValueError("resume: needs checkpoint, the directory to resume from")
+    writer = None if tensorboard is None else _summary_writer(tensorboard)
+    if learner.item_ids is None:
+        learner.model.check_log(train)
+        learner.item_ids = train.item_ids
+    train = learner.catalogue.align(train)
+    valid = None if valid is None else learner.catalogue.align(valid)
+    learner.model.check_log(train)
+    if batch_size is None:
+        batch_size = min(256, max(16, train.num_users // 16))
+    tasks = {"support": support, "query": query, "order": order, "batch_size": batch_size, "seed": seed}
+    train_tasks = TaskSampler(train, **tasks)
+    valid_tasks = None if valid is None else TaskSampler(valid, **tasks, shuffle=False)
+    learner.rating_range = float(train.ratings.min()), float(train.ratings.max())
+
+    if optimizer is None:
+        optimizers = learner.default_optimizers(outer_lr)
+    else:
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    path = None if checkpoint is None else Path(checkpoint) / CHECKPOINT
+    training = _Training(learner, optimizers, train_tasks, valid_tasks, epochs, clip)
+    settings = {"epochs": epochs, "patience": patience, "clip": clip, **tasks, **training.describe(train, valid)}
+
+    try:
+        if resume and path is not None and path.exists():
+            training.restore(path, settings)
+        else:
+            if not bool(learner.model.initialized):
+                learner.initialize(train, seed=seed)
+            training.judge(train_loss=None, since=time.perf_counter())
+        with tqdm(
+            total=epochs * len(train_tasks), initial=training.step, desc=type(learner).__name__, unit="batch",
+            disable=not progress, dynamic_ncols=True,
+        ) as bar:  # fmt: skip
+            while True:
+                if path is not None:
+                    training.save(path, settings)
+                if writer is not None:
+                    _write(writer, training.history)
+                if training.is_over(epochs, patience):
+                    break
+                training.run_epoch(bar)
+    finally:
+        training.restore_best()
+        if writer is not None:
+            writer.close()
+    return training.history
+
+
+class _Training:
+    """Everything that changes while training, so that a checkpoint can hold it."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        optimizers: list[Optimizer],
+        train: TaskSampler,
+        valid: TaskSampler | None,
+        epochs: int,
+        clip: float | None,
+    ) -> None:
+        self.learner, self.optimizers, self.train, self.valid, self.clip = learner, optimizers, train, valid, clip
+        self.rates = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in optimizers]
+        self.total_steps = epochs * len(train)
+        self.step = 0
+        self.history = History("log_loss" if learner.model.loss == "logistic" else "rmse")
+        self.best: dict[str, Tensor] | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return len(self.history.epochs) - 1
+
+    def is_over(self, epochs: int, patience: int | None) -> bool:
+        best = self.history.best_epoch
+        if best is not None and patience is not None and self.epoch - best >= patience:
+            self.history.stopped_early = self.epoch < epochs
+            return True
+        return self.epoch >= epochs
+
+    def run_epoch(self, bar: Any) -> None:
+        since = time.perf_counter()
+        total, count = 0.0, 0
+        self.learner.train()
+        self.train.set_epoch(self.epoch)
+        for batch in self.train:
+            loss = self.outer_step(batch)
+            total, count = total + loss * batch.num_tasks, count + batch.num_tasks
+            valid = self.history.epochs[-1].valid
+            shown = {"loss": total / count} if valid is None else {"loss": total / count, self.history.metric: valid}
+            bar.set_postfix({name: f"{figure:.4f}" for name, figure in shown.items()}, refresh=False)
+            bar.update()
+        self.judge(total / max(count, 1), since)
+
+    def outer_step(self, batch: Any) -> float:
+        factor = _rate_factor(self.step, self.total_steps)
+        for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
+            optimizer.zero_grad()
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+        loss = self.learner(batch)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the outer loss became {value} in epoch {self.epoch + 1}, step {self.step + 1}: the inner loop "
+                f"diverges, inner_lr={self.learner.inner_lr} is likely too large for these ratings (or outer_lr is)"
+            )
+        loss.backward()
+        if self.clip is not None:
+            clip_grad_norm_(self.learner.parameters(), self.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.step += 1
+        return value
+
+    def judge(self, train_loss: float | None, since: float) -> None:
+        """Validates, and writes down the epoch that ended."""
+        figure = None if self.valid is None else _validate(self.learner, self.valid)
+        if figure is not None and (self.history.best is None or figure < self.history.best):
+            self.best = {name: value.clone() for name, value in self.learner.state_dict().items()}
+        rate = self.optimizers[0].param_groups[0]["lr"]
+        self.history.epochs.append(
+            Epoch(len(self.history.epochs), train_loss, figure, float(rate), time.perf_counter() - since)
+        )
+
+    def restore_best(self) -> None:
+        if self.best is not None:
+            self.learner.load_state_dict(self.best)
+
+    def describe(self, train: Interactions, valid: Interactions | None) -> dict[str, Any]:
+        """What must be the same for a run to be continued."""
+        learner = self.learner
+        return {
+            "learner": type(learner).__name__,
+            "hyperparameters": repr(learner.hyperparameters),
+            "model": repr(learner.model.hyperparameters),
+            "optimizer": repr([type(optimizer).__name__ for optimizer in self.optimizers]),
+            "outer_lr": repr(self.rates),
+            "train": _fingerprint(train),
+            "valid": None if valid is None else _fingerprint(valid),
+        }
+
+    def save(self, path: Path, settings: dict[str, Any]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            "settings": {name: repr(value) for name, value in settings.items()},
+            "learner": self.learner.state_dict(),
+            "best": self.best,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+            "epochs": [vars(epoch) for epoch in self.history.epochs],
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        }
+        replace_file(path, lambda temporary: torch.save(state, temporary))
+
+    def restore(self, path: Path, settings: dict[str, Any]) -> None:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever unpickling a broken file may raise
+            raise ValueError(f"{path}: not a training checkpoint: {error}") from error
+        for name, value in settings.items():
+            saved = state["settings"].get(name)
+            if saved != repr(value):
+                raise ValueError(f"{name}: the checkpoint {path} was made with {saved}, got {value!r}")
+        self.learner.load_state_dict(state["learner"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        device = self.learner.model.offset.device
+        self.best = state["best"] and {name: value.to(device) for name, value in state["best"].items()}
+        self.step = state["step"]
+        self.history.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
+        torch.set_rng_state(state["random"])
+        if state["random_cuda"]:
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+
+
+def _rate_factor(step: int, total: int) -> float:
+    """Linear warm-up, then linear decay."""
+    warm_up = min(_WARM_UP, max(total // 10, 1))
+    return min(1.0, (step + 1) / warm_up) * max(1 - step / total, _FINAL_RATE)
+
+
+@torch.no_grad()
+def _validate(learner: Learner, tasks: TaskSampler) -> float:
+    """Error of the query scores, over all query entries of the tasks, which are the same every time."""
+    learner.eval()
+    tasks.set_epoch(0)
+    total, count = 0.0, 0
+    for batch in tasks:
+        assert batch.query is not None
+        assert batch.query.targets is not None
+        scores = learner.predict(batch).double().cpu()
+        targets = batch.query.targets.double()
+        if learner.model.loss == "squared" and learner.rating_range is not None:
+            scores = scores.clamp(*learner.rating_range)
+        total += float(pointwise_loss(learner.model.loss, scores, targets).sum())
+        count += len(targets)
+    mean = total / max(count, 1)
+    return math.sqrt(mean) if learner.model.loss == "squared" else mean
+
+
+def _check_arguments(
+    epochs: int,
+    patience: int | None,
+    batch_size: int | None,
+    clip: float | None,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
+    outer_lr: float | None,
+) -> None:
+    for name, value in (("epochs", epochs), ("patience", patience), ("batch_size", batch_size)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{name}: expected an int, got {value!r}")
+        if value is not None and value < (0 if name == "epochs" else 1):
+            raise ValueError(f"{name}: must be ≥ {0 if name == 'epochs' else 1}, got {value}")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip: must be > 0, got {clip}")
+    if optimizer is not None and outer_lr is not None:
+        raise ValueError("outer_lr: the optimizer given has its own learning rate")
+
+
+def _fingerprint(log: Interactions) -> str:
+    parts = (log.offsets, log.items, log.ratings)
+    return f"{len(log)} ratings of {log.num_users} users, " + "-".join(f"{zlib.crc32(part):08x}" for part in parts)
+
+
+def _summary_writer(directory: str | os.PathLike[str]) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "writing TensorBoard event files needs tensorboard: pip install 'metarec-fast[tensorboard]'"
+        ) from error
+    return SummaryWriter(str(directory))
+
+
+def _write(writer: Any, history: History) -> None:
+    epoch = history.epochs[-1]
+    figures = {"train/loss": epoch.train_loss, f"valid/{history.metric}": epoch.valid, "outer_lr": epoch.outer_lr}
+    for name, value in figures.items():
+        if value is not None:
+            writer.add_scalar(name, value, epoch.number)

@@ -1,0 +1,371 @@
+"""Learners as modules: losses and gradients, what equals what, and other people's optimisers."""
+
+import numpy as np
+import pytest
+import torch
+
+from metarec_fast import functional as F
+from metarec_fast.data import Interactions
+from metarec_fast.learners import FOMAML, MAML, MetaSGD
+from metarec_fast.maml_r import MAMLR
+from metarec_fast.models import DotRecommender
+from metarec_fast.reptile import Reptile
+from metarec_fast.tasks import Entries, TaskBatch
+
+NUM_ITEMS, DIM = 12, 3
+ALL = [MAML, FOMAML, Reptile, MetaSGD, MAMLR]
+OFF = {
+    "warm_start": False, "learn_rates": False, "momentum": 0.0, "pull": False, "weigh_items": False,
+    "extra_count": 0.0, "outer_loss": "squared",
+}  # fmt: skip
+
+
+def make_entries(generator, sizes, dtype=torch.float64, num_items=NUM_ITEMS):
+    n = sum(sizes)
+    items = torch.randint(num_items, (n,), generator=generator)
+    targets = torch.randint(1, 6, (n,), generator=generator).to(dtype)
+    return Entries(items, targets, torch.tensor([0, *np.cumsum(sizes)]))
+
+
+def make_batch(seed=0, support=(3, 0, 5), query=(2, 4, 1), dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return TaskBatch(make_entries(generator, support, dtype), make_entries(generator, query, dtype))
+
+
+def make_model(seed=0, dtype=torch.float64, **arguments):
+    torch.manual_seed(seed)
+    model = DotRecommender(NUM_ITEMS, DIM, **arguments).to(dtype)
+    with torch.no_grad():
+        model.item_embedding.weight.normal_(std=0.5)
+        model.item_bias.weight.normal_(std=0.3)
+        model.user_init.normal_(std=0.5)
+        model.user_bias_init.fill_(0.1)
+        model.offset.fill_(3.2)
+    model.initialized.fill_(True)
+    return model
+
+
+def make_log(num_users=40, seed=0):
+    """Users who each rated about half of the items, by a rank-one taste plus noise."""
+    generator = np.random.default_rng(seed)
+    taste, kind = generator.normal(size=num_users), generator.normal(size=NUM_ITEMS)
+    users, items = np.nonzero(generator.random((num_users, NUM_ITEMS)) < 0.6)
+    ratings = 3 + 0.8 * taste[users] * kind[items] + 0.3 * generator.normal(size=len(users))
+    return Interactions.from_arrays(users, items, ratings)
+
+
+def gradients(learner, batch):
+    learner.zero_grad()
+    loss = learner(batch)
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in learner.named_parameters()}
+
+
+def test_the_loss_is_the_mean_over_tasks_of_their_query_loss_after_adapting():
+    model, batch = make_model(), make_batch()
+    learner = MAML(model, inner_lr=0.05, inner_steps=3)
+    scores = learner.predict(batch)
+    errors = (scores - batch.query.targets).square().split(batch.query.sizes().tolist())
+    torch.testing.assert_close(learner(batch).detach(), torch.stack([error.mean() for error in errors]).mean())
+
+
+def test_gradients_are_those_of_meta_step_on_the_whole_table():
+    model, batch = make_model(), make_batch()
+    loss, grads = gradients(MAML(model, inner_lr=0.05, inner_steps=3), batch)
+    table, item_bias = (value.detach() for value in model.tables())
+    result = F.meta_step(
+        model.user_init.detach(), table, item_bias, batch, user_bias_init=model.user_bias_init.detach(),
+        offset=model.offset.detach(), inner_lr=0.05, inner_steps=3,
+    )  # fmt: skip
+    torch.testing.assert_close(loss, result.loss.detach())
+    rows, biases = result.grads["item_table"], result.grads["item_bias"]
+    torch.testing.assert_close(grads["model.item_embedding.weight"], rows.to_dense(NUM_ITEMS))
+    torch.testing.assert_close(grads["model.item_bias.weight"].squeeze(1), biases.to_dense(NUM_ITEMS))
+    for name in ("user_init", "user_bias_init", "offset"):
+        torch.testing.assert_close(grads[f"model.{name}"], result.grads[name])
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+def test_the_loss_without_gradients_is_the_same(algorithm):
+    learner, batch = algorithm(make_model()), make_batch()
+    with torch.no_grad():
+        value = learner(batch)
+    assert not value.requires_grad
+    torch.testing.assert_close(value, learner(batch).detach())
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+def test_every_parameter_gets_a_finite_gradient(algorithm):
+    _, grads = gradients(algorithm(make_model()), make_batch())
+    assert all(gradient is not None and bool(gradient.isfinite().all()) for gradient in grads.values())
+
+
+def test_task_weights_weigh_tasks_and_tasks_without_query_do_not_count():
+    model, batch = make_model(), make_batch(query=(2, 0, 1))
+    learner = MAML(model)
+    weights = torch.tensor([1.0, 5.0, 3.0], dtype=torch.float64)
+    weighted = TaskBatch(batch.support, batch.query, weights=weights)
+    errors = (learner.predict(batch) - batch.query.targets).square()
+    expected = (errors[:2].mean() + 3 * errors[2]) / 4
+    torch.testing.assert_close(learner(weighted).detach(), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(learner(weighted), expected)
+
+
+def test_fomaml_is_maml_of_first_order():
+    model, batch = make_model(), make_batch()
+    loss, grads = gradients(FOMAML(model, inner_lr=0.07), batch)
+    same_loss, same = gradients(MAML(model, inner_lr=0.07, first_order=True), batch)
+    _, second_order = gradients(MAML(model, inner_lr=0.07), batch)
+    assert torch.equal(loss, same_loss)
+    assert all(torch.equal(grads[name], same[name]) for name in grads)
+    assert not torch.allclose(grads["model.item_embedding.weight"], second_order["model.item_embedding.weight"])
+
+
+def test_maml_r_with_every_part_off_is_maml():
+    model, batch = make_model(), make_batch()
+    loss, grads = gradients(MAML(model, inner_lr=0.07, inner_steps=4), batch)
+    same_loss, same = gradients(MAMLR(model, inner_lr=0.07, inner_steps=4, **OFF), batch)
+    assert grads.keys() == same.keys()
+    assert torch.equal(loss, same_loss)
+    assert all(torch.equal(grads[name], same[name]) for name in grads)
+
+
+def test_meta_sgd_starts_as_maml_and_learns_a_rate_for_each_coordinate():
+    model, batch = make_model(), make_batch()
+    learner = MetaSGD(model, inner_lr=0.07)
+    torch.testing.assert_close(learner(batch), MAML(model, inner_lr=0.07)(batch))
+    _, grads = gradients(learner, batch)
+    assert grads["log_rates"].shape == (DIM + 1,)
+    step = 1e-6
+    with torch.no_grad():
+        learner.log_rates[0] += step
+        above = learner(batch)
+        learner.log_rates[0] -= 2 * step
+        below = learner(batch)
+    torch.testing.assert_close(grads["log_rates"][0], (above - below) / (2 * step), rtol=1e-5, atol=1e-8)
+
+
+def test_the_gradients_of_maml_r_are_those_of_finite_differences():
+    learner, batch = MAMLR(make_model(), inner_lr=0.03), make_batch()
+    _, grads = gradients(learner, batch)
+    step = 1e-6
+    for name, parameter in learner.named_parameters():
+        flat = parameter.detach().view(-1)
+        place = int(grads[name].reshape(-1).abs().argmax())
+        before = float(flat[place])
+        with torch.no_grad():
+            flat[place] = before + step
+            above = learner(batch)
+            flat[place] = before - step
+            below = learner(batch)
+            flat[place] = before
+        slope = (above - below) / (2 * step)
+        # Central differences err by step² and by rounding over step, about 1e-9 of a loss of order one.
+        torch.testing.assert_close(grads[name].reshape(-1)[place], slope, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_maml_r_starts_where_its_factor_model_is():
+    from metarec_fast.factor_model import FactorModel
+
+    log, batch = make_log(), make_batch(dtype=torch.float32)
+    model = DotRecommender(NUM_ITEMS, DIM)
+    learner = MAMLR(model, inner_steps="exact")
+    learner.initialize(log)
+    factors = FactorModel.fit(log, dim=DIM)
+    user, bias = factors.fold_in(batch)
+    tasks, items = batch.query.task_ids(), batch.query.items
+    # The start adds to the factor model's pull a little more with every rating, which is taken out here.
+    with torch.no_grad():
+        learner.log_pull[1] = -30.0
+    expected = factors.offset + factors.item_bias[items] + bias[tasks] + (user[tasks] * factors.item_table[items]).sum(1)
+    torch.testing.assert_close(learner.predict(batch), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_warm_started_steps_of_maml_r_end_near_the_exact_solution():
+    log, batch = make_log(), make_batch(dtype=torch.float32, support=(3, 4, 5))
+    predictions = {}
+    for steps in (0, 5, "exact"):
+        learner = MAMLR(DotRecommender(NUM_ITEMS, DIM), inner_steps=steps)
+        learner.initialize(log)
+        predictions[steps] = learner.predict(batch)
+    distance = {steps: float((predictions[steps] - predictions["exact"]).norm()) for steps in (0, 5)}
+    assert distance[5] < 0.5 * distance[0]
+
+
+def test_sgd_with_rate_epsilon_on_reptile_is_reptile():
+    epsilon = 0.3
+    model = make_model()
+    batch = TaskBatch(make_batch(support=(3, 0, 5)).support)
+    learner = Reptile(model, inner_lr=0.05, inner_steps=4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fast = learner.fast_weights(batch)
+
+    learner(batch).backward()
+    torch.optim.SGD(learner.parameters(), lr=epsilon).step()
+
+    user = before["user_init"] + epsilon * (fast.user - before["user_init"]).mean(0)
+    bias = before["user_bias_init"] + epsilon * (fast.bias - before["user_bias_init"]).mean()
+    torch.testing.assert_close(model.user_init.detach(), user)
+    torch.testing.assert_close(model.user_bias_init.detach(), bias)
+    assert torch.equal(model.offset.detach(), before["offset"])
+    tasks = batch.support.task_ids()
+    for item in range(NUM_ITEMS):
+        adapted = {}  # what the item became, by task
+        for entry in (batch.support.items == item).nonzero().squeeze(1).tolist():
+            adapted[int(tasks[entry])] = fast.items.rows[entry]
+        row = before["item_embedding.weight"][item]
+        if adapted:
+            row = row + epsilon * (torch.stack(list(adapted.values())) - row).mean(0)
+        torch.testing.assert_close(model.item_embedding.weight[item].detach(), row)
+
+
+def test_reptile_of_one_task_with_rate_one_ends_where_the_task_does():
+    model = make_model()
+    batch = TaskBatch(make_batch(support=(6,), query=(1,)).support)
+    learner = Reptile(model, inner_lr=0.05, inner_steps=4)
+    fast = learner.fast_weights(batch)
+    learner(batch).backward()
+    torch.optim.SGD(learner.parameters(), lr=1.0).step()
+    torch.testing.assert_close(model.user_init.detach(), fast.user[0])
+    torch.testing.assert_close(model.item_embedding.weight[batch.support.items].detach(), fast.items.rows)
+    torch.testing.assert_close(model.item_bias.weight[batch.support.items, 0].detach(), fast.items.biases)
+
+
+def test_reptile_returns_the_support_loss_after_adaptation_and_ignores_the_query():
+    model, batch = make_model(), make_batch(support=(3, 2, 5))
+    learner = Reptile(model)
+    own = TaskBatch(batch.support, batch.support)
+    errors = (learner.predict(own) - own.query.targets).square().split(own.query.sizes().tolist())
+    loss, grads = gradients(learner, batch)
+    torch.testing.assert_close(loss, torch.stack([error.mean() for error in errors]).mean())
+    same_loss, same = gradients(learner, TaskBatch(batch.support))
+    assert torch.equal(loss, same_loss)
+    assert all(torch.equal(grads[name], same[name]) for name in grads)
+
+
+def test_reptile_on_the_user_side_leaves_items_alone():
+    _, grads = gradients(Reptile(make_model(), adapt="user"), make_batch())
+    assert not grads["model.item_embedding.weight"].any()
+    assert grads["model.user_init"].any()
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+def test_catalogue_scores_agree_with_predictions(algorithm):
+    learner, batch = algorithm(make_model()), make_batch()
+    scores = learner.score_catalogue(batch)
+    assert scores.shape == (3, NUM_ITEMS)
+    torch.testing.assert_close(scores[batch.query.task_ids(), batch.query.items], learner.predict(batch))
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+@pytest.mark.parametrize(
+    ("sparse", "make_optimizers"),
+    [
+        (False, lambda learner: [torch.optim.Adam(learner.parameters(), lr=0.01)]),
+        (False, lambda learner: [torch.optim.SGD(learner.parameters(), lr=0.01)]),
+        (True, lambda learner: [torch.optim.SGD(learner.parameters(), lr=0.01)]),
+        (True, lambda learner: learner.default_optimizers(0.001)),
+        (False, lambda learner: learner.default_optimizers(0.001)),
+    ],
+)
+def test_the_loss_falls_under_other_peoples_optimisers(algorithm, sparse, make_optimizers):
+    learner, batch = algorithm(make_model(sparse=sparse), inner_lr=0.02), make_batch()
+    optimizers = make_optimizers(learner)
+    first = learner(batch).item()
+    for _ in range(15):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        learner(batch).backward()
+        if not sparse:
+            torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert learner(batch).item() < first
+
+
+def test_sparse_tables_are_trained_by_sparse_adam_and_only_where_the_batch_touched_them():
+    learner, batch = MAMLR(make_model(sparse=True)), make_batch()
+    optimizers = learner.default_optimizers()
+    assert [type(optimizer) for optimizer in optimizers] == [torch.optim.Adam, torch.optim.SparseAdam]
+    before = learner.model.item_embedding.weight.detach().clone()
+    learner(batch).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    touched = torch.zeros(NUM_ITEMS, dtype=torch.bool)
+    touched[batch.localize()[0]] = True
+    changed = (learner.model.item_embedding.weight.detach() != before).any(1)
+    assert torch.equal(changed, touched)
+    assert not touched.all()
+
+
+def test_clipping_bounds_the_norm_of_the_gradient():
+    learner, batch = MAML(make_model()), make_batch()
+    learner(batch).backward()
+    torch.nn.utils.clip_grad_norm_(learner.parameters(), 0.01)
+    norm = torch.stack([parameter.grad.norm() for parameter in learner.parameters()]).norm()
+    assert float(norm) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_parameter_groups_hold_every_parameter_once():
+    for algorithm in ALL:
+        learner = algorithm(make_model())
+        held = [parameter for group in learner.parameter_groups() for parameter in group["params"]]
+        assert sorted(map(id, held)) == sorted(map(id, learner.parameters()))
+
+
+def test_float32_batches_fit_a_float64_model():
+    learner = MAML(make_model())
+    narrow, wide = make_batch(dtype=torch.float32), make_batch()
+    torch.testing.assert_close(learner(narrow), learner(wide))
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+def test_empty_batches_have_a_loss_of_zero_and_no_gradient(algorithm):
+    loss, grads = gradients(algorithm(make_model()), make_batch(support=(), query=()))
+    assert float(loss) == 0
+    assert not any(bool(gradient.any()) for gradient in grads.values())
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: MAML("model"), TypeError, "model: expected a DotRecommender, got str"),
+        (lambda: MAML(make_model(), inner_lr=0.0), ValueError, "inner_lr: expected a number > 0, got 0.0"),
+        (lambda: MAML(make_model(), inner_steps=-1), ValueError, "inner_steps: must be ≥ 0, got -1"),
+        (lambda: MAML(make_model(), inner_steps=2.5), TypeError, "inner_steps: expected an int or 'exact'"),
+        (lambda: MAML(make_model(), adapt="items"), ValueError, "adapt: expected 'user' or 'all', got 'items'"),
+        (lambda: MAML(make_model(), outer_loss="hinge"), ValueError, "outer_loss: expected one of"),
+        (lambda: MAML(make_model(), inner_steps="exact"), ValueError, "inner_steps='exact' cannot .* prior_pull=0"),
+        (lambda: MetaSGD(make_model(), adapt="all"), ValueError, "adapt='all' cannot .* preconditioner"),
+        (lambda: MAMLR(make_model(), momentum=1.0), ValueError, r"momentum: must be in \[0, 1\), got 1.0"),
+        (lambda: MAMLR(make_model(), extra_count=-1.0), ValueError, "extra_count: must be ≥ 0, got -1"),
+        (lambda: MAML(make_model()).parameter_groups(-1.0), ValueError, "outer_lr: must be > 0 and finite, got -1"),
+    ],
+)
+def test_bad_settings_are_named_at_once(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_bad_batches_are_named():
+    learner, batch = MAML(make_model()), make_batch()
+    with pytest.raises(TypeError, match="batch: expected a TaskBatch, got tuple"):
+        learner((batch.support, batch.query))
+    with pytest.raises(ValueError, match=r"batch.query: expected Entries, got None"):
+        learner(TaskBatch(batch.support))
+    unknown = Entries(torch.tensor([0, NUM_ITEMS]), torch.ones(2).double(), torch.tensor([0, 2]))
+    with pytest.raises(IndexError, match=rf"support.items: ids must be in \[0, {NUM_ITEMS}\), got {NUM_ITEMS} at"):
+        learner(TaskBatch(unknown, unknown))
+    unrated = Entries(batch.query.items, None, batch.query.offsets)
+    with pytest.raises(ValueError, match="query.targets: expected a tensor"):
+        learner(TaskBatch(batch.support, unrated))
+    assert learner.predict(TaskBatch(batch.support, unrated)).shape == (len(unrated),)
+
+
+def test_a_second_differentiation_is_refused():
+    for algorithm, message in ((MAML, "meta_step"), (Reptile, "Reptile")):
+        learner = algorithm(make_model())
+        first = torch.autograd.grad(learner(make_batch()), learner.model.user_init, create_graph=True)[0]
+        with pytest.raises(RuntimeError, match=f"{message} cannot be differentiated twice"):
+            first.sum().backward()
