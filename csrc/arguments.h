@@ -1,0 +1,177 @@
+// Checks what the operators are given and keeps contiguous views of it.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "inner_loop.h"
+#include "tensor.h"
+
+namespace metarec_fast {
+
+inline void check_tensor(const char* name, const Tensor& tensor, ScalarType dtype,
+                         const Tensor& like) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": expected dtype ",
+                  torch::headeronly::toString(dtype), ", got ",
+                  torch::headeronly::toString(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.device() == like.device(), name,
+                  ": expected to be on the same device as item_table");
+}
+
+inline void check_size(const char* name, const Tensor& tensor, int64_t size) {
+  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == size, name, ": expected shape [", size,
+                  "], got ", tensor.dim(), " dimensions and ", tensor.numel(), " numbers");
+}
+
+// Entries of T tasks, one after the other: task t owns [offsets[t], offsets[t + 1]).
+struct RaggedItems {
+  Tensor items;    // int64 [n]
+  Tensor offsets;  // int64 [T + 1]
+  int64_t num_tasks = 0;
+
+  RaggedItems(const std::string& name, const Tensor& items_in, const Tensor& offsets_in,
+              const Tensor& like)
+      : items(as_contiguous(items_in)), offsets(as_contiguous(offsets_in)) {
+    check_tensor((name + "_items").c_str(), items, ScalarType::Long, like);
+    check_tensor((name + "_offsets").c_str(), offsets, ScalarType::Long, like);
+    STD_TORCH_CHECK(items.dim() == 1, name, "_items: expected shape [n]");
+    STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) >= 1, name,
+                    "_offsets: expected shape [T + 1]");
+    num_tasks = offsets.size(0) - 1;
+  }
+
+  int64_t size() const { return items.size(0); }
+};
+
+// The meta-parameters and the support set: what every operator begins with.
+struct Inputs {
+  Tensor user_init;       // [D] or [T, D]
+  Tensor user_bias_init;  // scalar or [T]
+  Tensor item_table;      // [N, D]
+  Tensor item_bias;       // [N]
+  Tensor offset;          // scalar
+  RaggedItems support;
+  Tensor targets;          // [n]
+  OptionalTensor weights;  // [n]
+
+  Inputs(const Tensor& user_init_in, const Tensor& user_bias_init_in, const Tensor& item_table_in,
+         const Tensor& item_bias_in, const Tensor& offset_in, const Tensor& support_items,
+         const Tensor& support_targets, const Tensor& support_offsets,
+         const OptionalTensor& support_weights)
+      : user_init(as_contiguous(user_init_in)),
+        user_bias_init(as_contiguous(user_bias_init_in)),
+        item_table(as_contiguous(item_table_in)),
+        item_bias(as_contiguous(item_bias_in)),
+        offset(as_contiguous(offset_in)),
+        support("support", support_items, support_offsets, item_table_in),
+        targets(as_contiguous(support_targets)) {
+    if (support_weights) weights = as_contiguous(*support_weights);
+    STD_TORCH_CHECK(item_table.dim() == 2, "item_table: expected shape [N, D]");
+    const ScalarType dtype = item_table.scalar_type();
+    check_tensor("user_init", user_init, dtype, item_table);
+    check_tensor("user_bias_init", user_bias_init, dtype, item_table);
+    check_tensor("item_bias", item_bias, dtype, item_table);
+    check_tensor("offset", offset, dtype, item_table);
+    check_tensor("support_targets", targets, dtype, item_table);
+    check_size("item_bias", item_bias, item_table.size(0));
+    check_size("support_targets", targets, support.size());
+    STD_TORCH_CHECK(offset.numel() == 1, "offset: expected a scalar");
+    STD_TORCH_CHECK(user_init.dim() >= 1 && user_init.numel() == (per_task_start() ? T() : 1) * D(),
+                    "user_init: expected shape [D] or [T, D] with T = ", T(), ", D = ", D());
+    STD_TORCH_CHECK(
+        user_bias_init.dim() == 0 || (user_bias_init.dim() == 1 && user_bias_init.size(0) == T()),
+        "user_bias_init: expected a scalar or shape [T] with T = ", T());
+    if (weights) {
+      check_tensor("support_weights", *weights, dtype, item_table);
+      check_size("support_weights", *weights, support.size());
+    }
+  }
+
+  int64_t T() const { return support.num_tasks; }
+  int64_t N() const { return item_table.size(0); }
+  int64_t D() const { return item_table.size(1); }
+  bool per_task_start() const { return user_init.dim() == 2; }
+  bool per_task_bias() const { return user_bias_init.dim() == 1; }
+};
+
+// The inner loop's settings, still as tensors; `view` gives what kernels take.
+struct LoopArguments {
+  Tensor inner_lr;                // scalar or [K]
+  OptionalTensor preconditioner;  // [D + 1]
+  OptionalTensor prior_pull;      // scalar or [T]
+  OptionalTensor momentum;        // scalar or [K]
+  double extra_count;
+  int64_t steps;
+  bool logistic;
+  bool first_order;
+  Form form;
+
+  LoopArguments(const Inputs& inputs, const Tensor& inner_lr_in,
+                const OptionalTensor& preconditioner_in, const OptionalTensor& prior_pull_in,
+                const OptionalTensor& momentum_in, double extra_count_in, int64_t inner_steps,
+                const std::string& loss, bool first_order_in, const std::string& form_in)
+      : inner_lr(as_contiguous(inner_lr_in)),
+        extra_count(extra_count_in),
+        steps(inner_steps),
+        logistic(loss == "logistic"),
+        first_order(first_order_in),
+        form(parse_form(form_in)) {
+    if (preconditioner_in) preconditioner = as_contiguous(*preconditioner_in);
+    if (prior_pull_in) prior_pull = as_contiguous(*prior_pull_in);
+    if (momentum_in) momentum = as_contiguous(*momentum_in);
+    STD_TORCH_CHECK(loss == "squared" || logistic, "loss: expected 'squared' or 'logistic', got '",
+                    loss, "'");
+    STD_TORCH_CHECK(steps >= 0 || steps == kExact, "inner_steps: must be ≥ 0, got ", steps);
+    STD_TORCH_CHECK(extra_count >= 0, "extra_count: must be ≥ 0, got ", extra_count);
+    STD_TORCH_CHECK(!(form == Form::kNormal && logistic),
+                    "form 'normal' exists for the squared loss only");
+    STD_TORCH_CHECK(steps != kExact || (!logistic && !first_order && !momentum && prior_pull),
+                    "inner_steps='exact' needs the squared loss and a prior_pull, "
+                    "and knows neither momentum nor first_order");
+    check_per_index("inner_lr", inner_lr, inputs.item_table, steps);
+    if (momentum) check_per_index("momentum", *momentum, inputs.item_table, steps);
+    if (prior_pull) check_per_index("prior_pull", *prior_pull, inputs.item_table, inputs.T());
+    if (preconditioner) {
+      check_tensor("preconditioner", *preconditioner, inputs.item_table.scalar_type(),
+                   inputs.item_table);
+      check_size("preconditioner", *preconditioner, inputs.D() + 1);
+    }
+  }
+
+  template <typename scalar_t>
+  InnerLoop<scalar_t> view() const {
+    return {steps,
+            per_index<scalar_t>(inner_lr),
+            per_index<scalar_t>(momentum),
+            per_index<scalar_t>(prior_pull),
+            preconditioner ? preconditioner->const_data_ptr<scalar_t>() : nullptr,
+            static_cast<scalar_t>(extra_count),
+            logistic,
+            first_order,
+            form};
+  }
+
+ private:
+  static Form parse_form(const std::string& name) {
+    if (name == "auto") return Form::kAuto;
+    if (name == "gram") return Form::kGram;
+    if (name == "direct") return Form::kDirect;
+    if (name == "normal") return Form::kNormal;
+    STD_TORCH_CHECK(false, "form: expected auto, gram, direct or normal, got '", name, "'");
+  }
+
+  static void check_per_index(const char* name, const Tensor& tensor, const Tensor& like,
+                              int64_t size) {
+    check_tensor(name, tensor, like.scalar_type(), like);
+    STD_TORCH_CHECK(tensor.dim() == 0 || (tensor.dim() == 1 && tensor.size(0) == size), name,
+                    ": expected a scalar or shape [", size, "], got ", tensor.numel(), " numbers");
+  }
+
+  template <typename scalar_t>
+  static PerIndex<scalar_t> per_index(const OptionalTensor& tensor) {
+    if (!tensor) return {nullptr, 0};
+    return {tensor->const_data_ptr<scalar_t>(), tensor->dim() == 0 ? 0 : 1};
+  }
+};
+
+}  // namespace metarec_fast

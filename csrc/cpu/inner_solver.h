@@ -1,0 +1,84 @@
+// Adapts one task, and goes back again: chooses the form of the inner loop by what it would cost.
+#pragma once
+
+#include "exact_form.h"
+#include "gram_form.h"
+#include "step_form.h"
+
+namespace metarec_fast::cpu {
+
+// Above this many support entries the Gram matrices no longer sit in L2.
+constexpr int64_t kLargestGram = 192;
+
+// Multiply-adds of inner loop and adjoint, for each form; see the headers of the forms.
+template <typename scalar_t>
+Form cheapest_form(const InnerLoop<scalar_t>& loop, const Layout<scalar_t>& layout, int64_t size,
+                   bool backward) {
+  if (loop.form != Form::kAuto) return loop.form;
+  const double S = static_cast<double>(size), K = static_cast<double>(loop.steps),
+               P = static_cast<double>(layout.stride);
+  const bool adjoint = backward && !loop.first_order;
+  const double direct = 2 * K * S * P + (adjoint ? 4 * K * S * P : 0);
+  const double gram =
+      S * S * P / 2 + 2 * S * P + K * S * S + (adjoint ? S * S * P + 4 * S * P + 2 * K * S * S : 0);
+  const double normal = S * P * P + K * P * P + (adjoint ? K * P * P + 4 * K * S * P : 0);
+  const bool gram_is_exact = loop.preconditioner == nullptr || loop.prior_pull.values == nullptr;
+  if (gram_is_exact && size <= kLargestGram && gram < std::min(direct, normal)) return Form::kGram;
+  return !loop.logistic && normal < direct ? Form::kNormal : Form::kDirect;
+}
+
+template <typename scalar_t>
+class InnerSolver {
+ public:
+  // φ_K of the task, valid until the arena is reset. With `keep_path` every φ_k is kept, for
+  // `fast_weights(k)`.
+  const scalar_t* forward(const Task<scalar_t>& task, Arena<scalar_t>& arena, bool backward,
+                          bool keep_path = false) {
+    if (task.size == 0) {
+      form_ = Form::kAuto;
+      return task.start;
+    }
+    if (task.loop.exact()) {
+      exact_forward(task, arena, exact_);
+      return exact_.fast;
+    }
+    form_ = cheapest_form(task.loop, task.layout, task.size, backward);
+    if (keep_path && form_ == Form::kGram) form_ = Form::kDirect;
+    if (form_ == Form::kGram) {
+      scalar_t* fast = arena.take(task.layout.stride);
+      gram_forward(task, arena, gram_, fast);
+      return fast;
+    }
+    step_forward(task, arena, form_ == Form::kNormal, steps_);
+    return fast_weights(task, task.loop.steps);
+  }
+
+  const scalar_t* fast_weights(const Task<scalar_t>& task, int64_t step) const {
+    return task.size == 0 ? task.start : steps_.fast + step * task.layout.stride;
+  }
+
+  // From φ̄_K, or from φ̄_0 … φ̄_K where `whole_path`, to everything the task began with.
+  void adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena, const scalar_t* grad_fast,
+               bool whole_path, const TaskGradients<scalar_t>& grads) const {
+    if (task.size == 0) {
+      const int64_t stride = task.layout.stride, count = whole_path ? task.loop.steps + 1 : 1;
+      std::fill(grads.start, grads.start + stride, scalar_t{0});
+      for (int64_t k = 0; k < count; ++k)
+        for (int64_t d = 0; d < stride; ++d) grads.start[d] += grad_fast[k * stride + d];
+    } else if (task.loop.exact()) {
+      exact_adjoint(task, arena, exact_, grad_fast, grads);
+    } else if (form_ == Form::kGram) {
+      gram_adjoint(task, arena, gram_, grad_fast, grads);
+    } else {
+      step_adjoint(task, arena, steps_, grad_fast, whole_path, grads);
+    }
+  }
+
+ private:
+  Form form_ = Form::kAuto;
+  GramPath<scalar_t> gram_{};
+  StepPath<scalar_t> steps_{};
+  ExactPath<scalar_t> exact_{};
+};
+
+}  // namespace metarec_fast::cpu

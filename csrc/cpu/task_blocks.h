@@ -1,0 +1,72 @@
+// Tasks in fixed blocks of about equal work, shared out among threads.
+//
+// The blocks depend on the sizes of the tasks alone. Whoever computes a block, sums are formed
+// inside blocks and then over blocks, always in the same order: results are the same bits for any
+// number of threads.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "../arguments.h"
+
+namespace metarec_fast::cpu {
+
+constexpr int64_t kMostBlocks = 128;
+
+class TaskBlocks {
+ public:
+  // `offsets` of one or two sets of entries; a task costs its entries and a little more.
+  TaskBlocks(int64_t num_tasks, const int64_t* support, const int64_t* query) {
+    const auto cost = [&](int64_t task) {
+      return support[task] + (query == nullptr ? 0 : query[task]) + kTaskCost * task;
+    };
+    const int64_t total = cost(num_tasks);
+    const int64_t blocks = std::min(kMostBlocks, std::max<int64_t>(num_tasks, 1));
+    bounds_.push_back(0);
+    for (int64_t block = 1, task = 0; block <= blocks; ++block) {
+      while (task < num_tasks && cost(task) * blocks < total * block) ++task;
+      bounds_.push_back(block == blocks ? num_tasks : task);
+    }
+  }
+
+  int64_t size() const { return static_cast<int64_t>(bounds_.size()) - 1; }
+
+  // body(block, first task, last task + 1, worker state), each block once; `make_state()` once a
+  // worker.
+  template <typename MakeState, typename Body>
+  void run(const MakeState& make_state, const Body& body) const {
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, size(), 1, [&](int64_t, int64_t) {
+      auto state = make_state();
+      for (int64_t block; (block = next.fetch_add(1)) < size();)
+        body(block, bounds_[block], bounds_[block + 1], state);
+    });
+  }
+
+ private:
+  static constexpr int64_t kTaskCost = 8;
+  std::vector<int64_t> bounds_;
+};
+
+// Throws unless every task owns a range of the entries and every id a row of the table.
+inline void check_ragged(const char* name, const RaggedItems& entries, int64_t num_rows) {
+  const int64_t* offsets = entries.offsets.const_data_ptr<int64_t>();
+  const int64_t* items = entries.items.const_data_ptr<int64_t>();
+  const int64_t count = entries.size(), num_tasks = entries.num_tasks;
+  STD_TORCH_CHECK(offsets[0] == 0 && offsets[num_tasks] == count, name,
+                  "_offsets: must run from 0 to ", count, ", got ", offsets[0], " to ",
+                  offsets[num_tasks]);
+  for (int64_t t = 0; t < num_tasks; ++t)
+    STD_TORCH_CHECK(offsets[t] <= offsets[t + 1], name, "_offsets: must not decrease, got ",
+                    offsets[t], " then ", offsets[t + 1], " at position ", t);
+  bool inside = true;  // one branch-free pass; the culprit is looked for only if there is one
+  for (int64_t i = 0; i < count; ++i)
+    inside &= static_cast<uint64_t>(items[i]) < static_cast<uint64_t>(num_rows);
+  for (int64_t i = 0; !inside && i < count; ++i)
+    STD_TORCH_CHECK(items[i] >= 0 && items[i] < num_rows, name, "_items: ids must be in [0, ",
+                    num_rows, "), got ", items[i], " at position ", i);
+}
+
+}  // namespace metarec_fast::cpu

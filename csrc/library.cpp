@@ -1,0 +1,52 @@
+// The schema of every operator. Kernels register themselves in cpu/ and cuda/;
+// fake kernels and gradients are in metarec_fast/_autograd.py.
+#include <string>
+
+#include "tensor.h"
+
+namespace {
+
+// What a user starts from, and the ratings to adapt on.
+const std::string kInputs =
+    "Tensor user_init, Tensor user_bias_init, Tensor item_table, Tensor item_bias, Tensor offset, "
+    "Tensor support_items, Tensor support_targets, Tensor support_offsets, "
+    "Tensor? support_weights, ";
+
+const std::string kLoop =
+    "Tensor inner_lr, Tensor? preconditioner, Tensor? prior_pull, Tensor? momentum, "
+    "float extra_count, int inner_steps, str loss, bool first_order, str form";
+
+// user_init, user_bias_init, item_table, item_bias, offset, inner_lr, preconditioner, prior_pull,
+// momentum, support_weights
+const std::string kGradients =
+    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(metarec_fast, m) {
+  m.def(("adapt(" + kInputs + kLoop + ") -> (Tensor, Tensor)").c_str());
+  m.def(("adapt_and_score(" + kInputs + "Tensor query_items, Tensor query_offsets, " + kLoop +
+         ") -> (Tensor, Tensor, Tensor)")
+            .c_str());
+  m.def(("adapt_and_score_backward(Tensor grad_user, Tensor grad_bias, Tensor grad_scores, " +
+         kInputs + "Tensor query_items, Tensor query_offsets, " + kLoop + ", int wanted) -> (" +
+         kGradients)
+            .c_str());
+  m.def(("meta_step(" + kInputs +
+         "Tensor query_items, Tensor query_targets, Tensor query_offsets, Tensor? query_weights, "
+         "Tensor? task_weights, " +
+         kLoop +
+         ", float outer_squared, float outer_logistic, float outer_absolute, "
+         "Tensor? step_weights, int wanted) -> (Tensor, " +
+         kGradients)
+            .c_str());
+  m.def(("adapt_all(" + kInputs +
+         "Tensor query_items, Tensor query_offsets, Tensor inner_lr, float extra_count, "
+         "int inner_steps, str loss) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+            .c_str());
+  m.def(
+      "score_top_k(Tensor user, Tensor user_bias, Tensor item_table, Tensor item_bias, int k, "
+      "Tensor? exclude_items, Tensor? exclude_offsets) -> (Tensor, Tensor)");
+  m.def("coalesce_rows(Tensor ids, Tensor rows) -> (Tensor, Tensor)");
+  m.def("sum_rows(Tensor ids, Tensor rows, int num_rows) -> Tensor");
+}

@@ -1,0 +1,215 @@
+"""Fake kernels and gradients of the operators: what PyTorch's stable C++ ABI leaves to Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import register_autograd, register_fake
+
+ops = torch.ops.metarec_fast
+
+# Which gradients are wanted, as bits; the same numbers stand in csrc/inner_loop.h.
+WANT = {
+    "user_init": 1,
+    "user_bias_init": 1,
+    "item_table": 2,
+    "item_bias": 2,
+    "offset": 1,
+    "inner_lr": 4,
+    "preconditioner": 8,
+    "prior_pull": 16,
+    "momentum": 32,
+    "support_weights": 64,
+}
+"""In the order in which the operators return gradients."""
+
+SUPPORT_ITEMS, SUPPORT_OFFSETS, SUPPORT_WEIGHTS, INPUTS = 5, 7, 8, 9
+QUERY = 2  # query_items, query_offsets of adapt_and_score
+LOOP = 9  # inner_lr … form
+
+
+def places(loop_start: int) -> dict[str, int]:
+    """Where an operator has the arguments that have gradients, if its inner loop's begin at `loop_start`."""
+    user_side = dict(zip(("user_init", "user_bias_init", "item_table", "item_bias", "offset"), range(5), strict=True))
+    loop = ("inner_lr", "preconditioner", "prior_pull", "momentum")
+    return {**user_side, **{name: loop_start + i for i, name in enumerate(loop)}, "support_weights": SUPPORT_WEIGHTS}
+
+
+ADAPT, ADAPT_AND_SCORE, META_STEP = places(INPUTS), places(INPUTS + QUERY), places(INPUTS + 5)
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that can be computed but not differentiated: silent zeros would be wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, compute: Callable[..., tuple[Tensor, ...]], *inputs: Any) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return compute(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(f"{ctx.name} cannot be differentiated twice")
+
+
+def _adapted(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Fake user vectors [T, D] and biases [T]."""
+    table, num_tasks = args[2], args[SUPPORT_OFFSETS].shape[0] - 1
+    return table.new_empty((num_tasks, table.shape[1])), table.new_empty((num_tasks,))
+
+
+def _gradients(args: tuple[Any, ...], where: dict[str, int], wanted: int) -> list[Tensor]:
+    """Fake gradients in the operators' order; an unwanted one is empty."""
+    table = args[2]
+    return [
+        table.new_empty(args[where[name]].shape if args[where[name]] is not None and wanted & bit else (0,))
+        for name, bit in WANT.items()
+    ]
+
+
+def _fake_adapt(*args: Any) -> tuple[Tensor, Tensor]:
+    return _adapted(args)
+
+
+def _fake_adapt_and_score(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return *_adapted(args), args[2].new_empty(args[INPUTS].shape)
+
+
+def _fake_adapt_and_score_backward(
+    grad_user: Tensor, grad_bias: Tensor, grad_scores: Tensor, *args: Any
+) -> list[Tensor]:
+    return _gradients(args, ADAPT_AND_SCORE, args[-1])
+
+
+def _fake_adapt_all(*args: Any) -> tuple[Tensor, ...]:
+    table, entries = args[2], args[SUPPORT_ITEMS].shape[0]
+    rows, biases = table.new_empty((entries, table.shape[1])), table.new_empty((entries,))
+    return *_adapted(args), rows, biases, table.new_empty(args[INPUTS].shape)
+
+
+def _fake_meta_step(*args: Any) -> list[Tensor]:
+    wanted, table = args[-1], args[2]
+    gradients = _gradients(args, META_STEP, wanted)
+    if wanted & WANT["item_table"]:
+        entries = args[SUPPORT_ITEMS].shape[0] + args[INPUTS].shape[0]
+        gradients[2:4] = [table.new_empty((entries, table.shape[1])), table.new_empty((entries,))]
+    return [table.new_empty(()), *gradients]
+
+
+def _fake_score_top_k(
+    user: Tensor, user_bias: Tensor, table: Tensor, item_bias: Tensor, k: int, *exclude: Any
+) -> tuple[Tensor, Tensor]:
+    shape = (user.shape[0], k)
+    return user.new_empty(shape, dtype=torch.int64), user.new_empty(shape)
+
+
+def _fake_coalesce_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    distinct = torch.library.get_ctx().new_dynamic_size()
+    return ids.new_empty((distinct,)), rows.new_empty((distinct, *rows.shape[1:]))
+
+
+def _fake_sum_rows(ids: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    return rows.new_empty((num_rows, *rows.shape[1:]))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    tensors = [value if isinstance(value, Tensor) else None for value in inputs]
+    ctx.save_for_backward(*tensors)
+    ctx.settings = [None if isinstance(value, Tensor) else value for value in inputs]
+
+
+def _restore(ctx: Any) -> list[Any]:
+    return [
+        setting if tensor is None else tensor for tensor, setting in zip(ctx.saved_tensors, ctx.settings, strict=True)
+    ]
+
+
+def _at_places(ctx: Any, gradients: tuple[Tensor, ...], where: dict[str, int]) -> tuple[Tensor | None, ...]:
+    """The gradients at their arguments' places; other arguments have none."""
+    result: list[Tensor | None] = [None] * len(ctx.settings)
+    for gradient, place in zip(gradients, where.values(), strict=True):
+        if ctx.needs_input_grad[place]:
+            result[place] = gradient
+    return tuple(result)
+
+
+def _wanted(ctx: Any, where: dict[str, int]) -> int:
+    return sum({WANT[name] for name, place in where.items() if ctx.needs_input_grad[place]})
+
+
+def _adapt_and_score_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = _wanted(ctx, ADAPT_AND_SCORE)
+    gradients = _Once.apply("adapt_and_score", ops.adapt_and_score_backward, *grads, *_restore(ctx), wanted)
+    return _at_places(ctx, gradients, ADAPT_AND_SCORE)
+
+
+def _adapt_backward(ctx: Any, grad_user: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:
+    args, wanted = _restore(ctx), _wanted(ctx, ADAPT)
+    no_items, no_offsets = args[SUPPORT_ITEMS].new_empty((0,)), torch.zeros_like(args[SUPPORT_OFFSETS])
+    gradients = _Once.apply(
+        "adapt", ops.adapt_and_score_backward, grad_user, grad_bias, grad_bias.new_empty((0,)),
+        *args[:INPUTS], no_items, no_offsets, *args[INPUTS:], wanted,
+    )  # fmt: skip
+    return _at_places(ctx, gradients, ADAPT)
+
+
+def _meta_step_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, *gradients = output
+    ctx.mark_non_differentiable(*gradients)
+    ctx.num_inputs, ctx.num_rows = len(inputs), inputs[2].shape[0]
+    inputs_with_gradients = [inputs[place] for place in META_STEP.values()]
+    ctx.save_for_backward(inputs[SUPPORT_ITEMS], inputs[INPUTS], *gradients, *inputs_with_gradients)
+
+
+def _meta_step_backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    support_items, query_items, *saved = ctx.saved_tensors
+    gradients, inputs = saved[: len(WANT)], saved[len(WANT) :]
+    num_rows = ctx.num_rows
+
+    def scale(grad_loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ids = torch.cat([support_items, query_items])
+        dense = [ops.sum_rows(ids, rows, num_rows) if rows.shape[0] else rows for rows in gradients[2:4]]
+        return tuple(gradient * grad_loss for gradient in (*gradients[:2], *dense, *gradients[4:]))
+
+    scaled = _Once.apply("meta_step", scale, grad_loss, *inputs)
+    result: list[Tensor | None] = [None] * ctx.num_inputs
+    for gradient, place in zip(scaled, META_STEP.values(), strict=True):
+        if ctx.needs_input_grad[place]:
+            result[place] = gradient
+    return tuple(result)
+
+
+def _refuse(name: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(f"{name} cannot be differentiated twice")
+
+    return backward
+
+
+def _refuse_once(name: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(f"{name} has no gradient of its own")
+
+    return backward
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "adapt": _fake_adapt,
+    "adapt_and_score": _fake_adapt_and_score,
+    "adapt_and_score_backward": _fake_adapt_and_score_backward,
+    "adapt_all": _fake_adapt_all,
+    "meta_step": _fake_meta_step,
+    "score_top_k": _fake_score_top_k,
+    "coalesce_rows": _fake_coalesce_rows,
+    "sum_rows": _fake_sum_rows,
+}
+for _name, _fake in _FAKES.items():
+    register_fake(f"metarec_fast::{_name}", _fake)
+register_autograd("metarec_fast::adapt", _adapt_backward, setup_context=_save)
+register_autograd("metarec_fast::adapt_and_score", _adapt_and_score_backward, setup_context=_save)
+register_autograd("metarec_fast::adapt_and_score_backward", _refuse("adapt_and_score"))
+register_autograd("metarec_fast::meta_step", _meta_step_backward, setup_context=_meta_step_setup)
+for _name in ("adapt_all", "score_top_k", "coalesce_rows", "sum_rows"):
+    register_autograd(f"metarec_fast::{_name}", _refuse_once(_name))

@@ -1,0 +1,65 @@
+"""Loads the compiled operators, and knows which are there and why others are not."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Library:
+    """One shared library: whether it is loaded, and if not, why."""
+
+    name: str
+    loaded: bool
+    reason: str = ""
+
+
+def _load(name: str) -> Library:
+    path = FOLDER / f"{name}.so"
+    if not path.exists():
+        return Library(name, False, "it was not built")
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:  # built for a newer libtorch, or for another machine
+        return Library(name, False, f"it does not load: {str(error).splitlines()[0]}")
+    return Library(name, True)
+
+
+def _load_cuda() -> Library:
+    """The CUDA kernels, only where torch has CUDA of the major version they were built for."""
+    built_for = FOLDER / "_C_cuda.version"
+    if not built_for.exists():
+        return Library("_C_cuda", False, "it was not built")
+    if torch.version.cuda is None:
+        return Library("_C_cuda", False, "torch was built without CUDA")
+    if not cpu.loaded:
+        return Library("_C_cuda", False, f"_C is missing: {cpu.reason}")
+    version = built_for.read_text().strip()
+    if version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return Library("_C_cuda", False, f"it was built for CUDA {version}, torch for CUDA {torch.version.cuda}")
+    return _load("_C_cuda")
+
+
+cpu = _load("_C")
+cuda = _load_cuda()
+if not cpu.loaded:
+    warnings.warn(
+        f"metarec_fast runs on its PyTorch reference, right but slow, because _C is missing: {cpu.reason} "
+        "(`metarec-fast doctor` says more)",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+if torch.version.cuda is not None and (FOLDER / "_C_cuda.version").exists() and not cuda.loaded:
+    warnings.warn(f"metarec_fast has no CUDA kernels: {cuda.reason}", RuntimeWarning, stacklevel=2)
+
+
+def loaded_for(tensor: Tensor) -> bool:
+    """Whether there are kernels where `tensor` lives."""
+    return cuda.loaded if tensor.device.type == "cuda" else cpu.loaded

@@ -1,0 +1,273 @@
+"""The operators on tensors, for larger codebases: batched over ragged tasks, differentiable once, no state.
+
+Everything is for the dot-product recommender, whose score of item i for a user is p_i = m + b_i + c + u·e_i
+(offset, item bias, user bias, user vector times item row); the user's c and u are what adapts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor
+
+from metarec_fast import _library, _ops, reference
+from metarec_fast._arguments import (
+    InnerLoop,
+    Model,
+    Number,
+    check_batch,
+    check_entries,
+    check_inner_loop,
+    check_model,
+    check_outer_loss,
+    check_step_weights,
+)
+from metarec_fast.results import FastWeights, MetaStep, SparseRows, TopK
+from metarec_fast.tasks import Entries, TaskBatch
+
+Steps = int | Literal["exact"]
+
+
+def adapt(
+    user_init: Tensor,  # [D] or [T, D]
+    item_table: Tensor,  # [N, D]
+    item_bias: Tensor,  # [N]
+    support: Entries,
+    *,
+    user_bias_init: Number | None = None,  # scalar or [T]
+    offset: Number = 0.0,
+    inner_lr: Number = 0.1,  # scalar or [K]
+    inner_steps: Steps = 5,
+    preconditioner: Tensor | None = None,  # [D + 1]
+    prior_pull: Number = 0.0,  # scalar or [T]
+    extra_count: float = 0.0,
+    momentum: Number | None = None,  # scalar or [K]
+    loss: str = "squared",
+    first_order: bool = False,
+    adapt: str = "user",
+) -> FastWeights:
+    """Adapts one user vector and bias per task by `inner_steps` of SGD on its support set (Finn et al. 2017, eq. 1).
+
+        φ_{k+1} = φ_k − s_k A ∘ [∇L_S(φ_k) + ρ (φ_k − φ_0)] + β_k (φ_k − φ_{k−1}),   φ = (u, c)
+        L_S(φ) = Σ_s w_s ℓ(p_s, y_s) / (|S| + n0)
+
+    Args:
+        user_init: u_0, where every task starts, [D], or [T, D] for one start per task.
+        item_table: Item rows e_i, [N, D], float32 or float64. Their dtype is everyone's.
+        item_bias: b_i, [N].
+        support: The entries to adapt on, T tasks; weights w default to 1.
+        user_bias_init: c_0, a number, a scalar tensor or [T]; 0 by default.
+        offset: m, a number or a scalar tensor.
+        inner_lr: s, a number, a scalar tensor or one per step, [K].
+        inner_steps: K, or "exact" for the limit of many steps: the ridge solution with λ = ρ (|S| + n0)/2.
+        preconditioner: A > 0, [D + 1], the bias last (Meta-SGD, Li et al. 2017); 1 by default.
+        prior_pull: ρ ≥ 0, a number, a scalar tensor or [T] (iMAML's proximal term, Rajeswaran et al. 2019).
+        extra_count: n0 ≥ 0, added to the number of support entries in the mean.
+        momentum: β, a number, a scalar tensor or [K]; none by default.
+        loss: ℓ, "squared" (p − y)² or "logistic" log(1 + eᵖ) − y p with y in [0, 1].
+        first_order: Treat ∇L_S as constant when differentiating (FOMAML).
+        adapt: "user", or "all": item rows and biases of the support adapt too, each task its own copy.
+
+    Returns:
+        The adapted user vectors [T, D] and biases [T]; with adapt="all" also the row [n, D] and bias [n] that each
+        support entry's item has become.
+
+    Raises:
+        IndexError: An item id lies outside the table.
+        ValueError, TypeError: An argument does not fit; the message names it.
+    """
+    num_tasks = _count_tasks("support", support)
+    model = check_model(user_init, user_bias_init, item_table, item_bias, offset, num_tasks)
+    loop = check_inner_loop(
+        model, num_tasks, inner_lr=inner_lr, inner_steps=inner_steps, preconditioner=preconditioner,
+        prior_pull=prior_pull, extra_count=extra_count, momentum=momentum, loss=loss, first_order=first_order,
+        adapt=adapt,
+    )  # fmt: skip
+    support = check_entries("support", support, item_table, targets=True, loss=loss)
+    if not _ops.can_run(model, support, loop):
+        return reference.adapt(model, support, loop)
+    return _ops.adapt(model, support, loop)
+
+
+def adapt_and_score(
+    user_init: Tensor,  # [D] or [T, D]
+    item_table: Tensor,  # [N, D]
+    item_bias: Tensor,  # [N]
+    batch: TaskBatch,
+    *,
+    user_bias_init: Number | None = None,  # scalar or [T]
+    offset: Number = 0.0,
+    inner_lr: Number = 0.1,  # scalar or [K]
+    inner_steps: Steps = 5,
+    preconditioner: Tensor | None = None,  # [D + 1]
+    prior_pull: Number = 0.0,  # scalar or [T]
+    extra_count: float = 0.0,
+    momentum: Number | None = None,  # scalar or [K]
+    loss: str = "squared",
+    first_order: bool = False,
+    adapt: str = "user",
+) -> Tensor:
+    """Adapts every task on `batch.support` and scores its query items: `adapt`, then p_i = m + b_i + c + u·e_i.
+
+    Args:
+        batch: Support and query; the query needs no targets. The other arguments are those of `adapt`.
+
+    Returns:
+        The scores [n] of the query entries, or [n, 1 + M] where `batch.query.negatives` is [n, M], the entry's own
+        item first. Gradients with respect to every tensor argument and the support weights are exact (or those of
+        `first_order`), and can be taken once.
+
+    Raises:
+        IndexError, ValueError, TypeError: As for `adapt`.
+    """
+    num_tasks = _count_tasks("batch", batch)
+    model = check_model(user_init, user_bias_init, item_table, item_bias, offset, num_tasks)
+    loop = check_inner_loop(
+        model, num_tasks, inner_lr=inner_lr, inner_steps=inner_steps, preconditioner=preconditioner,
+        prior_pull=prior_pull, extra_count=extra_count, momentum=momentum, loss=loss, first_order=first_order,
+        adapt=adapt,
+    )  # fmt: skip
+    batch = check_batch(batch, item_table, loss, query_targets=False)
+    candidates = _with_negatives(batch)
+    run = _ops.adapt_and_score if _ops.can_run(model, batch.support, loop) else reference.adapt_and_score
+    _, scores = run(model, candidates, loop)
+    return scores if candidates is batch else scores.view(len(batch.query or ()), -1)
+
+
+def meta_step(
+    user_init: Tensor,  # [D] or [T, D]
+    item_table: Tensor,  # [N, D]
+    item_bias: Tensor,  # [N]
+    batch: TaskBatch,
+    *,
+    user_bias_init: Number | None = None,  # scalar or [T]
+    offset: Number = 0.0,
+    inner_lr: Number = 0.1,  # scalar or [K]
+    inner_steps: Steps = 5,
+    preconditioner: Tensor | None = None,  # [D + 1]
+    prior_pull: Number = 0.0,  # scalar or [T]
+    extra_count: float = 0.0,
+    momentum: Number | None = None,  # scalar or [K]
+    loss: str = "squared",
+    first_order: bool = False,
+    adapt: str = "user",
+    outer_loss: str | Mapping[str, float] = "squared",
+    step_weights: Tensor | None = None,  # [K + 1]
+    coalesce: bool = False,
+) -> MetaStep:
+    """The outer loss of a batch and all its meta-gradients, in one pass over the data.
+
+        L = Σ_t ω_t L_Q,t / Σ_t ω_t,    L_Q,t = Σ_q v_q ℓ_out(p_q, y_q) / Σ_q v_q  at φ_K
+
+    over the tasks that have query entries; ω are `batch.weights`, v `batch.query.weights`, 1 by default.
+
+    Args:
+        batch: Support and query, both with targets. The arguments before `outer_loss` are those of `adapt`.
+        outer_loss: "squared", "logistic", "absolute" (quadratic within 0.1 of the target), or the weight of each,
+            such as {"squared": 0.5, "absolute": 0.5}.
+        step_weights: κ [K + 1]: the query loss is Σ_k κ_k L_Q(φ_k), κ_0 first (MAML++, Antoniou et al. 2019).
+            By default only φ_K counts.
+        coalesce: Sum item gradients of equal ids, so that ids come once, ascending.
+
+    Returns:
+        `.loss`, a scalar, whose own `backward()` gives the same gradients to whatever requires them, dense ones to
+        the items; `.grads` by argument name: user_init, user_bias_init, item_table and item_bias (as SparseRows),
+        offset, inner_lr, and preconditioner, prior_pull, momentum, support_weights where given as tensors.
+
+    Raises:
+        IndexError, ValueError, TypeError: As for `adapt`.
+    """
+    num_tasks = _count_tasks("batch", batch)
+    model = check_model(user_init, user_bias_init, item_table, item_bias, offset, num_tasks)
+    loop = check_inner_loop(
+        model, num_tasks, inner_lr=inner_lr, inner_steps=inner_steps, preconditioner=preconditioner,
+        prior_pull=prior_pull, extra_count=extra_count, momentum=momentum, loss=loss, first_order=first_order,
+        adapt=adapt,
+    )  # fmt: skip
+    batch = check_batch(batch, item_table, loss, query_targets=True)
+    losses = check_outer_loss(outer_loss)
+    step_weights = check_step_weights(step_weights, loop, item_table)
+    run = _ops.meta_step if _ops.can_run(model, batch.support, loop, gradients=True) else reference.meta_step
+    result = run(model, batch, loop, losses, step_weights)
+    if coalesce:
+        for name in ("item_table", "item_bias"):
+            gradient = result.grads[name]
+            assert isinstance(gradient, SparseRows)
+            result.grads[name] = coalesce_rows(gradient)
+    return result
+
+
+def score_top_k(
+    user: Tensor,  # [T, D]
+    user_bias: Tensor,  # [T]
+    item_table: Tensor,  # [N, D]
+    item_bias: Tensor,  # [N]
+    k: int,
+    *,
+    exclude: Entries | None = None,
+) -> TopK:
+    """The k best items of the whole catalogue for many users, without a score matrix [T, N] in memory.
+
+    Args:
+        user: User vectors, [T, D].
+        user_bias: Added to all scores of a user, [T] (put the offset m here too).
+        item_table: Item rows, [N, D].
+        item_bias: [N].
+        k: How many, 1 … N.
+        exclude: Items that must not be returned, T tasks: those seen already, say.
+
+    Returns:
+        Ids [T, k] and scores [T, k], best first; among equal scores the smaller id comes first, and a score that is
+        no number counts as −inf. Where fewer than k items are left, id −1 and score −inf.
+
+    Raises:
+        ValueError, TypeError, IndexError: An argument does not fit; the message names it.
+    """
+    num_tasks = user.shape[0]
+    model = check_model(user, user_bias, item_table, item_bias, 0.0, num_tasks)
+    if user.dim() != 2 or model.user_bias_init.dim() != 1:
+        raise ValueError(f"user, user_bias: expected shapes [T, D] and [T], got {[*user.shape]}, {[*user_bias.shape]}")
+    if not 1 <= k <= item_table.shape[0]:
+        raise ValueError(f"k: must be in [1, {item_table.shape[0]}], the number of items, got {k}")
+    if exclude is not None:
+        exclude = check_entries("exclude", exclude, item_table, targets=False)
+        if exclude.num_tasks != num_tasks:
+            raise ValueError(f"exclude: expected {num_tasks} tasks, one per user, got {exclude.num_tasks}")
+    run = _ops.score_top_k if _library.loaded_for(item_table) else reference.score_top_k
+    return run(user, model.user_bias_init, item_table, item_bias, k, exclude)
+
+
+def coalesce_rows(gradient: SparseRows) -> SparseRows:
+    """Sums rows of equal ids, always in the same order; ids come out once each, ascending.
+
+    Args:
+        gradient: ids int64 [n] ≥ 0 and rows [n, D] or [n], float32 or float64.
+    """
+    run = _ops.coalesce_rows if _library.loaded_for(gradient.rows) else reference.coalesce_rows
+    return run(gradient)
+
+
+def _count_tasks(name: str, tasks: Entries | TaskBatch) -> int:
+    expected = Entries if name == "support" else TaskBatch
+    if not isinstance(tasks, expected):
+        raise TypeError(f"{name}: expected {expected.__name__}, got {type(tasks).__name__}")
+    return tasks.num_tasks
+
+
+def _with_negatives(batch: TaskBatch) -> TaskBatch:
+    """The batch with each query entry followed by its negatives, if it has any."""
+    query = batch.query
+    if query is None or query.negatives is None:
+        return batch
+    candidates = query.negatives.reshape(len(query), -1)
+    items = candidates.new_empty(len(query), 1 + candidates.shape[1])
+    items[:, 0], items[:, 1:] = query.items, candidates
+    width = items.shape[1]
+    flat = Entries.unchecked(
+        items.reshape(-1), None, query.offsets * width, max_size=query.max_size * width, max_item=query.max_item
+    )
+    return TaskBatch(batch.support, flat, batch.users, batch.weights)
+
+
+__all__ = ["InnerLoop", "Model", "adapt", "adapt_and_score", "coalesce_rows", "meta_step", "score_top_k"]

@@ -1,0 +1,316 @@
+"""The operators in plain PyTorch, one task after the other: their specification, and what runs where no binary loads.
+
+Nothing here is fast. Inner gradients come from autograd, so that no derivative is written down twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as nn
+
+from metarec_fast._arguments import InnerLoop, Model
+from metarec_fast.results import AdaptedItems, FastWeights, MetaStep, SparseRows, TopK
+from metarec_fast.tasks import Entries, TaskBatch
+
+SMOOTH_ABSOLUTE_WIDTH = 0.1
+"""Below this distance from the target the absolute loss is quadratic."""
+
+
+@dataclass(frozen=True)
+class TaskWeights:
+    """One task's fast weights: user vector and bias, and (adapt="all") rows and biases of its distinct items."""
+
+    user: Tensor  # u, [D]
+    bias: Tensor  # c, scalar
+    rows: Tensor  # e of the distinct support items, [I, D]
+    biases: Tensor  # b of the distinct support items, [I]
+
+
+def pointwise_loss(name: str, scores: Tensor, targets: Tensor) -> Tensor:
+    """ℓ(p, y), element by element."""
+    if name == "squared":
+        return (scores - targets) ** 2
+    if name == "logistic":
+        return nn.softplus(scores) - targets * scores
+    if name == "absolute":
+        return nn.smooth_l1_loss(scores, targets, reduction="none", beta=SMOOTH_ABSOLUTE_WIDTH)
+    raise ValueError(f"loss: expected 'squared', 'logistic' or 'absolute', got {name!r}")
+
+
+def adapt_task(start: TaskWeights, model: Model, support: _Task, loop: InnerLoop, task: int) -> list[TaskWeights]:
+    """The fast weights φ_0 … φ_K of one task.
+
+    φ_{k+1} = φ_k − s_k A ∘ [∇L_S(φ_k) + ρ (φ_k − φ_0)] + β_k (φ_k − φ_{k−1}),   φ_{−1} = φ_0
+    L_S(φ) = Σ_s w_s ℓ(p_s, y_s) / (|S| + n0)
+    """
+    pull = _at(loop.prior_pull, task, default=0.0)
+    if loop.inner_steps == "exact":
+        return [start, _solve_ridge(start, model, support, pull, loop.extra_count)]
+    path = [start]
+    for step in range(int(loop.inner_steps)):
+        now, before = path[-1], path[-2] if step else start
+        gradient = _inner_gradient(now, model, support, loop)
+        rate, momentum = _at(loop.inner_lr, step), _at(loop.momentum, step, default=0.0)
+        if loop.adapt == "all":
+            path.append(_moved(now, gradient, lambda value, slope, rate=rate: value - rate * slope))
+            continue
+        scale_user, scale_bias = (1.0, 1.0) if loop.preconditioner is None else _split(loop.preconditioner)
+        user = now.user - rate * scale_user * (gradient.user + pull * (now.user - start.user))
+        bias = now.bias - rate * scale_bias * (gradient.bias + pull * (now.bias - start.bias))
+        path.append(
+            replace(
+                now,
+                user=user + momentum * (now.user - before.user),
+                bias=bias + momentum * (now.bias - before.bias),
+            )
+        )
+    return path
+
+
+def adapt(model: Model, support: Entries, loop: InnerLoop) -> FastWeights:
+    """φ_K of every task."""
+    tasks = _split_tasks(support)
+    last = [adapt_task(_start(model, task, t), model, task, loop, t)[-1] for t, task in enumerate(tasks)]
+    user, bias = _stack(model, last)
+    if loop.adapt != "all":
+        return FastWeights(user, bias)
+    rows = [weights.rows[task.position] for weights, task in zip(last, tasks, strict=True)]
+    biases = [weights.biases[task.position] for weights, task in zip(last, tasks, strict=True)]
+    table, item_bias = model.item_table, model.item_bias
+    return FastWeights(user, bias, AdaptedItems(torch.cat([table[:0], *rows]), torch.cat([item_bias[:0], *biases])))
+
+
+def adapt_and_score(model: Model, batch: TaskBatch, loop: InnerLoop) -> tuple[FastWeights, Tensor]:
+    """φ_K of every task and the scores [n] of its query items."""
+    assert batch.query is not None
+    supports, queries = _split_tasks(batch.support), _split_tasks(batch.query)
+    last = [adapt_task(_start(model, task, t), model, task, loop, t)[-1] for t, task in enumerate(supports)]
+    scores = [
+        score(weights, model, query.items, support if loop.adapt == "all" else None)
+        for weights, support, query in zip(last, supports, queries, strict=True)
+    ]
+    return FastWeights(*_stack(model, last)), torch.cat([model.item_bias[:0], *scores])
+
+
+def outer_loss(
+    model: Model, batch: TaskBatch, loop: InnerLoop, losses: dict[str, float], step_weights: Tensor | None = None
+) -> Tensor:
+    """L = Σ_t ω_t L_Q,t / Σ_t ω_t over tasks with a query, L_Q,t = Σ_k κ_k Σ_q v_q ℓ(p_q, y_q) / Σ_q v_q at φ_k."""
+    assert batch.query is not None
+    total, count = model.offset * 0, model.offset.new_zeros(())
+    for t, (support, query) in enumerate(zip(_split_tasks(batch.support), _split_tasks(batch.query), strict=True)):
+        if query.items.numel() == 0:
+            continue
+        path = adapt_task(_start(model, support, t), model, support, loop, t)
+        if step_weights is None:
+            path = path[-1:]
+        weight = _at(batch.weights, t, default=1.0)
+        for step, weights in enumerate(path):
+            step_weight = _at(step_weights, step, default=1.0)
+            scores = score(weights, model, query.items, support if loop.adapt == "all" else None)
+            errors = sum(share * pointwise_loss(name, scores, query.targets) for name, share in losses.items())
+            total = total + weight * step_weight * (query.weights * errors).sum() / query.weights.sum()
+        count = count + weight
+    return total / count if count > 0 else total
+
+
+def meta_step(
+    model: Model,
+    batch: TaskBatch,
+    loop: InnerLoop,
+    losses: dict[str, float],
+    step_weights: Tensor | None = None,
+) -> MetaStep:
+    """The outer loss and its gradients; those of the items as one row per support entry, then one per query entry.
+
+    Every entry gets a row of its own in a fresh table, so that autograd keeps their gradients apart.
+    """
+    assert batch.query is not None
+    support, query = batch.support, batch.query
+    ids = torch.cat([support.items, query.items])
+    entries = torch.arange(ids.numel(), device=ids.device)
+    if loop.adapt == "all":  # equal items of a task must stay one item, so the table is kept
+        local = batch
+        table, item_bias = model.item_table, model.item_bias
+    else:
+        local = TaskBatch(
+            support.with_items(entries[: len(support)]),
+            query.with_items(entries[len(support) :]),
+            weights=batch.weights,
+        )
+        table, item_bias = model.item_table[ids], model.item_bias[ids]
+
+    leaves = {
+        "user_init": model.user_init,
+        "user_bias_init": model.user_bias_init,
+        "item_table": table,
+        "item_bias": item_bias,
+        "offset": model.offset,
+        "inner_lr": loop.inner_lr,
+        "preconditioner": loop.preconditioner,
+        "prior_pull": loop.prior_pull,
+        "momentum": loop.momentum,
+        "support_weights": support.weights,
+    }
+    given = {name: value.detach().requires_grad_() for name, value in leaves.items() if value is not None}
+    leaf_model = Model(*(given[name] for name in ("user_init", "user_bias_init", "item_table", "item_bias", "offset")))
+    leaf_loop = replace(
+        loop,
+        inner_lr=given["inner_lr"],
+        preconditioner=given.get("preconditioner"),
+        prior_pull=given.get("prior_pull"),
+        momentum=given.get("momentum"),
+    )
+    if support.weights is not None:
+        local.support.weights = given["support_weights"]
+    with torch.enable_grad():
+        loss = outer_loss(leaf_model, local, leaf_loop, losses, step_weights)
+        slopes = torch.autograd.grad(loss, list(given.values()), allow_unused=True, materialize_grads=True)
+    grads: dict[str, Tensor | SparseRows] = dict(zip(given, slopes, strict=True))
+    if loop.adapt == "all":
+        ids = ids.unique()
+    for name in ("item_table", "item_bias"):
+        rows = grads[name]
+        assert isinstance(rows, Tensor)
+        grads[name] = SparseRows(ids, rows[ids] if loop.adapt == "all" else rows)
+    originals = [*leaves.values()]
+    return MetaStep(_KnownGradients.apply(loss.detach(), slopes, *(v for v in originals if v is not None)), grads)
+
+
+def score_top_k(
+    user: Tensor, user_bias: Tensor, item_table: Tensor, item_bias: Tensor, k: int, exclude: Entries | None = None
+) -> TopK:
+    """The k items with the largest b_i + c + u·e_i for each user; among equals the smaller id comes first."""
+    items = torch.full((user.shape[0], k), -1, dtype=torch.int64, device=user.device)
+    scores = user.new_full((user.shape[0], k), float("-inf"))
+    excluded = None if exclude is None else _split_tasks(exclude)
+    for t in range(user.shape[0]):
+        all_scores = (item_bias + user_bias[t] + item_table @ user[t]).nan_to_num(
+            nan=float("-inf"), posinf=float("inf"), neginf=float("-inf")
+        )
+        allowed = torch.ones_like(item_bias, dtype=torch.bool)
+        if excluded is not None:
+            allowed[excluded[t].items] = False
+        candidates = allowed.nonzero().squeeze(1)
+        order = all_scores[candidates].sort(descending=True, stable=True).indices[:k]
+        items[t, : order.numel()] = candidates[order]
+        scores[t, : order.numel()] = all_scores[candidates][order]
+    return TopK(items, scores)
+
+
+def coalesce_rows(gradient: SparseRows) -> SparseRows:
+    """One row per distinct id, ascending: the sum of its rows."""
+    ids, place = torch.unique(gradient.ids, return_inverse=True)
+    return SparseRows(ids, SparseRows(place, gradient.rows).to_dense(ids.numel()))
+
+
+class _KnownGradients(torch.autograd.Function):
+    """A loss whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(grad_loss * gradient for gradient in ctx.gradients)
+
+
+@dataclass(frozen=True)
+class _Task:
+    items: Tensor  # [n]
+    targets: Tensor  # [n]
+    weights: Tensor  # [n]
+    distinct: Tensor  # [I], the different items
+    position: Tensor  # [n], where in `distinct` an entry's item stands
+
+
+def _split_tasks(entries: Entries) -> list[_Task]:
+    targets = torch.zeros(len(entries)) if entries.targets is None else entries.targets
+    weights = torch.ones_like(targets) if entries.weights is None else entries.weights
+    sizes = entries.sizes().tolist()
+    parts = zip(entries.items.split(sizes), targets.split(sizes), weights.split(sizes), strict=True)
+    return [_Task(*part, *torch.unique(part[0], return_inverse=True)) for part in parts]
+
+
+def _start(model: Model, support: _Task, task: int) -> TaskWeights:
+    user = model.user_init[task] if model.user_init.dim() == 2 else model.user_init
+    bias = model.user_bias_init[task] if model.user_bias_init.dim() == 1 else model.user_bias_init
+    return TaskWeights(user, bias, model.item_table[support.distinct], model.item_bias[support.distinct])
+
+
+def score(weights: TaskWeights, model: Model, items: Tensor, support: _Task | None) -> Tensor:
+    """p_i = m + b_i + c + u·e_i; with `support`, its items by their adapted rows."""
+    rows, biases = model.item_table[items], model.item_bias[items]
+    if support is not None and support.distinct.numel():
+        place = torch.searchsorted(support.distinct, items).clamp(max=support.distinct.numel() - 1)
+        adapted = support.distinct[place] == items
+        rows = torch.where(adapted[:, None], weights.rows[place], rows)
+        biases = torch.where(adapted, weights.biases[place], biases)
+    return model.offset + biases + weights.bias + rows @ weights.user
+
+
+def _inner_gradient(now: TaskWeights, model: Model, support: _Task, loop: InnerLoop) -> TaskWeights:
+    """∇L_S at φ = `now`, itself differentiable unless first_order."""
+    everything = [now.user, now.bias, now.rows, now.biases]
+    if support.items.numel() == 0:
+        return TaskWeights(*(torch.zeros_like(value) for value in everything))
+    with torch.enable_grad():
+        tracked = [value if value.requires_grad else value.detach().requires_grad_() for value in everything]
+        moving = TaskWeights(*tracked)
+        scores = model.offset + moving.biases[support.position] + moving.bias
+        scores = scores + moving.rows[support.position] @ moving.user
+        losses = support.weights * pointwise_loss(loop.loss, scores, support.targets)
+        loss = losses.sum() / (support.items.numel() + loop.extra_count)
+        slopes = torch.autograd.grad(loss, tracked, create_graph=not loop.first_order)
+    return TaskWeights(*slopes)
+
+
+def _moved(now: TaskWeights, gradient: TaskWeights, move) -> TaskWeights:  # type: ignore[no-untyped-def]
+    return TaskWeights(
+        move(now.user, gradient.user),
+        move(now.bias, gradient.bias),
+        move(now.rows, gradient.rows),
+        move(now.biases, gradient.biases),
+    )
+
+
+def _solve_ridge(
+    start: TaskWeights, model: Model, support: _Task, pull: Tensor | float, extra_count: float
+) -> TaskWeights:
+    """(Xᵀ W X + λ I)(φ − φ_0) = Xᵀ W (y − p_0),  λ = ρ (|S| + n0)/2,  X the support rows with a 1 appended."""
+    count = support.items.numel()
+    if count == 0:
+        return start
+    rows = model.item_table[support.items]
+    inputs = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
+    residuals = support.targets - score(start, model, support.items, None)
+    strength = pull * (count + extra_count) / 2
+    normal = inputs.T @ (support.weights[:, None] * inputs) + strength * torch.eye(inputs.shape[1]).to(inputs)
+    user, bias = _split(torch.linalg.solve(normal, inputs.T @ (support.weights * residuals)))
+    return replace(start, user=start.user + user, bias=start.bias + bias)
+
+
+def _split(vector: Tensor) -> tuple[Tensor, Tensor]:
+    return vector[:-1], vector[-1]
+
+
+def _stack(model: Model, weights: Sequence[TaskWeights]) -> tuple[Tensor, Tensor]:
+    if not weights:
+        return model.item_table.new_empty(0, model.item_table.shape[1]), model.item_table.new_empty(0)
+    return torch.stack([each.user for each in weights]), torch.stack([each.bias for each in weights])
+
+
+def _at(value: Tensor | None, index: int, default: float = 0.0) -> Tensor | float:
+    """Entry `index` of a vector, or the scalar that holds for all."""
+    if value is None:
+        return default
+    return value[index] if value.dim() else value
