@@ -290,7 +290,7 @@ def split_users(log: Interactions, valid: float = 0.1, test: float = 0.2, seed: 
     num_valid, num_test = _num_users("valid", valid, num_users), _num_users("test", test, num_users)
     if num_valid + num_test >= num_users:
         raise ValueError(f"valid and test: {num_valid} and {num_test} of {num_users} users leave none to train on")
-    key = _random.key_of(_integer("seed", seed), _random.SPLIT)
+    key = _random.key_of(as_int("seed", seed), _random.SPLIT)
     order = np.argsort(_random.at(key, np.arange(num_users)), kind="stable")
     parts = np.split(order, [num_test, num_test + num_valid])
     test_log, valid_log, train_log = (log.select_users(np.sort(part)) for part in parts)
@@ -309,7 +309,12 @@ def load_movielens_small() -> Interactions:
     return replace(Interactions.from_arrays(*columns), item_titles=titles)
 
 
-def _integer(name: str, value: Any) -> int:
+def as_int(name: str, value: Any) -> int:
+    """The value of an argument that must be a whole number.
+
+    Raises:
+        TypeError: It is of another type.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
     return int(value)
@@ -320,7 +325,7 @@ def _num_users(name: str, share: Any, num_users: int) -> int:
         if not 0 <= share < 1:
             raise ValueError(f"{name}: a fraction of the users must be in [0, 1), got {share}")
         return max(round(share * num_users), 1) if share > 0 else 0
-    count = _integer(name, share)
+    count = as_int(name, share)
     if count < 0:
         raise ValueError(f"{name}: a number of users must be ≥ 0, got {count}")
     return count

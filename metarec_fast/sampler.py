@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metarec_fast import _numpy_sampler, _random
 from metarec_fast._numpy_sampler import REST, SampledEntries
-from metarec_fast.data import Interactions
+from metarec_fast.data import Interactions, as_int
 from metarec_fast.tasks import Entries, TaskBatch
 
 try:
@@ -87,7 +87,7 @@ class TaskSampler:
         self.batch_size = _at_least("batch_size", batch_size, 1)
         self.negatives = _at_least("negatives", negatives, 0)
         self.prefetch = _at_least("prefetch", prefetch, 0)
-        self.order, self.seed = order, _an_int("seed", seed)
+        self.order, self.seed = order, as_int("seed", seed)
         self.shuffle, self.drop_last = shuffle, drop_last
         self.epoch = 0
         if order not in ("random", "time"):
@@ -169,7 +169,7 @@ class TaskSampler:
                 f"batch_size: {self.num_tasks} users do not fill a batch of {self.batch_size}, and drop_last is set"
             )
         if self.negatives and int(sizes.max()) >= self.log.num_items:
-            user = self.log.user_ids[int(sizes.argmax())]
+            (user,) = self.log.user_ids[[int(sizes.argmax())]].tolist()
             raise ValueError(
                 f"negatives: user {user!r} has rated all {self.log.num_items} items, so that none is left to draw"
             )
@@ -227,14 +227,8 @@ def _entries(sampled: SampledEntries) -> tuple[Entries, Entries]:
     )  # type: ignore[return-value]  # fmt: skip
 
 
-def _an_int(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
-    return int(value)
-
-
 def _at_least(name: str, value: Any, least: int) -> int:
-    number = _an_int(name, value)
+    number = as_int(name, value)
     if number < least:
         raise ValueError(f"{name}: must be ≥ {least}, got {number}")
     return number

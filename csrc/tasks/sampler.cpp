@@ -151,9 +151,13 @@ void Sampler::draw_negatives(int64_t user, Sizes sizes, uint64_t epoch_key, int6
 
 void Sampler::gather(const Buffer<int64_t>& rows, SampledEntries& entries) {
   // Apart from the drawing of rows, so that many of these scattered reads are under way at once.
+  constexpr int64_t kAhead = 24;
   const int64_t n = entries.items.size();
   int64_t largest = -1;
   for (int64_t i = 0; i < n; ++i) {
+    const int64_t soon = rows[std::min(i + kAhead, n - 1)];
+    __builtin_prefetch(log_.items + soon);
+    __builtin_prefetch(log_.ratings + soon);
     const int64_t item = log_.items[rows[i]];
     entries.items[i] = item;
     entries.targets[i] = log_.ratings[rows[i]];
