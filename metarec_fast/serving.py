@@ -36,7 +36,9 @@ class Catalogue:
 
     def __init__(self, ids: Any, num_items: int) -> None:
         column = as_column("item_ids", ids)
-        self.ids = column if isinstance(column, np.ndarray) else faithful_array(column)
+        if not isinstance(column, np.ndarray):
+            column = faithful_array([id_.item() if isinstance(id_, np.generic) else id_ for id_ in column])
+        self.ids = column
         if len(self.ids) != num_items:
             raise ValueError(f"item_ids: expected {num_items}, one per item of the model, got {len(self.ids)}")
         # Integers are found by bisection; anything else by a dictionary, made once.

@@ -178,7 +178,9 @@ def test_maml_r_starts_where_its_factor_model_is():
     # The start adds to the factor model's pull a little more with every rating, which is taken out here.
     with torch.no_grad():
         learner.log_pull[1] = -30.0
-    expected = factors.offset + factors.item_bias[items] + bias[tasks] + (user[tasks] * factors.item_table[items]).sum(1)
+    expected = (
+        factors.offset + factors.item_bias[items] + bias[tasks] + (user[tasks] * factors.item_table[items]).sum(1)
+    )
     torch.testing.assert_close(learner.predict(batch), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -358,7 +360,7 @@ def test_bad_batches_are_named():
     with pytest.raises(IndexError, match=rf"support.items: ids must be in \[0, {NUM_ITEMS}\), got {NUM_ITEMS} at"):
         learner(TaskBatch(unknown, unknown))
     unrated = Entries(batch.query.items, None, batch.query.offsets)
-    with pytest.raises(ValueError, match="query.targets: expected a tensor"):
+    with pytest.raises(ValueError, match=r"query.targets: expected a tensor"):
         learner(TaskBatch(batch.support, unrated))
     assert learner.predict(TaskBatch(batch.support, unrated)).shape == (len(unrated),)
 

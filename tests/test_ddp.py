@@ -1,0 +1,94 @@
+"""DistributedDataParallel over two processes gives the gradient of one process with all the tasks."""
+
+import os
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+
+import metarec_fast as mf
+
+NUM_ITEMS = 20
+SUPPORT = [(3, 9), (1, 0)]  # entries of each process' two tasks
+QUERY = [(4, 2), (6, 1)]
+LEARNERS = {"maml": mf.MAML, "meta-sgd": mf.MetaSGD, "maml-r": mf.MAMLR}
+
+
+def make_entries(generator, sizes):
+    n = sum(sizes)
+    items = torch.randint(NUM_ITEMS, (n,), generator=generator)
+    targets = torch.randint(1, 6, (n,), generator=generator).double()
+    return mf.Entries(items, targets, torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()]))
+
+
+def make_batches():
+    """The tasks of each process."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        mf.TaskBatch(make_entries(generator, support), make_entries(generator, query))
+        for support, query in zip(SUPPORT, QUERY, strict=True)
+    ]
+
+
+def make_learner(name, sparse):
+    torch.manual_seed(0)
+    learner = LEARNERS[name](mf.DotRecommender(NUM_ITEMS, 3, sparse=sparse).double())
+    torch.nn.init.normal_(learner.model.item_embedding.weight)
+    return learner
+
+
+def gradients_of(learner):
+    return {name: parameter.grad.to_dense() for name, parameter in learner.named_parameters()}
+
+
+def train_one_step(rank, rendezvous, results):
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    found = {}
+    for name in LEARNERS:
+        for sparse in (False, True):
+            learner = make_learner(name, sparse)
+            parallel = DistributedDataParallel(learner)
+            parallel(make_batches()[rank]).backward()
+            found[name, sparse] = gradients_of(learner)
+    if rank == 0:
+        torch.save(found, results)
+    dist.destroy_process_group()
+
+
+def joined(parts):
+    return mf.Entries(
+        torch.cat([part.items for part in parts]),
+        torch.cat([part.targets for part in parts]),
+        torch.cat([parts[0].offsets, parts[1].offsets[1:] + len(parts[0])]),
+    )
+
+
+@pytest.fixture(scope="module")
+def distributed_gradients(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    multiprocessing.spawn(train_one_step, (folder / "rendezvous", folder / "gradients.pt"), nprocs=2)
+    return torch.load(folder / "gradients.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_two_processes_give_the_gradient_of_one(distributed_gradients, name, sparse):
+    batches = make_batches()
+    whole = mf.TaskBatch(joined([batch.support for batch in batches]), joined([batch.query for batch in batches]))
+    learner = make_learner(name, sparse)
+    learner(whole).backward()
+    expected = gradients_of(learner)
+    found = distributed_gradients[name, sparse]
+    assert found.keys() == expected.keys()
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(
+            found[parameter], gradient, msg=lambda text, parameter=parameter: f"{parameter}: {text}"
+        )
+    assert expected["model.item_embedding.weight"].any()
