@@ -8,7 +8,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from metarec_fast.checkpoint import replace_file
 from metarec_fast.history import Epoch, History
 from metarec_fast.reference import pointwise_loss
-from metarec_fast.sampler import TaskSampler
+from metarec_fast.sampler import Size, TaskSampler
 
 if TYPE_CHECKING:
     from metarec_fast.data import Interactions
@@ -29,17 +29,15 @@ CHECKPOINT = "training.pt"
 _WARM_UP = 50  # steps, or a tenth of all if that is less
 _FINAL_RATE = 0.02  # of the outer learning rate, at the end of its decay
 
-SetSize = int | tuple[int, int] | str
-
 
 def fit(
     learner: Learner,
     train: Interactions,
     valid: Interactions | None = None,
     *,
-    support: SetSize = (3, 90),
-    query: SetSize = "rest",
-    order: str = "random",
+    support: Size = (3, 90),
+    query: Size = "rest",
+    order: Literal["random", "time"] = "random",
     epochs: int = 30,
     patience: int | None = 3,
     batch_size: int | None = None,
@@ -99,7 +97,7 @@ def fit(
     learner.model.check_log(train)
     if batch_size is None:
         batch_size = min(256, max(16, train.num_users // 16))
-    tasks = {"support": support, "query": query, "order": order, "batch_size": batch_size, "seed": seed}
+    tasks: dict[str, Any] = {"support": support, "query": query, "order": order, "batch_size": batch_size, "seed": seed}
     train_tasks = TaskSampler(train, **tasks)
     valid_tasks = None if valid is None else TaskSampler(valid, **tasks, shuffle=False)
     learner.rating_range = float(train.ratings.min()), float(train.ratings.max())
@@ -190,7 +188,7 @@ class _Training:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
         loss = self.learner(batch)
-        value = loss.item()
+        value = float(loss.detach())
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"the outer loss became {value} in epoch {self.epoch + 1}, step {self.step + 1}: the inner loop "
@@ -312,7 +310,7 @@ def _check_arguments(
 
 def _fingerprint(log: Interactions) -> str:
     parts = (log.offsets, log.items, log.ratings)
-    return f"{len(log)} ratings of {log.num_users} users, " + "-".join(f"{zlib.crc32(part):08x}" for part in parts)
+    return f"{len(log)} ratings of {log.num_users} users, " + "-".join(f"{zlib.crc32(part.tobytes()):08x}" for part in parts)
 
 
 def _summary_writer(directory: str | os.PathLike[str]) -> Any:
