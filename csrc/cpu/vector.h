@@ -112,13 +112,21 @@ ALWAYS_INLINE Vector<scalar_t>& store(scalar_t* address) {
   return *reinterpret_cast<Vector<scalar_t>*>(address);
 }
 
+// Halves the vector until one number is left: always the same order of additions, on every machine.
 template <typename scalar_t>
 ALWAYS_INLINE scalar_t sum_lanes(const Vector<scalar_t>& vector) {
-  alignas(kRegisterBytes) scalar_t lanes[kLanes<scalar_t>];
-  store(lanes) = vector;
-  for (int64_t half = kLanes<scalar_t> / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+  typedef scalar_t Half __attribute__((vector_size(kRegisterBytes / 2)));
+  typedef scalar_t Quarter __attribute__((vector_size(kRegisterBytes / 4)));
+  Half halves[2];
+  std::memcpy(halves, &vector, sizeof(halves));
+  const Half half = halves[0] + halves[1];
+  Quarter quarters[2];
+  std::memcpy(quarters, &half, sizeof(quarters));
+  const Quarter quarter = quarters[0] + quarters[1];
+  if constexpr (sizeof(scalar_t) == 4)
+    return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+  else
+    return quarter[0] + quarter[1];
 }
 
 // Σ a_i b_i over `width` numbers, a multiple of a register.
