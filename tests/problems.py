@@ -1,0 +1,128 @@
+"""Random problems for the tests of the operators: ragged, with repeated items and empty tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from metarec_fast._arguments import InnerLoop, Model
+from metarec_fast.results import SparseRows
+from metarec_fast.tasks import Entries, TaskBatch
+
+RAGGED = (3, 0, 1, 13, 40, 5)
+
+
+@dataclass
+class Draw:
+    """Random tensors of one dtype from one seed."""
+
+    seed: int = 0
+    dtype: torch.dtype = torch.float64
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, dtype=self.dtype, generator=self.generator)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, dtype=self.dtype, generator=self.generator)
+
+    def model(self, num_items: int = 60, dim: int = 7, num_tasks: int | None = None) -> Model:
+        """Rows of length about one, so that inner steps of 0.1 are stable; one start per task if `num_tasks`."""
+        start = (dim,) if num_tasks is None else (num_tasks, dim)
+        bias = () if num_tasks is None else (num_tasks,)
+        table = self.normal(num_items, dim) / dim**0.5
+        return Model(self.normal(*start), self.normal(*bias), table, self.normal(num_items), self.normal())
+
+    def entries(self, sizes: tuple[int, ...], num_items: int = 60, *, weights: bool = False) -> Entries:
+        """Few items for many entries, so that tasks repeat items and share them; targets in [0, 1]."""
+        count = sum(sizes)
+        items = torch.randint(num_items, (count,), generator=self.generator)
+        offsets = torch.tensor([0, *sizes]).cumsum(0)
+        return Entries(items, self.uniform(count), offsets, self.uniform(count) + 0.5 if weights else None)
+
+    def batch(
+        self,
+        support: tuple[int, ...] = RAGGED,
+        query: tuple[int, ...] | None = None,
+        num_items: int = 60,
+        *,
+        weights: bool = False,
+    ) -> TaskBatch:
+        query = tuple((4, 2, 0, 7, 1)[t % 5] for t in range(len(support))) if query is None else query
+        task_weights = self.uniform(len(support)) if weights else None
+        return TaskBatch(
+            self.entries(support, num_items, weights=weights),
+            self.entries(query, num_items, weights=weights),
+            weights=task_weights,
+        )
+
+    def loop(
+        self, steps: int = 5, *, dim: int = 7, num_tasks: int | None = None, learned: bool = False, **settings: object
+    ) -> InnerLoop:
+        """`learned` sets every argument there is, per step and per task where that is possible."""
+        if not learned:
+            return replace(InnerLoop(0.1 * self.uniform(), steps), **settings)
+        pull = self.uniform() if num_tasks is None else self.uniform(num_tasks)
+        return replace(
+            InnerLoop(
+                0.1 * self.uniform(steps),
+                steps,
+                preconditioner=self.uniform(dim + 1) + 0.5,
+                prior_pull=pull + 0.1,
+                momentum=0.3 * self.uniform(steps),
+                extra_count=2.5,
+            ),
+            **settings,
+        )
+
+
+def tracked(model: Model, batch: TaskBatch, loop: InnerLoop) -> tuple[dict[str, Tensor], Model, TaskBatch, InnerLoop]:
+    """The same problem on fresh leaves that require gradients, and these leaves by name."""
+    values = {
+        "user_init": model.user_init,
+        "user_bias_init": model.user_bias_init,
+        "item_table": model.item_table,
+        "item_bias": model.item_bias,
+        "offset": model.offset,
+        "inner_lr": loop.inner_lr,
+        "preconditioner": loop.preconditioner,
+        "prior_pull": loop.prior_pull,
+        "momentum": loop.momentum,
+        "support_weights": batch.support.weights,
+    }
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in values.items() if value is not None}
+    support = batch.support
+    tracked_support = Entries.unchecked(
+        support.items, support.targets, support.offsets, leaves.get("support_weights"),
+        max_size=support.max_size, max_item=support.max_item,
+    )  # fmt: skip
+    return (
+        leaves,
+        Model(*(leaves[name] for name in ("user_init", "user_bias_init", "item_table", "item_bias", "offset"))),
+        TaskBatch(tracked_support, batch.query, weights=batch.weights),
+        replace(
+            loop,
+            inner_lr=leaves["inner_lr"],
+            **{name: leaves.get(name) for name in ("preconditioner", "prior_pull", "momentum")},
+        ),
+    )
+
+
+def relative_error(actual: Tensor | SparseRows, expected: Tensor | SparseRows) -> float:
+    """max |difference| / max |expected|; entry by entry for rows."""
+    if isinstance(actual, SparseRows) and isinstance(expected, SparseRows):
+        assert torch.equal(actual.ids, expected.ids)
+        actual, expected = actual.rows, expected.rows
+    assert isinstance(actual, Tensor)
+    assert isinstance(expected, Tensor)
+    assert actual.shape == expected.shape
+    if actual.numel() == 0:
+        return 0.0
+    actual, expected = actual.detach(), expected.detach()
+    largest = float(expected.abs().max())
+    difference = float((actual - expected).abs().max())
+    return difference if largest == 0 else difference / largest
