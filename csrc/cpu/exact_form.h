@@ -13,7 +13,8 @@ namespace metarec_fast::cpu {
 
 template <typename scalar_t>
 struct ExactPath {
-  int64_t size;      // of the system: S or width + 1
+  bool dual_system;  // of size S, else the normal equations of size width + 1
+  int64_t size;
   scalar_t ridge;    // λ
   scalar_t* factor;  // Cholesky factor, lower [size, size]
   scalar_t* dual;    // a [S]
@@ -53,14 +54,14 @@ MULTIVERSION void exact_forward(const Task<scalar_t>& task, Arena<scalar_t>& are
                                 ExactPath<scalar_t>& path) {
   const Layout<scalar_t>& layout = task.layout;
   const int64_t S = task.size, P = layout.stride, normal_size = layout.width + 1;
-  const bool dual = S <= layout.dim + 1;
-  path.size = dual ? S : normal_size;
+  path.dual_system = S <= layout.dim + 1;
+  path.size = path.dual_system ? S : normal_size;
   path.ridge = task.pull() * (static_cast<scalar_t>(S) + task.loop.extra_count) / 2;
   path.factor = arena.take(path.size * path.size);
   path.dual = arena.take(S);
   path.fast = arena.take_zeros(P);
 
-  if (dual) {
+  if (path.dual_system) {
     dots(task.start, task.rows, S, layout, path.dual);
     for (int64_t s = 0; s < S; ++s) {
       path.dual[s] = task.targets[s] - task.base[s] - path.dual[s];
@@ -98,7 +99,7 @@ MULTIVERSION void exact_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& are
   const Layout<scalar_t>& layout = task.layout;
   const int64_t S = task.size, P = layout.stride;
   scalar_t* v = arena.take(S);
-  if (path.size == S) {
+  if (path.dual_system) {
     dots(grad_fast, task.rows, S, layout, v);
     cholesky_solve(path.factor, S, v);
   } else {  // v = W X (Xᵀ W X + λ I)⁻¹ φ̄

@@ -1,0 +1,199 @@
+"""The operator meta_step: the outer loss and every meta-gradient equal autograd through the reference."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import RAGGED, Draw, relative_error, tracked
+from torch.library import opcheck
+
+from metarec_fast import _ops, reference
+from metarec_fast import functional as F
+from metarec_fast._arguments import InnerLoop
+from metarec_fast.results import SparseRows
+from metarec_fast.tasks import TaskBatch
+
+OUTER = ({"squared": 1.0}, {"logistic": 1.0}, {"absolute": 1.0}, {"squared": 0.5, "logistic": 0.2, "absolute": 0.3})
+
+
+def compare_with_reference(model, batch, loop, losses, step_weights=None):
+    actual = _ops.meta_step(model, batch, loop, losses, step_weights)
+    expected = reference.meta_step(model, batch, loop, losses, step_weights)
+    assert relative_error(actual.loss, expected.loss) < 1e-10
+    assert actual.grads.keys() == expected.grads.keys()
+    for name, gradient in expected.grads.items():
+        assert relative_error(actual.grads[name], gradient) < 1e-10, name
+
+
+@pytest.mark.parametrize("losses", OUTER)
+@pytest.mark.parametrize("loss", ["squared", "logistic"])
+@pytest.mark.parametrize("first_order", [False, True])
+def test_every_gradient_equals_autograd_through_the_reference(losses, loss, first_order):
+    draw = Draw(1)
+    loop = draw.loop(5, learned=True, num_tasks=6, loss=loss, first_order=first_order)
+    compare_with_reference(draw.model(num_tasks=6), draw.batch(weights=True), loop, losses)
+
+
+@pytest.mark.parametrize("form", ["gram", "direct", "normal"])
+@pytest.mark.parametrize("steps", [0, 1, 20])
+def test_every_form_agrees(form, steps):
+    draw = Draw(2)
+    without = {"prior_pull": None} if form == "gram" else {}
+    loop = draw.loop(steps, learned=True, form=form, **without)
+    compare_with_reference(draw.model(), draw.batch(RAGGED, weights=True), loop, {"squared": 1.0})
+
+
+@pytest.mark.parametrize("sizes", [RAGGED, (1, 7), (8, 9), (200,)])
+def test_the_exact_form_agrees(sizes):
+    draw = Draw(3)
+    loop = InnerLoop(draw.uniform(), "exact", prior_pull=draw.uniform() + 0.5)
+    compare_with_reference(draw.model(), draw.batch(sizes, weights=True), loop, {"squared": 1.0})
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("form", ["auto", "normal"])
+def test_the_multi_step_loss_weighs_every_step(form, first_order):
+    draw = Draw(4)
+    loop = draw.loop(4, learned=True, form=form, first_order=first_order)
+    compare_with_reference(draw.model(), draw.batch(weights=True), loop, {"squared": 1.0}, draw.uniform(5))
+
+
+def test_weighing_only_the_last_step_is_the_ordinary_loss():
+    draw = Draw(4)
+    model, batch, loop = draw.model(), draw.batch(), draw.loop(3)
+    last = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    ordinary = _ops.meta_step(model, batch, loop, {"squared": 1.0}, None)
+    weighed = _ops.meta_step(model, batch, loop, {"squared": 1.0}, last)
+    assert relative_error(weighed.grads["item_table"], ordinary.grads["item_table"]) < 1e-12
+
+
+def test_full_adaptation_goes_through_the_reference_with_exact_gradients():
+    draw = Draw(5)
+    model, batch = draw.model(num_items=9, dim=3), draw.batch((3, 0, 5), (2, 1, 3), num_items=9)
+    result = F.meta_step(model.user_init, model.item_table, model.item_bias, batch, adapt="all", inner_steps=2)
+    leaves = [value.requires_grad_() for value in (model.user_init, model.item_table, model.item_bias)]
+    scores = F.adapt_and_score(*leaves, batch, adapt="all", inner_steps=2)
+    sizes = batch.query.sizes()[batch.query.task_ids()]
+    loss = ((scores - batch.query.targets) ** 2 / sizes).sum() / 3
+    user, table, _ = torch.autograd.grad(loss, leaves)
+    torch.testing.assert_close(result.loss, loss)
+    torch.testing.assert_close(result.grads["user_init"], user)
+    torch.testing.assert_close(result.grads["item_table"].to_dense(9), table)
+
+
+def test_the_loss_has_the_same_gradients_by_backward_and_only_once():
+    draw = Draw(6)
+    leaves, model, batch, loop = tracked(draw.model(), draw.batch(weights=True), draw.loop(3, learned=True))
+    result = _ops.meta_step(model, batch, loop, {"squared": 1.0}, None)
+    gradients = torch.autograd.grad(3 * result.loss, list(leaves.values()), create_graph=True)
+    for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+        expected = result.grads[name]
+        dense = expected.to_dense(len(leaf)) if isinstance(expected, SparseRows) else expected
+        torch.testing.assert_close(gradient, 3 * dense)
+        assert not dense.requires_grad
+    with pytest.raises(RuntimeError, match="^meta_step cannot be differentiated twice"):
+        gradients[0].sum().backward()
+
+
+def test_gradcheck_in_double_precision():
+    draw = Draw(7)
+    leaves, model, batch, loop = tracked(
+        draw.model(num_items=9, dim=3),
+        draw.batch((3, 0, 6), (2, 1, 3), num_items=9, weights=True),
+        draw.loop(3, dim=3, learned=True),
+    )
+    assert torch.autograd.gradcheck(
+        lambda *values: _ops.meta_step(model, batch, loop, {"squared": 1.0}, None).loss, tuple(leaves.values())
+    )
+
+
+def test_opcheck_finds_nothing_and_it_compiles_into_one_graph():
+    draw = Draw(8)
+    leaves, model, batch, loop = tracked(draw.model(), draw.batch(weights=True), draw.loop(3, learned=True))
+    query = batch.query
+    arguments = (
+        *_ops._inputs(model, batch.support), query.items, query.targets, query.offsets, query.weights, batch.weights,
+        *_ops._loop(loop), 1.0, 0.0, 0.0, None, 127,
+    )  # fmt: skip
+    opcheck(torch.ops.metarec_fast.meta_step, arguments)
+
+    def loss(table):
+        return F.meta_step(model.user_init, table, model.item_bias, batch, inner_lr=loop.inner_lr, inner_steps=3).loss
+
+    (eager,) = torch.autograd.grad(loss(model.item_table), model.item_table)
+    (compiled,) = torch.autograd.grad(torch.compile(loss, fullgraph=True)(model.item_table), model.item_table)
+    torch.testing.assert_close(compiled, eager)
+    assert leaves
+
+
+def test_coalesced_rows_come_once_and_sum_to_the_same():
+    draw = Draw(9)
+    model, batch = draw.model(), draw.batch()
+    arguments = (model.user_init, model.item_table, model.item_bias, batch)
+    loose, tidy = (F.meta_step(*arguments, coalesce=coalesce).grads["item_table"] for coalesce in (False, True))
+    assert torch.equal(tidy.ids, loose.ids.unique())
+    torch.testing.assert_close(tidy.to_dense(60), loose.to_dense(60))
+
+
+def test_float32_agrees_with_float64():
+    draw = Draw(10)
+    model, batch = draw.model(), draw.batch()
+    double = F.meta_step(model.user_init, model.item_table, model.item_bias, batch)
+    single = F.meta_step(model.user_init.float(), model.item_table.float(), model.item_bias.float(), batch)
+    torch.testing.assert_close(single.loss, double.loss.float())
+    rows = double.grads["item_table"].rows.float()
+    # Rows are sums of terms of either sign, so what is small is judged by the largest: 2⁻²³ for each of about 50 terms.
+    torch.testing.assert_close(single.grads["item_table"].rows, rows, rtol=1e-5, atol=6e-6 * float(rows.abs().max()))
+
+
+def test_without_any_query_the_loss_is_zero_and_so_are_the_gradients():
+    draw = Draw(0)
+    model = draw.model()
+    result = F.meta_step(model.user_init, model.item_table, model.item_bias, draw.batch((3, 2), (0, 0)))
+    assert float(result.loss) == 0
+    assert not result.grads["item_table"].rows.any()
+
+
+def test_where_no_binary_loads_the_reference_gives_the_same(monkeypatch):
+    draw = Draw(0)
+    model, batch = draw.model(), draw.batch()
+    leaves = [value.requires_grad_() for value in (model.user_init, model.item_table, model.item_bias)]
+    fast = F.meta_step(*leaves, batch)
+    monkeypatch.setattr("metarec_fast._library.loaded_for", lambda tensor: False)
+    slow = F.meta_step(*leaves, batch, coalesce=True)
+    torch.testing.assert_close(slow.loss, fast.loss)
+    slopes = (torch.autograd.grad(result.loss, leaves) for result in (slow, fast))
+    for one, other in zip(*slopes, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"outer_loss": "hinge"}, ValueError, "outer_loss: expected one of squared, logistic, absolute, got 'hinge'"),
+        ({"outer_loss": {"squared": -1.0}}, ValueError, r"outer_loss\['squared'\]: must be finite and ≥ 0, got -1.0"),
+        ({"step_weights": torch.ones(5).double()}, ValueError, r"step_weights: expected shape \[K \+ 1\] = \(6,\)"),
+        ({"step_weights": torch.ones(2).double(), "inner_steps": "exact", "prior_pull": 1.0}, ValueError,
+         "step_weights: 'exact' has no steps"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_named(changes, error, message):
+    draw = Draw(0)
+    model = draw.model()
+    with pytest.raises(error, match=message):
+        F.meta_step(model.user_init, model.item_table, model.item_bias, draw.batch(), **changes)
+
+
+def test_a_query_without_targets_is_named():
+    draw = Draw(0)
+    model, batch = draw.model(), draw.batch()
+    silent = TaskBatch(batch.support, batch.query.with_items(batch.query.items))
+    silent.query.targets = None
+    with pytest.raises(ValueError, match="query.targets: expected a tensor"):
+        F.meta_step(model.user_init, model.item_table, model.item_bias, silent)
+
+
+def test_a_form_that_would_be_wrong_is_never_chosen():
+    draw = Draw(11)
+    loop = replace(draw.loop(50, learned=True), form="auto")  # long and small: Gram's home, but A and ρ together
+    compare_with_reference(draw.model(dim=7), draw.batch((2, 3), (2, 2), weights=True), loop, {"squared": 1.0})

@@ -1,0 +1,108 @@
+"""The operators score_top_k, coalesce_rows and sum_rows."""
+
+import pytest
+import torch
+from problems import Draw
+from torch.library import opcheck
+
+from metarec_fast import functional as F
+from metarec_fast import reference
+from metarec_fast.results import SparseRows
+from metarec_fast.tasks import Entries
+
+
+def problem(num_users=5, num_items=60, dim=7, dtype=torch.float64):
+    draw = Draw(0, dtype)
+    return draw.normal(num_users, dim), draw.normal(num_users), draw.normal(num_items, dim), draw.normal(num_items)
+
+
+@pytest.mark.parametrize("num_users", [0, 1, 3, 4, 9])
+@pytest.mark.parametrize("dim", [1, 7, 16, 33])
+@pytest.mark.parametrize("k", [1, 10, 60])
+def test_it_equals_sorting_all_scores(num_users, dim, k):
+    arguments = problem(num_users, dim=dim)
+    best, expected = F.score_top_k(*arguments, k), reference.score_top_k(*arguments, k)
+    assert torch.equal(best.items, expected.items)
+    torch.testing.assert_close(best.scores, expected.scores)
+
+
+def test_a_catalogue_of_many_ranges_gives_the_same_bits_for_any_number_of_threads():
+    arguments = problem(num_users=3, num_items=50_000, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            found.append(F.score_top_k(*arguments, 20))
+    finally:
+        torch.set_num_threads(threads)
+    expected = reference.score_top_k(*arguments, 20)
+    for best in found:
+        assert torch.equal(best.items, expected.items)
+        assert torch.equal(best.scores, found[0].scores)
+
+
+def test_excluded_items_do_not_come_back_repeated_or_not():
+    user, bias, table, item_bias = problem(3)
+    seen = Entries(torch.tensor([4, 2, 4, 59, 0]), None, torch.tensor([0, 3, 3, 5]))
+    best = F.score_top_k(user, bias, table, item_bias, 60, exclude=seen)
+    expected = reference.score_top_k(user, bias, table, item_bias, 60, seen)
+    assert torch.equal(best.items, expected.items)
+    assert set(best.items[0].tolist()) == {*range(60), -1} - {2, 4}
+    assert best.scores[0, -2:].tolist() == [float("-inf")] * 2
+
+
+def test_among_equal_scores_the_smaller_id_comes_first_and_nan_last():
+    table = torch.zeros(6, 2)
+    bias = torch.tensor([1.0, 2.0, 1.0, float("nan"), 2.0, float("-inf")])
+    best = F.score_top_k(torch.zeros(1, 2), torch.zeros(1), table, bias, 6)
+    assert best.items.tolist() == [[1, 4, 0, 2, 3, 5]]
+    assert best.scores[0, 4:].tolist() == [float("-inf")] * 2
+
+
+@pytest.mark.parametrize("k", [0, -1, 61])
+def test_k_outside_the_catalogue_is_named(k):
+    with pytest.raises(ValueError, match=rf"k: must be in \[1, 60\], the number of items, got {k}"):
+        F.score_top_k(*problem(), k)
+
+
+def test_other_bad_arguments_are_named():
+    user, bias, table, item_bias = problem()
+    with pytest.raises(ValueError, match="user_bias"):
+        F.score_top_k(user, bias[0], table, item_bias, 3)
+    with pytest.raises(ValueError, match="exclude: expected 5 tasks, one per user, got 1"):
+        F.score_top_k(user, bias, table, item_bias, 3, exclude=Entries(torch.tensor([1]), None, torch.tensor([0, 1])))
+    with pytest.raises(IndexError, match=r"exclude.items: ids must be in \[0, 60\), got 60 at position 0"):
+        F.score_top_k(
+            user, bias, table, item_bias, 3, exclude=Entries(torch.tensor([60]), None, torch.tensor([0, 1, 1, 1, 1, 1]))
+        )
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (64,)])
+@pytest.mark.parametrize("count", [0, 1, 500])
+def test_rows_of_equal_ids_are_summed(shape, count):
+    draw = Draw(1)
+    ids = torch.randint(40, (count,), generator=draw.generator) * 1_000_003
+    rows = draw.normal(count, *shape)
+    tidy, expected = (run(SparseRows(ids, rows)) for run in (F.coalesce_rows, reference.coalesce_rows))
+    assert torch.equal(tidy.ids, expected.ids)
+    torch.testing.assert_close(tidy.rows, expected.rows)
+    small = ids // 1_000_003
+    dense = torch.ops.metarec_fast.sum_rows(small, rows, 45)
+    torch.testing.assert_close(dense, SparseRows(small, rows).to_dense(45))
+
+
+def test_ids_outside_are_named():
+    with pytest.raises(RuntimeError, match=r"ids: must be in \[0, 3\), got 3 at position 1"):
+        torch.ops.metarec_fast.sum_rows(torch.tensor([0, 3]), torch.ones(2), 3)
+    with pytest.raises(RuntimeError, match="ids: must be in .* got -1 at position 0"):
+        F.coalesce_rows(SparseRows(torch.tensor([-1]), torch.ones(1)))
+    with pytest.raises(RuntimeError, match="rows: expected shape"):
+        F.coalesce_rows(SparseRows(torch.tensor([1]), torch.ones(2)))
+
+
+def test_opcheck_finds_nothing():
+    seen = (torch.tensor([4, 2]), torch.tensor([0, 1, 1, 2, 2, 2]))
+    opcheck(torch.ops.metarec_fast.score_top_k, (*problem(), 3, *seen))
+    opcheck(torch.ops.metarec_fast.coalesce_rows, (torch.tensor([3, 1, 3]), torch.ones(3, 2)))
+    opcheck(torch.ops.metarec_fast.sum_rows, (torch.tensor([3, 1, 3]), torch.ones(3, 2), 5))
