@@ -1,13 +1,16 @@
 """Meta-learning for recommender systems, fused: MAML, FOMAML, Reptile, Meta-SGD and MAML-R on batched operators."""
 
 from metarec_fast import functional
+from metarec_fast.baselines import BASELINES
 from metarec_fast.checkpoint import load
 from metarec_fast.data import Interactions, UserSplit, load_movielens_small, split_users
+from metarec_fast.evaluation import evaluate
 from metarec_fast.factor_model import FactorModel
 from metarec_fast.history import History
 from metarec_fast.learners import FOMAML, MAML, Learner, MetaSGD
 from metarec_fast.maml_r import MAMLR
 from metarec_fast.models import DotRecommender
+from metarec_fast.report import Report
 from metarec_fast.reptile import Reptile
 from metarec_fast.results import FastWeights, MetaStep, SparseRows, TopK
 from metarec_fast.sampler import TaskSampler
@@ -17,7 +20,8 @@ from metarec_fast.tasks import Entries, TaskBatch
 __version__ = "0.1.0"
 
 __all__ = [
-    "FOMAML", "MAML", "MAMLR", "AdaptedUser", "DotRecommender", "Entries", "FactorModel", "FastWeights", "History",
-    "Interactions", "Learner", "MetaSGD", "MetaStep", "Reptile", "SparseRows", "TaskBatch", "TaskSampler", "TopK",
-    "UserSplit", "functional", "load", "load_movielens_small", "split_users",
+    "BASELINES", "FOMAML", "MAML", "MAMLR", "AdaptedUser", "DotRecommender", "Entries", "FactorModel",
+    "FastWeights", "History", "Interactions", "Learner", "MetaSGD", "MetaStep", "Report", "Reptile",
+    "SparseRows", "TaskBatch", "TaskSampler", "TopK", "UserSplit", "evaluate", "functional", "load",
+    "load_movielens_small", "split_users",
 ]  # fmt: skip

@@ -216,9 +216,7 @@ def test_no_task_and_empty_tasks_give_the_start():
     assert scores.shape == (0,)
     empty = draw.entries((0, 0))
     for steps in (5, "exact"):
-        fast = F.adapt(
-            model.user_init, model.item_table, model.item_bias, empty, inner_steps=steps, prior_pull=0.1
-        )
+        fast = F.adapt(model.user_init, model.item_table, model.item_bias, empty, inner_steps=steps, prior_pull=0.1)
         assert torch.equal(fast.user, model.user_init.expand(2, -1))
 
 

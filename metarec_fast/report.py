@@ -1,0 +1,95 @@
+"""What an evaluation found, as numbers, as a table, as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_LOWER_IS_BETTER = ("rmse", "mae", "mae_user")
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What `evaluate` found. Printing it gives a table.
+
+    Attributes:
+        results: Figures by predictor and metric. Metrics that mean nothing for a predictor are absent.
+        chance: What ranking at random gives on average, for the ranking metrics.
+        per_user: Metrics of every user that was evaluated, by predictor, [U] in the order of `user_ids`, for paired
+            comparisons: `mse`, `mae_user` and the ranking metrics; NaN where a user does not count.
+        user_ids: Original ids of these users, [U].
+        query_sizes: How many ratings were predicted for each, [U].
+        settings: How it was evaluated.
+    """
+
+    results: dict[str, dict[str, float]]
+    chance: dict[str, float]
+    per_user: dict[str, dict[str, NDArray[np.float64]]]
+    user_ids: NDArray[Any]
+    query_sizes: NDArray[np.int64]
+    settings: dict[str, Any]
+
+    def table(self, metrics: Sequence[str] | None = None) -> str:
+        """The results as text: a row for each predictor, a column for each metric, the best marked by a star.
+
+        Args:
+            metrics: The columns; by default errors, and ranking metrics for the longest list.
+
+        Raises:
+            ValueError: There is no such metric.
+        """
+        known = list(dict.fromkeys(name for figures in (*self.results.values(), self.chance) for name in figures))
+        for name in metrics or ():
+            if name not in known:
+                raise ValueError(f"metrics: expected some of {', '.join(known)}, got {name!r}")
+        longest = f"@{max(self.settings['k'])}"
+        columns = metrics or [name for name in known if "@" not in name or name.endswith(longest)]
+        rows = self.results | ({"chance": self.chance} if self.chance else {})
+
+        body = [["", *(name.removeprefix("catalogue_") for name in columns)]]
+        for label, figures in rows.items():
+            body.append([label, *(self._cell(label, figures, name) for name in columns)])
+        widths = [max(map(len, column)) for column in zip(*body, strict=True)]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in body]
+        return "\n".join([*_headings(columns, widths), *lines, "", self._caption()])
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Results, chance level and settings as JSON, written to a file where one is named."""
+        text = json.dumps({"results": self.results, "chance": self.chance, "settings": self.settings}, indent=2)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _cell(self, label: str, figures: Mapping[str, float], metric: str) -> str:
+        if metric not in figures:
+            return "– "
+        values = [other[metric] for other in self.results.values() if metric in other]
+        best = min(values) if metric in _LOWER_IS_BETTER else max(values)
+        # Covering the catalogue is no merit by itself: recommending at random does it best.
+        marked = label in self.results and figures[metric] == best and not metric.startswith("coverage")
+        return f"{figures[metric]:.4f}{'*' if marked else ' '}"
+
+    def _caption(self) -> str:
+        told = ", ".join(f"{name} {self.settings[name]}" for name in ("support", "query", "order", "seed"))
+        return f"{len(self.user_ids)} users, {int(self.query_sizes.sum())} ratings to predict; {told}"
+
+
+def _headings(columns: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """The line above the names of metrics that says what was ranked, if the catalogue was."""
+    first = next((i for i, name in enumerate(columns) if name.startswith(("catalogue", "coverage"))), None)
+    if first is None:
+        return []
+    ranked = next((i for i in range(first) if columns[i].startswith("ndcg")), first)
+    begin, middle = (sum(widths[: i + 1]) + 2 * (i + 1) for i in (ranked, first))
+    line = " " * begin + ("ranking the query set" if ranked < first else "")
+    return [line.ljust(middle) + "ranking the catalogue"]
