@@ -1,38 +1,57 @@
-"""Columns of text files. The plain reader defines the result; Polars, where it is installed and finds nothing unusual,
-gives the same one several times faster."""
+"""Columns of text files, a block of lines at a time, in little more memory than the columns themselves.
+
+A block in which every line has the same number of fields and nothing is quoted is taken apart by NumPy, without an
+object for each field. Any other block goes through the standard library, where what is wrong is found and named.
+"""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
-from itertools import islice
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from metarec_fast._ids import EncodedIds, encode_ids, sort_codes
 
-_ROWS = 1 << 16  # rows of text in memory at a time; each takes some 500 bytes
-_SAMPLE = 100  # rows from which to guess the kind of a column
+_BLOCK = 1 << 20  # bytes of text at a time, so that temporaries stay in the processor's cache
+_ROWS = 1 << 15  # rows of strings at a time
+_NEWLINE, _ZERO, _POINT = b"\n0."
 _INTEGER_CHARACTERS = frozenset("+-0123456789")
+
+Bytes = NDArray[np.uint8]
+Ints = NDArray[np.int64]
 
 
 class Field(NamedTuple):
-    """A wanted column of a text file."""
+    """A wanted column."""
 
     role: str  # user, item, rating or time
     position: int
     name: str  # in the header, or the position where there is none
 
 
-def locate(file: Path, wanted: dict[str, str | int | None], sep: str, header: bool) -> list[Field]:
+@dataclass(frozen=True)
+class Layout:
+    """Where the wanted columns of a file are."""
+
+    file: Path
+    sep: str
+    fields: list[Field]
+    width: int  # fields of a line
+    header_lines: int
+
+
+def find_columns(file: Path, wanted: dict[str, str | int | None], sep: str, header: bool) -> Layout:
     """Finds each wanted column, given by name or position, by the first line of the file."""
-    with _open(file) as text:
-        _, names = next(_rows(file, text, sep), (0, None))
-    if names is None:
+    with open(file, "rb") as stream:
+        line, names = next(_rows(file, _blocks(stream), 0, sep), (0, []))
+    if not names:
         raise ValueError(f"{file}: the file is empty, expected {'a header and ' if header else ''}one rating a line")
     fields = []
     for role, column in wanted.items():
@@ -49,131 +68,267 @@ def locate(file: Path, wanted: dict[str, str | int | None], sep: str, header: bo
         else:
             listed = ", ".join(repr(name) for name in names)
             raise ValueError(f"{role}: {file} has no column {column!r}; its columns are {listed}")
-        fields.append(Field(role, position, names[position] if header else str(position)))
-    return fields
+        fields.append(Field(role, position, repr(names[position]) if header else str(position)))
+    return Layout(file, sep, fields, len(names), line if header else 0)
 
 
-def read_plainly(file: Path, fields: list[Field], sep: str, header: bool) -> dict[str, Any]:
-    """The columns by role: ids int64 or encoded strings, ratings float32, times int64 or float64."""
+def read_columns(layout: Layout) -> dict[str, Any]:
+    """The columns by role: ids encoded, from integers or strings; ratings float32; times int64 or float64."""
     as_text: set[str] = set()
     while True:
-        columns = {field.role: _new_column(field.role, field.role in as_text) for field in fields}
+        columns = [(field, _new_column(field.role, field.role in as_text)) for field in layout.fields]
         try:
-            _fill(file, fields, columns, sep, header)
+            _fill(layout, columns)
         except _NotIntegers as found:
             as_text.add(found.args[0])  # once more from the start: 007 was read as 7
         else:
-            return {role: column.finish() for role, column in columns.items()}
+            return {field.role: column.finish() for field, column in columns}
 
 
-def read_with_polars(
-    polars: ModuleType, file: Path, fields: list[Field], sep: str, header: bool
-) -> dict[str, Any] | None:
-    """What `read_plainly` gives, or None where that has to decide: another layout, or something is broken."""
-    doubled = len(sep) == 2 and sep[0] == sep[1]  # a::b is a, nothing and b, separated by :
-    if len(sep) > 1 and not doubled:
-        return None
-    layout = {
-        "has_header": header,
-        "separator": sep[0],
-        "quote_char": None if doubled else '"',
-        "infer_schema_length": 1,
-    }
-    with _open(file) as text:
-        rows = [row for _, row in islice(_rows(file, text, sep), _SAMPLE)]
-    width = len(rows[0])
-    try:
-        names = polars.read_csv(file, n_rows=1, **layout).columns
-    except polars.exceptions.PolarsError:
-        return None
-    step = 2 if doubled else 1
-    if len(names) != step * (width - 1) + 1:
-        return None
-
-    # The last column makes Polars notice a row with too many fields; between a and b in a::b there must be nothing.
-    gaps = names[1::2] if doubled else []
-    others = dict.fromkeys([*gaps, names[-1]], polars.String)
-    column_of = {field.role: names[step * field.position] for field in fields}
-    if len(set(column_of.values())) < len(column_of):
-        return None  # one column in two roles
-    guess = {field.role: _guess(polars, field, rows[header:]) for field in fields}
-    text_only = {role: polars.Float64 if role == "rating" else polars.String for role in guess}
-    frame = None
-    for kinds in (guess, text_only):
-        schema = others | {column_of[role]: kind for role, kind in kinds.items()}
-        try:
-            frame = polars.read_csv(file, columns=list(schema), schema_overrides=schema, **layout)
-            break
-        except polars.exceptions.PolarsError:
-            continue
-    if frame is None or frame.height == 0 or any(frame[gap].null_count() < frame.height for gap in gaps):
-        return None
-    columns = {role: _from_polars(polars, role, frame[name]) for role, name in column_of.items()}
-    return None if any(column is None for column in columns.values()) else columns
-
-
-def encode_polars(polars: ModuleType, strings: Any) -> EncodedIds:
-    """Ids of a Polars column of strings without nulls; no Python object is made for each row."""
-    distinct = strings.unique().sort()
-    codes = strings.cast(polars.Enum(distinct)).to_physical().to_numpy().astype(np.int32)
-    return EncodedIds(codes, encode_ids("ids", distinct.to_list()).ids)
-
-
-def _open(file: Path) -> TextIO:
-    return open(file, encoding="utf-8-sig", newline="")
-
-
-def _rows(file: Path, text: TextIO, sep: str) -> Iterator[tuple[int, list[str]]]:
-    """The number of the line on which each row ends, and its fields; blank lines are left out."""
-    line = 0
-    try:
-        if len(sep) == 1:
-            reader = csv.reader(text, delimiter=sep, strict=True)
-            for row in reader:
-                line = reader.line_num
-                if row:
-                    yield line, row
-        else:
-            for line, string in enumerate(text, start=1):
-                if string.strip():
-                    yield line, string.rstrip("\r\n").split(sep)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: expected UTF-8 text, got other bytes not far after line {line}") from error
-    except csv.Error as error:
-        raise ValueError(f"{file}:{line + 1}: expected fields separated by {sep!r}: {error}") from error
-
-
-def _fill(file: Path, fields: list[Field], columns: dict[str, _Column], sep: str, header: bool) -> None:
-    needed = 1 + max(field.position for field in fields)
+def _fill(layout: Layout, columns: list[tuple[Field, _Column]]) -> None:
     num_rows = 0
-    with _open(file) as text:
-        rows = _rows(file, text, sep)
-        width = len(next(rows)[1]) if header else 0
-        while part := list(islice(rows, _ROWS)):
-            lines = [line for line, _ in part]
-            width = width or len(part[0][1])
-            sizes = [len(row) for _, row in part]
-            if min(sizes) < needed or max(sizes) > width:
-                where = next(i for i, size in enumerate(sizes) if size < needed or size > width)
-                raise ValueError(
-                    f"{file}:{lines[where]}: expected {width} fields separated by {sep!r}, got {sizes[where]}"
-                )
-            for field in fields:
-                values = [row[field.position] for _, row in part]
+    with open(layout.file, "rb") as stream:
+        for table in _tables(layout, stream):
+            num_rows += len(table)
+            for field, column in columns:
                 try:
-                    columns[field.role].add(values)
+                    column.add(table, field.position)
                 except _Broken as broken:
-                    where, expected = broken.args
+                    row, expected = broken.args
+                    value = table.strings(field.position)[row]
                     raise ValueError(
-                        f"{file}:{lines[where]}: expected {expected} in column {field.name}, got {values[where]!r}"
+                        f"{layout.file}:{table.line(row)}: expected {expected} in column {field.name}, got {value!r}"
                     ) from None
-            num_rows += len(part)
     if num_rows == 0:
-        raise ValueError(f"{file}: expected at least one row below the header, got none")
+        raise ValueError(f"{layout.file}: expected at least one row below the header, got none")
+
+
+# ---- from bytes to tables of fields ------------------------------------------------------------------------------
+
+
+def _tables(layout: Layout, stream: BinaryIO) -> Iterator[_Table]:
+    line = layout.header_lines  # lines before the block
+    blocks = _blocks(stream, layout.header_lines)
+    for block in blocks:
+        if len(layout.sep) == 1 and b'"' in block:  # a quoted field may go on beyond the block
+            yield from _string_tables(layout, chain([block], blocks), line)
+            return
+        grid = _split(layout, block, line)
+        if grid is None:
+            yield from _string_tables(layout, [block], line)
+        else:
+            yield grid
+        line += block.count(b"\n")
+
+
+def _blocks(stream: BinaryIO, skip_lines: int = 0) -> Iterator[bytes]:
+    """The file in pieces of whole lines, all of which end with \\n; the first lines left out."""
+    stream.seek(3 if stream.read(3) == b"\xef\xbb\xbf" else 0)  # a byte order mark
+    rest = b""
+    while True:
+        piece = stream.read(_BLOCK)
+        end = piece.rfind(b"\n") + 1
+        if piece and not end:
+            rest += piece
+            continue
+        block, rest = rest + piece[:end], piece[end:]
+        if not piece and block:
+            block += b"\n"
+        if b"\r" in block:
+            block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        while skip_lines and block:
+            block, skip_lines = block[block.find(b"\n") + 1 :], skip_lines - 1
+        if block:
+            yield block
+        if not piece:
+            return
+
+
+def _decode(file: Path, block: bytes, line: int) -> str:
+    try:
+        return block.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line += 1 + block.count(b"\n", 0, error.start)
+        raise ValueError(f"{file}:{line}: expected UTF-8 text, got the byte 0x{block[error.start]:02x}") from None
+
+
+def _rows(file: Path, blocks: Iterable[bytes], line: int, sep: str) -> Iterator[tuple[int, list[str]]]:
+    """The number of the line on which each row ends, and its fields; blank lines are left out."""
+
+    def lines() -> Iterator[str]:
+        before = line
+        for block in blocks:
+            yield from io.StringIO(_decode(file, block, before), newline="\n")
+            before += block.count(b"\n")
+
+    if len(sep) > 1:
+        for number, text in enumerate(lines(), start=line + 1):
+            if text != "\n":
+                yield number, text[:-1].split(sep)
+        return
+    reader = csv.reader(lines(), delimiter=sep, strict=True)
+    try:
+        for row in reader:
+            if row:
+                yield line + reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"{file}:{line + reader.line_num}: expected fields separated by {sep!r}: {error}") from None
+
+
+class _Table:
+    """Some rows of a file."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def line(self, row: int) -> int:
+        """Its number in the file, from 1."""
+        raise NotImplementedError
+
+    def strings(self, position: int) -> list[str]:
+        """The column at a position."""
+        raise NotImplementedError
+
+    def integers(self, position: int) -> Ints | None:
+        """The column as int64; None unless all are whole numbers in plain digits."""
+        values = self.strings(position)
+        if not _INTEGER_CHARACTERS.issuperset("".join(values)):
+            return None
+        try:
+            return np.fromiter(map(int, values), np.int64, len(values))
+        except (ValueError, OverflowError):
+            return None
+
+    def reals(self, position: int) -> NDArray[np.float64]:
+        """The column as float64, NaN where it is no number."""
+        values = self.strings(position)
+        return np.fromiter(map(_real, values), np.float64, len(values))
+
+
+class _StringTable(_Table):
+    def __init__(self, rows: list[tuple[int, list[str]]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def line(self, row: int) -> int:
+        return self.rows[row][0]
+
+    def strings(self, position: int) -> list[str]:
+        return [row[position] for _, row in self.rows]
+
+
+def _string_tables(layout: Layout, blocks: Iterable[bytes], line: int) -> Iterator[_Table]:
+    needed = 1 + max(field.position for field in layout.fields)
+    rows = _rows(layout.file, blocks, line, layout.sep)
+    while part := list(islice(rows, _ROWS)):
+        for number, row in part:
+            if not needed <= len(row) <= layout.width:
+                raise ValueError(
+                    f"{layout.file}:{number}: expected {layout.width} fields separated by {layout.sep!r}, "
+                    f"got {len(row)}"
+                )
+        yield _StringTable(part)
+
+
+class _Grid(_Table):
+    """A block whose lines all have the same number of fields: [rows, fields], as positions in the text."""
+
+    def __init__(self, block: bytes, begins: Ints, ends: Ints, sep: str, lines_before: int) -> None:
+        self.block, self.begins, self.ends = block, begins, ends
+        self.sep, self.lines_before = sep, lines_before
+        self.cells: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def line(self, row: int) -> int:
+        return self.lines_before + 1 + row
+
+    def strings(self, position: int) -> list[str]:
+        if self.cells is None:
+            self.cells = self.block.decode("utf-8").replace("\n", self.sep).split(self.sep)
+        return self.cells[position : self.ends.size : self.ends.shape[1]]
+
+    def integers(self, position: int) -> Ints | None:
+        numbers = self._decimals(position, points=0)
+        return super().integers(position) if numbers is None else numbers[0]
+
+    def reals(self, position: int) -> NDArray[np.float64]:
+        numbers = self._decimals(position, points=1)
+        if numbers is None:
+            return super().reals(position)
+        # Both are whole numbers that float64 holds, so that the quotient is rounded once, as in float().
+        return numbers[0] / 10.0 ** numbers[1]
+
+    def _decimals(self, position: int, points: int) -> tuple[Ints, Ints] | None:
+        """Digits with at most so many points in between: their value, and how many follow the point.
+
+        None where there is anything else: a sign, an exponent, nothing, more than 15 digits.
+        """
+        begin = self.begins[:, position]
+        length = self.ends[:, position] - begin
+        longest = int(length.max())
+        if int(length.min()) == 0 or longest > 15 + points:
+            return None
+        content = np.frombuffer(self.block, np.uint8)
+        value, decimals, num_digits, num_points = np.zeros((4, len(self)), np.int64)
+        for k in range(longest):
+            character = content.take(begin + k, mode="clip")
+            inside = k < length
+            digit = character - np.uint8(_ZERO)  # what is below "0" wraps around, to more than 9
+            is_digit = (digit <= 9) & inside
+            num_digits += is_digit
+            if points:
+                num_points += (character == _POINT) & inside
+                decimals += is_digit & (num_points > 0)
+            np.multiply(value, 10, out=value, where=is_digit)
+            np.add(value, digit, out=value, where=is_digit)
+        if num_digits.min() == 0 or num_points.max() > points or (num_digits + num_points != length).any():
+            return None
+        return value, decimals
+
+
+def _split(layout: Layout, block: bytes, lines_before: int) -> _Grid | None:
+    """The block as a grid, if its lines are all alike."""
+    sep = layout.sep.encode()
+    if len(sep) > 2 or (len(sep) == 2 and sep[:1] * 3 in block):  # in ::: it is not plain which two separate
+        return None
+    if not block.isascii():
+        _decode(layout.file, block, lines_before)
+    content = np.frombuffer(block, np.uint8)
+    is_end = content == sep[0]
+    if len(sep) == 2:
+        is_end[:-1] &= content[1:] == sep[1]
+        is_end[-1] = False
+    is_end |= content == _NEWLINE
+    all_ends = np.flatnonzero(is_end)
+    if len(all_ends) % layout.width:
+        return None
+    ends = all_ends.reshape(-1, layout.width)
+    is_newline = content[ends] == _NEWLINE
+    if not is_newline[:, -1].all() or is_newline[:, :-1].any():
+        return None
+    begins = np.empty_like(ends)
+    begins[:, 1:] = ends[:, :-1] + len(sep)
+    begins[0, 0] = 0
+    begins[1:, 0] = ends[:-1, -1] + 1
+    return _Grid(block, begins, ends, layout.sep, lines_before)
+
+
+def _real(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        return float("nan")
+
+
+# ---- from tables to columns --------------------------------------------------------------------------------------
 
 
 class _Broken(Exception):
-    """Arguments: the position of the first bad value among those added, and what was expected."""
+    """Arguments: the first bad row of a table, and what was expected."""
 
 
 class _NotIntegers(Exception):
@@ -187,22 +342,34 @@ class _Column:
         self.role = role
         self.parts: list[NDArray[Any]] = []
 
-    def add(self, values: list[str]) -> None:
+    def add(self, table: _Table, position: int) -> None:
         raise NotImplementedError
 
     def finish(self) -> Any:
-        joined = np.concatenate(self.parts)
-        self.parts = []
-        return joined
+        return self._joined()
+
+    def _joined(self) -> NDArray[Any]:
+        whole = np.empty(sum(map(len, self.parts)), np.result_type(*self.parts))
+        end = len(whole)
+        while self.parts:  # each part is freed once it is copied
+            part = self.parts.pop()
+            whole[end - len(part) : end] = part
+            end -= len(part)
+        return whole
 
 
 class _IntegerIds(_Column):
-    def add(self, values: list[str]) -> None:
-        _check_present(values)
-        numbers = _integers(values)
+    def add(self, table: _Table, position: int) -> None:
+        numbers = table.integers(position)
         if numbers is None:
+            _check_present(table.strings(position))
             raise _NotIntegers(self.role)
-        self.parts.append(numbers)
+        small = numbers.astype(np.int32)
+        self.parts.append(small if (small == numbers).all() else numbers)
+
+    def finish(self) -> EncodedIds:
+        codes, ids = encode_ids(self.role, self._joined())
+        return EncodedIds(codes, ids.astype(np.int64))
 
 
 class _TextIds(_Column):
@@ -210,29 +377,34 @@ class _TextIds(_Column):
         super().__init__(role)
         self.first_seen: dict[str, int] = {}
 
-    def add(self, values: list[str]) -> None:
+    def add(self, table: _Table, position: int) -> None:
+        values = table.strings(position)
         _check_present(values)
         codes = [self.first_seen.setdefault(value, len(self.first_seen)) for value in values]
         self.parts.append(np.array(codes, np.int32))
 
     def finish(self) -> EncodedIds:
-        return sort_codes(super().finish(), list(self.first_seen))
+        return sort_codes(self._joined(), list(self.first_seen))
 
 
-class _Numbers(_Column):
-    """float32, or, for times, int64 where all are whole and else float64."""
+class _Ratings(_Column):
+    def add(self, table: _Table, position: int) -> None:
+        with np.errstate(over="ignore"):  # beyond float32: becomes infinite, and is refused as such
+            self.parts.append(_finite(table.reals(position).astype(np.float32)))
 
-    def add(self, values: list[str]) -> None:
-        numbers = _integers(values) if self.role == "time" else None
-        self.parts.append(
-            _reals(values, np.float32 if self.role == "rating" else np.float64) if numbers is None else numbers
-        )
+
+class _Times(_Column):
+    """int64 where all are whole numbers, else float64."""
+
+    def add(self, table: _Table, position: int) -> None:
+        numbers = table.integers(position)
+        self.parts.append(_finite(table.reals(position)) if numbers is None else numbers)
 
 
 def _new_column(role: str, as_text: bool) -> _Column:
-    if role in ("rating", "time"):
-        return _Numbers(role)
-    return _TextIds(role) if as_text else _IntegerIds(role)
+    if role in ("user", "item"):
+        return _TextIds(role) if as_text else _IntegerIds(role)
+    return _Ratings(role) if role == "rating" else _Times(role)
 
 
 def _check_present(values: list[str]) -> None:
@@ -240,58 +412,8 @@ def _check_present(values: list[str]) -> None:
         raise _Broken(values.index(""), "an id")
 
 
-def _integers(values: Sequence[str]) -> NDArray[np.int64] | None:
-    """The values as integers; None unless all are whole numbers of 64 bits in plain digits."""
-    if not _INTEGER_CHARACTERS.issuperset("".join(values)):
-        return None
-    try:
-        return np.fromiter(map(int, values), np.int64, len(values))
-    except (ValueError, OverflowError):
-        return None
-
-
-def _reals(values: list[str], dtype: Any) -> NDArray[Any]:
-    try:
-        numbers = np.fromiter(map(float, values), np.float64, len(values))
-    except ValueError:
-        raise _Broken(next(i for i, value in enumerate(values) if not _is_real(value)), "a finite number") from None
-    with np.errstate(over="ignore"):
-        numbers = numbers.astype(dtype, copy=False)
+def _finite(numbers: NDArray[Any]) -> NDArray[Any]:
     finite = np.isfinite(numbers)
     if not finite.all():
         raise _Broken(int(np.argmin(finite)), "a finite number")
     return numbers
-
-
-def _is_real(value: str) -> bool:
-    try:
-        float(value)
-    except ValueError:
-        return False
-    return True
-
-
-def _guess(polars: ModuleType, field: Field, sample: list[list[str]]) -> Any:
-    if field.role == "rating":
-        return polars.Float64
-    whole = _integers([row[field.position] for row in sample if len(row) > field.position]) is not None
-    return polars.Int64 if whole else polars.Float64 if field.role == "time" else polars.String
-
-
-def _from_polars(polars: ModuleType, role: str, column: Any) -> Any:
-    """A column as `read_plainly` would give it; None where a value is missing or not finite."""
-    if column.dtype == polars.String:
-        if column.null_count() or (column == "").any():
-            return None
-        numbers = column.cast(polars.Int64, strict=False)
-        whole = column.str.contains(r"^[+-]?[0-9]+$").all() and numbers.null_count() == 0
-        if not whole and role != "time":
-            return encode_polars(polars, column)
-        column = numbers if whole else column.cast(polars.Float64, strict=False)
-    if column.null_count():
-        return None
-    values = column.to_numpy()
-    if role == "rating":
-        with np.errstate(over="ignore"):
-            values = values.astype(np.float32)
-    return values if np.isfinite(values).all() else None

@@ -105,8 +105,7 @@ class Interactions:
         """A log from a text file with one interaction a line (UTF-8).
 
         Ids become integers (int64) if all of a column are whole numbers, else they stay strings. Blank lines are
-        skipped. Polars reads the file if it is installed (`pip install 'metarec-fast[data]'`), several times faster;
-        the result is the same without.
+        skipped. It takes little more memory than the columns themselves.
 
         Args:
             path: The file.

@@ -40,7 +40,7 @@ class Learner(nn.Module):
         rating_range: Lowest and highest target seen by `fit`, to which `evaluate` clips predictions.
     """
 
-    default_outer_lr = 3e-3
+    default_outer_lr = 1e-2
 
     fit = training.fit
     adapt = serving.adapt

@@ -64,7 +64,7 @@ class MAMLR(Learner):
         outer_loss: OuterLoss | None = None,
         warm_start: bool = True,
         learn_rates: bool = True,
-        momentum: float = 0.3,
+        momentum: float = 0.4,
         pull: bool = True,
         weigh_items: bool = True,
         extra_count: float = 5.0,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from metarec_fast.data import Interactions
 
 _TABLE_SCALE = 0.1  # standard deviation of a new item vector's length
-_DAMPING = 5.0  # an item's bias starts as if it had this many more ratings, average ones
+_DAMPING = 3.0  # an item's bias starts as if it had this many more ratings, average ones
 
 
 class DotRecommender(nn.Module):

@@ -9,7 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from metarec_fast import _csv
+from metarec_fast._ids import EncodedIds, encode_ids
 
 
 class Columns(NamedTuple):
@@ -68,11 +71,8 @@ def csv_columns(
     if not isinstance(sep, str) or not sep or (not sep.isprintable() and sep != "\t"):
         raise ValueError(f"sep: expected one or more printable characters or a tabulator, got {sep!r}")
     file = _existing_file(path)
-    fields = _csv.locate(file, {"user": user, "item": item, "rating": rating, "time": time}, sep, header)
-    polars = _polars()
-    columns = None if polars is None else _csv.read_with_polars(polars, file, fields, sep, header)
-    if columns is None:
-        columns = _csv.read_plainly(file, fields, sep, header)
+    layout = _csv.find_columns(file, {"user": user, "item": item, "rating": rating, "time": time}, sep, header)
+    columns = _csv.read_columns(layout)
     return Columns(columns["user"], columns["item"], columns.get("rating"), columns.get("time"))
 
 
@@ -133,7 +133,9 @@ def _ids_of_series(name: str, column: Any) -> Any:
         return column
     if column.null_count():
         raise ValueError(f"{name}: an id is missing, got None at row {column.is_null().arg_max()}")
-    return _csv.encode_polars(polars, column)
+    distinct = column.unique().sort()
+    codes = column.cast(polars.Enum(distinct)).to_physical().to_numpy().astype(np.int32)
+    return EncodedIds(codes, encode_ids(name, distinct.to_list()).ids)
 
 
 def _titles_from_csv(file: Path) -> dict[Any, str] | None:

@@ -310,7 +310,9 @@ def _check_arguments(
 
 def _fingerprint(log: Interactions) -> str:
     parts = (log.offsets, log.items, log.ratings)
-    return f"{len(log)} ratings of {log.num_users} users, " + "-".join(f"{zlib.crc32(part.tobytes()):08x}" for part in parts)
+    return f"{len(log)} ratings of {log.num_users} users, " + "-".join(
+        f"{zlib.crc32(part.tobytes()):08x}" for part in parts
+    )
 
 
 def _summary_writer(directory: str | os.PathLike[str]) -> Any:

@@ -18,7 +18,7 @@ def test_the_start_is_the_mean_rating_and_damped_item_biases():
     model = DotRecommender(3, 4)
     model.initialize(small_log([4.0, 5.0, 4.0, 1.0]))
     assert float(model.offset.detach()) == pytest.approx(3.5)
-    expected = [(0.5 + 1.5 + 0.5) / (3 + 5), -2.5 / (1 + 5), 0.0]
+    expected = [(0.5 + 1.5 + 0.5) / (3 + 3), -2.5 / (1 + 3), 0.0]
     torch.testing.assert_close(model.item_bias.weight.detach().squeeze(1), torch.tensor(expected))
     assert bool(model.initialized)
 
@@ -28,7 +28,7 @@ def test_the_logistic_start_is_log_odds():
     model.initialize(small_log([1.0, 0.0, 1.0, 1.0]))
     mean = 0.75
     assert float(model.offset.detach()) == pytest.approx(np.log(mean / (1 - mean)))
-    share = (2 + 5 * mean) / (3 + 5)
+    share = (2 + 3 * mean) / (3 + 3)
     start = model.offset + model.item_bias.weight[0, 0]
     assert float(start.detach()) == pytest.approx(np.log(share / (1 - share)), rel=1e-5)
 
