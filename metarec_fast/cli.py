@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = command("evaluate", _evaluate, "Judges a saved learner on ratings of users that it has not seen.")
     add(evaluate, *columns, "--learner", "--support", "--seed")
+    evaluate.add_argument("--train", default=None, help="ratings to fit the baselines on, same columns; none without")
 
     recommend = command("recommend", _recommend, "Recommends to somebody new, from a few ratings.")
     add(recommend, "--learner")
@@ -81,10 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _read(options: argparse.Namespace) -> mf.Interactions:
-    path = Path(options.ratings)
+def _read(options: argparse.Namespace, role: str = "ratings") -> mf.Interactions:
+    path = Path(getattr(options, role))
     if not path.exists():
-        raise FileNotFoundError(f"--ratings: there is no {path}")
+        raise FileNotFoundError(f"--{role}: there is no {path}")
     columns = {"user": options.user, "item": options.item, "rating": options.rating, "time": options.time}
     if path.suffix == ".parquet":
         return mf.Interactions.from_parquet(path, **columns)
@@ -121,7 +122,8 @@ def _train(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     learner = mf.load(options.learner)
-    print(mf.evaluate(learner, _read(options), support=options.support, seed=options.seed))
+    train = None if options.train is None else _read(options, "train")
+    print(mf.evaluate(learner, _read(options), support=options.support, seed=options.seed, baselines=train))
 
 
 def _recommend(options: argparse.Namespace) -> None:

@@ -21,11 +21,7 @@ from metarec_fast.reptile import Reptile
 from metarec_fast.sampler import Size
 
 ALGORITHMS: dict[str, Callable[[DotRecommender], Learner]] = {
-    "maml": MAML,
-    "fomaml": FOMAML,
-    "reptile": Reptile,
-    "meta-sgd": MetaSGD,
-    "maml-r": MAMLR,
+    learner.name: learner for learner in (MAML, FOMAML, Reptile, MetaSGD, MAMLR)
 }
 
 

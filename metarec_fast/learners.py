@@ -34,12 +34,14 @@ class Learner(nn.Module):
     A subclass says in `inner_loop` how a task adapts, and in `weigh` how much a support entry counts.
 
     Attributes:
+        name: What tables call the algorithm.
         model: The meta-parameters that all users share.
         hyperparameters: The constructor's arguments, the model apart.
         item_ids: Original ids of the model's items, [N]; `fit` sets them, or assign `log.item_ids`.
         rating_range: Lowest and highest target seen by `fit`, to which `evaluate` clips predictions.
     """
 
+    name: str
     default_outer_lr = 1e-2
 
     fit = training.fit
@@ -236,6 +238,8 @@ class MAML(Learner):
         ValueError, TypeError: An argument does not fit; the message names it.
     """
 
+    name = "maml"
+
     def __init__(
         self,
         model: DotRecommender,
@@ -255,6 +259,8 @@ class MAML(Learner):
 
 class FOMAML(MAML):
     """First-order MAML (Finn et al. 2017, section 5.2): the inner gradient counts as constant. MAML's arguments."""
+
+    name = "fomaml"
 
     def __init__(
         self,
@@ -277,6 +283,8 @@ class MetaSGD(Learner):
     Args:
         inner_lr: Where all step sizes start. The other arguments are those of `MAML`.
     """
+
+    name = "meta-sgd"
 
     def __init__(
         self,

@@ -51,6 +51,7 @@ class MAMLR(Learner):
         ValueError, TypeError: An argument does not fit; the message names it.
     """
 
+    name = "maml-r"
     default_outer_lr = 2e-4  # of the items; other parameters in proportion
 
     def __init__(

@@ -33,6 +33,7 @@ class Reptile(Learner):
         ValueError, TypeError: An argument does not fit; the message names it.
     """
 
+    name = "reptile"
     default_outer_lr = 0.5  # ε
 
     def __init__(

@@ -29,8 +29,10 @@ def test_prepare_train_evaluate_and_recommend(ratings, tmp_path, capsys):
     assert {"maml-r", "bias", "fold-in", "random", "popularity"} <= set(report["results"])
     assert report["seeds"]["bias"]["rmse"] == [report["results"]["bias"]["rmse"]]
     learner = str(out / "learner")
-    assert cli.main(["evaluate", "--learner", learner, "--ratings", ratings]) == 0
-    capsys.readouterr()
+    assert cli.main(["evaluate", "--learner", learner, "--ratings", ratings, "--train", ratings]) == 0
+    table = capsys.readouterr().out
+    assert "maml-r" in table
+    assert "fold-in" in table
     assert cli.main(["recommend", "--learner", learner, "--rated", "i1:5,i2:1", "--k", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
