@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from metarec_fast.baselines import fit_baselines
 from metarec_fast.data import UserSplit
 from metarec_fast.evaluation import evaluate
@@ -44,7 +46,9 @@ def train(
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm: expected one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
-    learner = ALGORITHMS[algorithm](DotRecommender(split.train.num_items, dim))
+    with torch.random.fork_rng(devices=[]):  # the start of the item vectors depends on the seed alone
+        torch.manual_seed(seed)
+        learner = ALGORITHMS[algorithm](DotRecommender(split.train.num_items, dim))
     valid = split.valid if split.valid.num_users else None
     history = learner.fit(
         split.train, valid, support=support, epochs=epochs, seed=seed, progress=progress, checkpoint=checkpoint,
