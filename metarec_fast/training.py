@@ -175,11 +175,16 @@ class _Training:
         for batch in self.train:
             loss = self.outer_step(batch)
             total, count = total + loss * batch.num_tasks, count + batch.num_tasks
-            valid = self.history.epochs[-1].valid
-            shown = {"loss": total / count} if valid is None else {"loss": total / count, self.history.metric: valid}
-            bar.set_postfix({name: f"{figure:.4f}" for name, figure in shown.items()}, refresh=False)
+            self._show(bar, total / count)
             bar.update()
         self.judge(total / max(count, 1), since)
+        self._show(bar, total / max(count, 1))
+
+    def _show(self, bar: Any, loss: float) -> None:
+        """Training loss and latest validation figure behind the bar."""
+        valid = self.history.epochs[-1].valid
+        shown = {"loss": loss} if valid is None else {"loss": loss, self.history.metric: valid}
+        bar.set_postfix({name: f"{figure:.4f}" for name, figure in shown.items()}, refresh=False)
 
     def outer_step(self, batch: Any) -> float:
         factor = _rate_factor(self.step, self.total_steps)
