@@ -38,6 +38,8 @@ Adapted run_forward(const Inputs& inputs, const RaggedItems& query, const LoopAr
       for (int64_t t = first; t < last; ++t) {
         arena.reset();
         const Task<scalar_t> task = reader.read(t, arena);
+        reader.prefetch(t + 1, last, reader.support_items, reader.support_offsets);
+        reader.prefetch(t + 1, last, query_items, query_offsets);
         const scalar_t* fast = solver.forward(task, arena, /*backward=*/false);
         std::copy(fast, fast + layout.dim, user + t * layout.dim);
         bias[t] = fast[layout.width];
@@ -144,6 +146,8 @@ GradientTuple adapt_and_score_backward_cpu(
       for (int64_t t = first; t < last; ++t) {
         arena.reset();
         const Task<scalar_t> task = reader.read(t, arena);
+        reader.prefetch(t + 1, last, reader.support_items, reader.support_offsets);
+        reader.prefetch(t + 1, last, items, offsets);
         const scalar_t* fast = solver.forward(task, arena, /*backward=*/true);
         scalar_t* grad_fast = arena.take(layout.stride);
         pack(from_user + t * layout.dim, from_bias[t], layout, grad_fast);

@@ -105,6 +105,8 @@ MetaStepTuple meta_step_cpu(const Tensor& user_init, const Tensor& user_bias_ini
       for (int64_t t = first; t < last; ++t) {
         arena.reset();
         const Task<scalar_t> task = reader.read(t, arena);
+        reader.prefetch(t + 1, last, reader.support_items, reader.support_offsets);
+        reader.prefetch(t + 1, last, items, offsets);
         const bool whole_path = step_weight != nullptr;
         const scalar_t* fast = solver.forward(task, arena, wanted.any(), whole_path);
 

@@ -65,6 +65,19 @@ class TaskReader {
     gather(items, count, item_table_, item_bias_, offset_, layout, rows, base);
   }
 
+  // Asks for the rows of task `t`, while the one before it is computed: they lie all over the
+  // table.
+  ALWAYS_INLINE void prefetch(int64_t t, int64_t last, const int64_t* items,
+                              const int64_t* offsets) const {
+    if (t >= last) return;
+    constexpr int64_t kLine = 64 / sizeof(scalar_t);  // numbers in a cache line
+    for (int64_t i = offsets[t]; i < offsets[t + 1]; ++i) {
+      const scalar_t* row = item_table_ + items[i] * layout.dim;
+      for (int64_t d = 0; d < layout.dim; d += kLine) __builtin_prefetch(row + d);
+      __builtin_prefetch(item_bias_ + items[i]);
+    }
+  }
+
   const Layout<scalar_t> layout;
   const InnerLoop<scalar_t> loop;
   const int64_t* const support_items;
