@@ -57,7 +57,7 @@ def as_column(name: str, values: Any) -> NDArray[Any] | Sequence[Any]:
 def faithful_array(values: Sequence[Any]) -> NDArray[Any]:
     """An array whose elements equal the values: of numbers or strings where that loses nothing, else of objects."""
     kinds = {type(value) for value in values}
-    if len(kinds) == 1 and issubclass(next(iter(kinds)), (bool, int, float, str, bytes)):
+    if len(kinds) == 1 and issubclass(next(iter(kinds)), (bool, int, float, str, bytes, np.number)):
         array = np.array(values)
         if array.tolist() == list(values):
             return array
@@ -65,6 +65,11 @@ def faithful_array(values: Sequence[Any]) -> NDArray[Any]:
     for position, value in enumerate(values):
         array[position] = value
     return array
+
+
+def plain(value: Any) -> Any:
+    """A value as Python writes it, for messages: 7 rather than np.int64(7)."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def find_ids(catalogue: NDArray[Any], ids: Any) -> NDArray[np.int64]:
@@ -128,15 +133,22 @@ def _encode_hashables(name: str, column: NDArray[Any] | Sequence[Any]) -> Encode
         part = column[rows]
         values = part.tolist() if isinstance(part, np.ndarray) else part
         try:
-            codes[rows] = [first_seen.setdefault(value, len(first_seen)) for value in values]
+            codes[rows] = number_in_turn(first_seen, values)
         except TypeError:
             _raise_unhashable(name, values, rows.start)
             raise
     if any(_is_missing(value) for value in first_seen):
         row = next(row for row, value in enumerate(column) if _is_missing(value))
-        raise ValueError(f"{name}: an id is missing, got {column[row]!r} at row {row}")
+        raise ValueError(f"{name}: an id is missing, got {plain(column[row])!r} at row {row}")
 
     return sort_codes(codes, list(first_seen))
+
+
+def number_in_turn(first_seen: dict[Any, int], values: Sequence[Any]) -> NDArray[np.int32]:
+    """The number of each value in `first_seen`, where new values get the next numbers."""
+    for value in dict.fromkeys(values):
+        first_seen.setdefault(value, len(first_seen))
+    return np.fromiter(map(first_seen.__getitem__, values), np.int32, len(values))
 
 
 def sort_codes(codes: NDArray[np.int32], values: list[Any]) -> EncodedIds:

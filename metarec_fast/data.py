@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metarec_fast import _random, readers
-from metarec_fast._ids import CHUNK, EncodedIds, as_column, encode_ids, find_ids
+from metarec_fast._columns import as_int, as_ratings, as_times
+from metarec_fast._grouping import group_by_user, offsets_of
+from metarec_fast._ids import encode_ids, find_ids, plain
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -58,8 +60,8 @@ class Interactions:
         user, item = encode_ids("users", users), encode_ids("items", items)
         del users, items
         n = len(user.codes)
-        stars = np.ones(n, np.float32) if ratings is None else _ratings(ratings)
-        when = None if times is None else _times(times)
+        stars = np.ones(n, np.float32) if ratings is None else as_ratings(ratings)
+        when = None if times is None else as_times(times)
         for name, length in (
             ("items", len(item.codes)),
             ("ratings", len(stars)),
@@ -67,7 +69,8 @@ class Interactions:
         ):
             if length != n:
                 raise ValueError(f"{name}: expected {n} rows, like users, got {length}")
-        return _group_by_user(user, item, stars, when)
+        rows = group_by_user(user, item, stars, when)
+        return cls(*rows, user.ids, item.ids, num_duplicates=n - len(rows.items))
 
     @classmethod
     def from_frame(
@@ -207,7 +210,7 @@ class Interactions:
             raise ValueError("indices: a user comes twice")
 
         sizes = self.sizes()[users]
-        offsets = _offsets(sizes)
+        offsets = offsets_of(sizes)
         rows = np.arange(offsets[-1]) + np.repeat(self.offsets[users] - offsets[:-1], sizes)
         return Interactions(
             offsets, self.items[rows], self.ratings[rows], None if self.times is None else self.times[rows],
@@ -228,7 +231,7 @@ class Interactions:
         catalogue = encode_ids("item_ids", item_ids)
         if len(catalogue.ids) != len(catalogue.codes):
             twice = catalogue.ids[int(np.argmax(np.bincount(catalogue.codes)))]
-            raise ValueError(f"item_ids: each id must come once, got {twice!r} again")
+            raise ValueError(f"item_ids: each id must come once, got {plain(twice)!r} again")
         original = catalogue.ids[catalogue.codes]
 
         items = find_ids(original, self.item_ids).astype(np.int32)[self.items]
@@ -308,17 +311,6 @@ def load_movielens_small() -> Interactions:
     return replace(Interactions.from_arrays(*columns), item_titles=titles)
 
 
-def as_int(name: str, value: Any) -> int:
-    """The value of an argument that must be a whole number.
-
-    Raises:
-        TypeError: It is of another type.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
-    return int(value)
-
-
 def _num_users(name: str, share: Any, num_users: int) -> int:
     if isinstance(share, (float, np.floating)):
         if not 0 <= share < 1:
@@ -328,111 +320,6 @@ def _num_users(name: str, share: Any, num_users: int) -> int:
     if count < 0:
         raise ValueError(f"{name}: a number of users must be ≥ 0, got {count}")
     return count
-
-
-def _offsets(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    offsets = np.zeros(len(sizes) + 1, np.int64)
-    np.cumsum(sizes, out=offsets[1:])
-    return offsets
-
-
-def _numbers(name: str, values: Any) -> NDArray[Any]:
-    array = np.asarray(as_column(name, values))
-    if array.dtype.kind == "O" and len(array) and all(isinstance(value, (int, float, type(None))) for value in array):
-        array = array.astype(np.float64)  # numbers and None
-    if array.dtype.kind not in "biufM" and len(array):
-        raise TypeError(f"{name}: expected numbers, got {array.dtype} such as {array[0]!r}")
-    if array.ndim != 1:
-        raise ValueError(f"{name}: expected one dimension, got shape {array.shape}")
-    return array
-
-
-def _ratings(values: Any) -> NDArray[np.float32]:
-    given = _numbers("ratings", values)
-    if given.dtype.kind == "M":
-        raise TypeError("ratings: expected numbers, got datetimes")
-    with np.errstate(over="ignore"):  # beyond float32: becomes infinite, and is refused as such
-        ratings: NDArray[np.float32] = given.astype(np.float32, copy=False)
-    _check_finite("ratings", ratings, given)
-    return ratings
-
-
-def _times(values: Any) -> NDArray[Any]:
-    given = _numbers("times", values)
-    if given.dtype.kind == "M":
-        missing = np.flatnonzero(np.isnat(given))
-        if missing.size:
-            raise ValueError(f"times: a time is missing at row {missing[0]}")
-        return given.astype("datetime64[us]").astype(np.int64)
-    if given.dtype.kind in "biu":
-        return given.astype(np.int64, copy=False)
-    times = given.astype(np.float64, copy=False)
-    _check_finite("times", times, given)
-    return times
-
-
-def _check_finite(name: str, values: NDArray[Any], given: NDArray[Any]) -> None:
-    finite = np.isfinite(values)
-    if not finite.all():
-        row = int(np.argmin(finite))
-        raise ValueError(f"{name}: must be finite, got {given[row]} at row {row}")
-
-
-def _group_by_user(
-    user: EncodedIds, item: EncodedIds, ratings: NDArray[np.float32], times: NDArray[Any] | None
-) -> Interactions:
-    """Rows of a user together, oldest first, the last of equal items kept; a block of users at a time."""
-    n, num_items = len(ratings), len(item.ids)
-    sizes = np.bincount(user.codes, minlength=len(user.ids))
-    bounds = _offsets(sizes)
-    out_items, out_ratings = np.empty(n, np.int32), np.empty(n, np.float32)
-    out_times = None if times is None else np.empty(n, times.dtype)
-
-    # A sixteenth of the rows at a time: little memory for temporaries, few passes over the rows.
-    block = max(CHUNK, n // 16)
-    first, end = 0, 0  # of users, and of rows written
-    while first < len(user.ids):
-        last = max(first + 1, int(np.searchsorted(bounds, bounds[first] + block, side="right")) - 1)
-        rows = _rows_of(user.codes, first, last)
-        if times is not None:
-            rows = rows[np.lexsort((times[rows], user.codes[rows]))]
-        elif last - first > 1:
-            rows = rows[np.argsort(user.codes[rows], kind="stable")]
-        key = user.codes[rows].astype(np.int64) * num_items + item.codes[rows]
-        replaced = _replaced(key)
-        if replaced is not None:
-            sizes -= np.bincount(user.codes[rows[replaced]], minlength=len(sizes))
-            rows = rows[~replaced]
-        begin, end = end, end + len(rows)
-        out_items[begin:end] = item.codes[rows]
-        out_ratings[begin:end] = ratings[rows]
-        if out_times is not None and times is not None:
-            out_times[begin:end] = times[rows]
-        first = last
-
-    if end < n:
-        out_items, out_ratings = out_items[:end].copy(), out_ratings[:end].copy()
-        out_times = None if out_times is None else out_times[:end].copy()
-    return Interactions(_offsets(sizes), out_items, out_ratings, out_times, user.ids, item.ids, num_duplicates=n - end)
-
-
-def _rows_of(codes: NDArray[np.int32], first: int, last: int) -> NDArray[np.int64]:
-    """The rows whose code is in [first, last), ascending."""
-    inside = codes >= first
-    inside &= codes < last
-    return np.flatnonzero(inside)
-
-
-def _replaced(key: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-    """Which rows an equal key follows; None if there is no such row."""
-    ordered = np.sort(key)
-    if not (ordered[1:] == ordered[:-1]).any():
-        return None
-    order = np.argsort(key, kind="stable")
-    ordered = key[order]
-    replaced = np.zeros(len(key), bool)
-    replaced[order[:-1][ordered[1:] == ordered[:-1]]] = True
-    return replaced
 
 
 def _check(log: Interactions) -> None:

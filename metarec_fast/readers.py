@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metarec_fast import _csv
+from metarec_fast._csv import read_columns
 from metarec_fast._ids import EncodedIds, encode_ids
+from metarec_fast._text_tables import find_columns
 
 
 class Columns(NamedTuple):
@@ -71,8 +72,8 @@ def csv_columns(
     if not isinstance(sep, str) or not sep or (not sep.isprintable() and sep != "\t"):
         raise ValueError(f"sep: expected one or more printable characters or a tabulator, got {sep!r}")
     file = _existing_file(path)
-    layout = _csv.find_columns(file, {"user": user, "item": item, "rating": rating, "time": time}, sep, header)
-    columns = _csv.read_columns(layout)
+    layout = find_columns(file, {"user": user, "item": item, "rating": rating, "time": time}, sep, header)
+    columns = read_columns(layout)
     return Columns(columns["user"], columns["item"], columns.get("rating"), columns.get("time"))
 
 
@@ -128,8 +129,8 @@ def _listed(names: Iterable[object]) -> str:
 
 def _ids_of_series(name: str, column: Any) -> Any:
     """The ids of a Polars column of strings are encoded there; any other column is left as it is."""
-    polars = _polars()
-    if polars is None or not isinstance(column, polars.Series) or column.dtype != polars.String:
+    polars = _polars() if type(column).__module__.startswith("polars") else None
+    if polars is None or column.dtype != polars.String:
         return column
     if column.null_count():
         raise ValueError(f"{name}: an id is missing, got None at row {column.is_null().arg_max()}")

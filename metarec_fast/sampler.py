@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metarec_fast import _numpy_sampler, _random
+from metarec_fast._columns import as_int
+from metarec_fast._ids import plain
 from metarec_fast._numpy_sampler import REST, SampledEntries
-from metarec_fast.data import Interactions, as_int
+from metarec_fast.data import Interactions
 from metarec_fast.tasks import Entries, TaskBatch
 
 try:
@@ -169,7 +171,7 @@ class TaskSampler:
                 f"batch_size: {self.num_tasks} users do not fill a batch of {self.batch_size}, and drop_last is set"
             )
         if self.negatives and int(sizes.max()) >= self.log.num_items:
-            (user,) = self.log.user_ids[[int(sizes.argmax())]].tolist()
+            user = plain(self.log.user_ids[int(sizes.argmax())])
             raise ValueError(
                 f"negatives: user {user!r} has rated all {self.log.num_items} items, so that none is left to draw"
             )
