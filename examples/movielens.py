@@ -6,19 +6,27 @@ import argparse
 import time
 from pathlib import Path
 
-import numpy as np
+import torch
 
 import metarec_fast as mf
 from metarec_fast import comparison
 
+KNOWN = 10  # ratings known of a user who is judged
+
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the results (runs/demo)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many splits (3)")
-    parser.add_argument("--epochs", type=int, default=30, help="at most this many (30)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the results")
+    parser.add_argument("--seeds", type=int, default=3, help="how many splits into users to train and to judge on")
+    parser.add_argument("--epochs", type=int, default=30, help="at most this many passes over the users")
+    # Batches are so small here that a second thread gains little, and costs much where cores are shared.
+    parser.add_argument("--threads", type=int, default=1, help="threads; results are the same for any number")
+    parser.add_argument("--quick", action="store_true", help="one split and two epochs, for a first look")
     options = parser.parse_args(arguments)
+    if options.quick:
+        options.seeds, options.epochs = 1, 2
     options.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(options.threads)
     begin = time.perf_counter()
 
     log = mf.load_movielens_small()
@@ -29,34 +37,35 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"\nsplit {seed}: {split.train.num_users} users to learn from, {split.test.num_users} to be judged on")
         runs = {name: comparison.train(name, split, epochs=options.epochs, seed=seed) for name in comparison.ALGORITHMS}
         learners = {name: learner for name, (learner, _) in runs.items()}
-        reports.append(comparison.judge(learners, split, seed=seed))
+        reports.append(comparison.judge(learners, split, support=KNOWN, seed=seed))
         if seed == 0:
-            comparison.plot_learning_curves(
-                {name: history for name, (_, history) in runs.items()}, options.out / "learning_curves.png"
-            )
+            histories = {name: history for name, (_, history) in runs.items()}
+            comparison.plot_learning_curves(histories, options.out / "learning_curves.png")
             learners["maml-r"].save(options.out / "checkpoint")
-            newcomer = split.test
+            newcomers = split.test
 
     results = comparison.write_json(options.out / "report.json", reports)
     comparison.plot_comparison(results, options.out / "comparison.png")
-    print(f"\nTest users, 10 ratings known, the others predicted; mean of {options.seeds} splits\n")
+    splits = "one split" if options.seeds == 1 else f"mean of {options.seeds} splits"
+    print(f"\nTest users, {KNOWN} ratings known, the others predicted; {splits}\n")
     print(comparison.format_table(results))
-    recommend(mf.load(options.out / "checkpoint"), newcomer)
+    recommend(mf.load(options.out / "checkpoint"), newcomers)
     print(f"\n{options.out}: report.json, learning_curves.png, comparison.png, checkpoint")
     print(f"{time.perf_counter() - begin:.0f} seconds")
 
 
-def recommend(learner: mf.Learner, test: mf.Interactions) -> None:
-    """Ten titles for the first test user, who was not in training, from ten of his or her ratings."""
-    titles = test.item_titles or {}
-    rows = np.arange(test.offsets[0], test.offsets[1])[:10]
-    known, ratings = test.item_ids[test.items[rows]], test.ratings[rows]
-    print(f"\nUser {test.user_ids[0]} was not in training and has rated")
-    for item, rating in sorted(zip(known, ratings, strict=True), key=lambda pair: -pair[1]):
-        print(f"  {rating:3.1f}  {titles.get(item, item)}")
-    print("and may like")
-    for item, score in zip(*learner.adapt(known, ratings).recommend(k=10), strict=True):
-        print(f"  {score:4.2f}  {titles.get(item, item)}")
+def recommend(learner: mf.Learner, newcomers: mf.Interactions) -> None:
+    """Ten titles for the first of the users, who were not in training, from the earliest of his or her ratings."""
+    titles = newcomers.item_titles or {}
+    rows = newcomers.rows(0)
+    items = newcomers.item_ids[newcomers.items[rows]][:KNOWN]
+    ratings = newcomers.ratings[rows][:KNOWN]
+    print(f"\nUser {newcomers.user_ids[0]} was not in training and has rated, best first")
+    for item, rating in sorted(zip(items, ratings, strict=True), key=lambda pair: -pair[1]):
+        print(f"  {rating:.1f}   {titles.get(item, item)}")
+    print("and may like (predicted ratings)")
+    for item, score in zip(*learner.adapt(items, ratings).recommend(k=10), strict=True):
+        print(f"  {score:.2f}  {titles.get(item, item)}")
 
 
 if __name__ == "__main__":
