@@ -1,166 +1,275 @@
-"""The command `metarec-fast`: prepare, train, evaluate, recommend, doctor."""
+"""The command `metarec-fast`: prepare, train, evaluate, recommend, bench, doctor."""
 
 from __future__ import annotations
 
 import argparse
-import platform
-import shutil
+import csv
+import importlib.util
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import metarec_fast as mf
-from metarec_fast import _library, comparison
+from metarec_fast import comparison
+from metarec_fast.doctor import diagnose
+from metarec_fast.prepared import SUFFIX, read_prepared, write_prepared
+
+BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "run.py"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 1 where `doctor` finds the fast path missing, 2 for bad input."""
     options = _parser().parse_args(arguments)
-    try:
-        return int(options.run(options) or 0)
-    except (ValueError, TypeError, KeyError, IndexError, ImportError, OSError) as error:
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"metarec-fast: {text}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("metarec-fast: interrupted", file=sys.stderr)
-        return 130
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_: print(f"metarec-fast: {message}", file=sys.stderr)
+        try:
+            return int(options.run(options) or 0)
+        except (ValueError, TypeError, KeyError, IndexError, ImportError, OSError) as error:
+            text = error.args[0] if isinstance(error, KeyError) and error.args else error
+            print(f"metarec-fast: {text}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("metarec-fast: interrupted", file=sys.stderr)
+            return 130
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not that there is none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="metarec-fast", description=mf.__doc__)
-    parser.add_argument("--version", action="version", version=mf.__version__)
+    parser = argparse.ArgumentParser(prog="metarec-fast", description=mf.__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"metarec-fast {mf.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, description: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], description: str) -> Any:
         added = commands.add_parser(
-            name, help=description, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+            name, help=description, description=description, formatter_class=_Help, allow_abbrev=False
         )
         added.set_defaults(run=run)
-        return added
+        return added.add_argument
 
-    def add(to: argparse.ArgumentParser, *names: str) -> None:
-        known: dict[str, dict[str, Any]] = {
-            "--ratings": {"default": "ratings.csv", "help": "CSV, Parquet, or a MovieLens file or folder"},
-            "--user": {"default": "user", "help": "column of the users, for CSV and Parquet"},
-            "--item": {"default": "item", "help": "column of the items"},
-            "--rating": {"default": "rating", "help": "column of the ratings"},
-            "--time": {"default": None, "help": "column of the times, if there is one"},
-            "--learner": {"type": Path, "default": Path("runs/train/learner"), "help": "folder of a saved learner"},
-            "--support": {"type": int, "default": 10, "help": "ratings known of a user who is judged"},
-            "--seed": {"type": int, "default": 0, "help": "of everything random"},
-        }
-        for name in names:
-            to.add_argument(name, **known[name])
+    add = command("prepare", _prepare, "Reads and checks ratings, says what is in them, writes a file quick to read.")
+    _add_ratings(add, "ratings.csv")
+    add("--out", type=Path, default=Path(f"ratings{SUFFIX}"), help="the file to write")
 
-    columns = ("--ratings", "--user", "--item", "--rating", "--time")
-    add(command("prepare", _prepare, "Reads ratings, says what is in them or what is wrong."), *columns)
+    add = command("train", _train, "Meta-trains on some users, judges on others beside baselines, saves the learner.")
+    _add_ratings(add, f"ratings{SUFFIX}")
+    add("--algorithm", choices=list(comparison.ALGORITHMS), default="maml-r", help="what to train")
+    add("--dim", type=int, default=16, help="width of user and item vectors")
+    add("--epochs", type=int, default=30, help="at most this many passes over the users")
+    add("--valid", type=float, default=0.1, help="share of the users to validate on")
+    add("--test", type=float, default=0.2, help="share of the users to judge on")
+    add("--out", type=Path, default=Path("runs/train"), help="folder for the results")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    _add_protocol(add)
 
-    train = command("train", _train, "Meta-trains on some users, judges on others, saves the learner.")
-    add(train, *columns, "--support", "--seed")
-    train.add_argument("--algorithm", choices=list(comparison.ALGORITHMS), default="maml-r", help="what to train")
-    train.add_argument("--dim", type=int, default=16, help="width of user and item vectors")
-    train.add_argument("--epochs", type=int, default=30, help="at most this many passes over the users")
-    train.add_argument("--valid", type=float, default=0.1, help="share of the users to validate on")
-    train.add_argument("--test", type=float, default=0.2, help="share of the users to judge on")
-    train.add_argument("--out", type=Path, default=Path("runs/train"), help="folder for the results")
-    train.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add = command("evaluate", _evaluate, "Judges a saved learner on users that it has not seen.")
+    _add_learner(add)
+    _add_ratings(add, None, "ratings to judge on (default: the test users that `train` left beside the learner)")
+    add("--train", help="ratings to fit baselines on (default: the training users beside the learner, if there)")
+    add("--out", type=Path, help="JSON file for the figures (default: none is written)")
+    _add_protocol(add)
 
-    evaluate = command("evaluate", _evaluate, "Judges a saved learner on ratings of users that it has not seen.")
-    add(evaluate, *columns, "--learner", "--support", "--seed")
-    evaluate.add_argument("--train", default=None, help="ratings to fit the baselines on, same columns; none without")
+    add = command("recommend", _recommend, "Recommends to somebody new from a few ratings: item, score and title.")
+    _add_learner(add)
+    add("--rated", default="", help='what is known of him or her, "item:rating,item:rating"')
+    add("--user", help="or: the id of a user in --ratings (default: nobody)")
+    _add_ratings(add, None, "ratings to look the user up in (default: the test users beside the learner)")
+    add("--k", type=int, default=10, help="how many items")
 
-    recommend = command("recommend", _recommend, "Recommends to somebody new, from a few ratings.")
-    add(recommend, "--learner")
-    recommend.add_argument("--rated", default="", help='what is known, as "item:rating,item:rating"')
-    recommend.add_argument("--k", type=int, default=10, help="how many items")
+    add = command("bench", _bench, "Times meta-gradients beside torch.func, after checking that they are equal.")
+    add("--threads", type=int, default=2, help="threads")
+    add("--repeats", type=int, default=40, help="runs of each")
 
     command("doctor", _doctor, "Says which compiled parts are active, and why others are not.")
     return parser
 
 
-def _read(options: argparse.Namespace, role: str = "ratings") -> mf.Interactions:
-    path = Path(getattr(options, role))
-    if not path.exists():
-        raise FileNotFoundError(f"--{role}: there is no {path}")
-    columns = {"user": options.user, "item": options.item, "rating": options.rating, "time": options.time}
-    if path.suffix == ".parquet":
-        return mf.Interactions.from_parquet(path, **columns)
-    if path.is_dir() or path.name in ("ratings.dat", "u.data"):
-        return mf.Interactions.from_movielens(path)
-    if path.name == "ratings.csv" and path.open(encoding="utf-8").readline().startswith("userId,movieId"):
-        return mf.Interactions.from_movielens(path)
-    return mf.Interactions.from_csv(path, **columns)
+def _add_ratings(add: Any, default: str | None, description: str = "ratings") -> None:
+    add("--ratings", default=default, help=f"{description}; CSV, Parquet, MovieLens file or folder, or from `prepare`")
+    add("--items", type=Path, help="CSV table with the titles of the items (default: those of the ratings)")
+    for name, meaning in (("user", "users"), ("item", "items"), ("rating", "ratings")):
+        add(f"--{name}-column", default=name, help=f"column of the {meaning} in CSV and Parquet")
+    add("--time-column", help="column of the times (default: there is none)")
+    add("--title-column", default="title", help="column of the titles in --items")
+
+
+def _add_learner(add: Any) -> None:
+    add("--learner", type=Path, default=Path("runs/train/learner"), help="folder of a saved learner")
+
+
+def _add_protocol(add: Any) -> None:
+    add("--support", type=int, default=10, help="ratings known of a user who is judged; the others are predicted")
+    add("--seed", type=int, default=0, help="of everything random")
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    log = _read(options)
-    sizes = log.offsets[1:] - log.offsets[:-1]
+    log = _read(options, options.ratings)
+    write_prepared(log, options.out)
+    sizes = log.sizes()
     print(f"{len(log):,} ratings from {log.ratings.min():g} to {log.ratings.max():g}, mean {log.ratings.mean():.3f}")
     print(f"{log.num_users:,} users, {sizes.min()} to {sizes.max()} ratings each; {log.num_items:,} items")
-    print(f"{log.num_duplicates:,} older ratings of the same user and item left out")
-    print("times: " + ("none" if log.times is None else "there"))
+    print(f"{log.num_duplicates:,} earlier ratings of the same user and item left out")
+    print(f"times: {'none' if log.times is None else 'there'}; titles: {len(log.item_titles or ()):,}")
+    print(f"written to {options.out}")
 
 
 def _train(options: argparse.Namespace) -> None:
-    split = mf.split_users(_read(options), valid=options.valid, test=options.test, seed=options.seed)
-    options.out.mkdir(parents=True, exist_ok=True)
+    split = mf.split_users(_read(options, options.ratings), options.valid, options.test, options.seed)
+    out = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    write_prepared(split.train, out / "train.npz")
+    write_prepared(split.test, out / "test.npz")
     learner, history = comparison.train(
         options.algorithm, split, dim=options.dim, epochs=options.epochs, seed=options.seed,
-        checkpoint=options.out / "checkpoint", resume=options.resume, progress=sys.stderr.isatty(),
+        checkpoint=out / "checkpoint", resume=options.resume, progress=sys.stderr.isatty(),
     )  # fmt: skip
-    learner.save(options.out / "learner")
-    history.to_json(options.out / "history.json")
-    report = comparison.judge({options.algorithm: learner}, split, options.support, options.seed)
-    comparison.write_json(options.out / "report.json", [report])
-    print(report)
-    print(f"\n{options.out}: learner, checkpoint, history.json, report.json")
+    learner.save(out / "learner")
+    history.to_json(out / "history.json")
+    try:
+        comparison.plot_learning_curves({options.algorithm: history}, out / "learning_curve.png")
+    except ImportError as error:
+        print(f"metarec-fast: no learning_curve.png: {error}", file=sys.stderr)
+    if split.test.num_users:
+        report = comparison.judge({options.algorithm: learner}, split, options.support, options.seed)
+        comparison.write_json(out / "report.json", [report])
+        print(report)
+    print(f"\n{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     learner = mf.load(options.learner)
-    train = None if options.train is None else _read(options, "train")
-    print(mf.evaluate(learner, _read(options), support=options.support, seed=options.seed, baselines=train))
+    log = _read(options, options.ratings or options.learner.parent / "test.npz")
+    beside = options.learner.parent / "train.npz"
+    train = options.train or (beside if beside.exists() else None)
+    baselines = None if train is None else _read(options, train, "--train")
+    report = mf.evaluate(learner, log, support=options.support, seed=options.seed, baselines=baselines)
+    if options.out is not None:
+        report.to_json(options.out)
+    print(report)
 
 
 def _recommend(options: argparse.Namespace) -> None:
     learner = mf.load(options.learner)
-    assert learner.item_ids is not None
-    kind = learner.item_ids.dtype.type
-    items, ratings = [], []
-    for pair in filter(None, options.rated.split(",")):
-        item, separator, rating = pair.rpartition(":")
-        try:
-            items.append(kind(item))
-            ratings.append(float(rating))
-        except ValueError:
-            separator = ""
-        if not separator:
-            raise ValueError(f'--rated: expected "item:rating,item:rating", got {pair!r}')
+    beside = options.learner.parent / "test.npz"
+    log = None
+    if options.ratings or options.user or beside.exists():
+        log = _read(options, options.ratings or beside)
+    if options.user is None:
+        items, ratings = _parse_rated(options.rated, learner)
+    elif options.rated:
+        raise ValueError("--rated and --user: expected one of them, got both")
+    else:
+        assert log is not None
+        items, ratings = _ratings_of(options.user, log)
+    titles = (log.item_titles if log is not None else None) or _titles(options, learner.item_ids)
     for item, score in zip(*learner.adapt(items, ratings).recommend(k=options.k), strict=True):
-        print(f"{item}\t{score:.3f}")
+        print("\t".join([str(item), f"{score:.3f}", *([titles[item]] if item in titles else [])]))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    if not BENCHMARK.is_file():
+        raise FileNotFoundError(f"bench: there is no {BENCHMARK}; it comes with the source tree, not with the wheel")
+    spec = importlib.util.spec_from_file_location("metarec_fast_benchmark", BENCHMARK)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(["--threads", str(options.threads), "--repeats", str(options.repeats)])
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    try:
-        from metarec_fast import _tasks  # noqa: F401
-
-        tasks = _library.Library("_tasks", True)
-    except ImportError as error:
-        tasks = _library.Library("_tasks", False, f"it does not load: {error}")
-    print(f"metarec_fast {mf.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {platform.machine()}")
-    print(f"C++ compiler: {shutil.which('c++') or 'none'}; nvcc: {shutil.which('nvcc') or 'none'}")
-    purposes = {"_C": "operators on the CPU", "_C_cuda": "operators on the GPU", "_tasks": "task sampler"}
-    for library in (_library.cpu, _library.cuda, tasks):
-        state = "active" if library.loaded else f"missing: {library.reason}"
-        print(f"{library.name:8s} {purposes[library.name]:22s} {state}")
-    fast = _library.cpu.loaded and tasks.loaded
-    print("The fast path is active." if fast else "The slow path is active: build with `pip install .`")
+    lines, fast = diagnose()
+    print("\n".join(lines))
     return 0 if fast else 1
+
+
+def _read(options: argparse.Namespace, ratings: str | Path, option: str = "--ratings") -> mf.Interactions:
+    path = Path(ratings)
+    if not path.exists():
+        hint = "; `metarec-fast prepare` makes it" if str(path) == f"ratings{SUFFIX}" else ""
+        raise FileNotFoundError(f"{option}: there is no {path}{hint}")
+    log = _read_log(options, path)
+    titles = _titles(options, log.item_ids)
+    return replace(log, item_titles=titles) if titles else log
+
+
+def _read_log(options: argparse.Namespace, path: Path) -> mf.Interactions:
+    columns = {name: getattr(options, f"{name}_column") for name in ("user", "item", "rating", "time")}
+    if path.suffix == SUFFIX:
+        return read_prepared(path)
+    if path.suffix == ".parquet":
+        return mf.Interactions.from_parquet(path, **columns)
+    if path.is_dir() or path.name in ("ratings.dat", "u.data") or _is_movielens_csv(path):
+        return mf.Interactions.from_movielens(path)
+    return mf.Interactions.from_csv(path, **columns)
+
+
+def _is_movielens_csv(path: Path) -> bool:
+    if path.name != "ratings.csv":
+        return False
+    with path.open("rb") as file:
+        return file.readline().startswith(b"userId,movieId")
+
+
+def _titles(options: argparse.Namespace, item_ids: Any) -> dict[Any, str]:
+    """Titles by original id from the table --items, of the items that have one; empty without the option."""
+    if options.items is None:
+        return {}
+    if not options.items.is_file():
+        raise FileNotFoundError(f"--items: there is no {options.items}")
+    with options.items.open(newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        for option in ("item", "title"):
+            column = getattr(options, f"{option}_column")
+            if column not in (rows.fieldnames or ()):
+                found = ", ".join(map(repr, rows.fieldnames or ())) or "none"
+                raise ValueError(
+                    f"--{option}-column: {options.items} has no column {column!r}; its columns are {found}"
+                )
+        named = {row[options.item_column]: row[options.title_column] or "" for row in rows}
+    return {item: named[str(item)] for item in item_ids.tolist() if named.get(str(item))}
+
+
+def _parse_rated(rated: str, learner: mf.Learner) -> tuple[list[Any], list[float]]:
+    if learner.item_ids is None:
+        raise ValueError("--learner: expected one that knows the ids of its items, this one was saved without them")
+    items, ratings = [], []
+    for pair in filter(None, (part.strip() for part in rated.split(","))):
+        item, _, rating = pair.rpartition(":")
+        try:
+            items.append(_as_id(item, learner.item_ids))
+            ratings.append(float(rating))
+        except (ValueError, OverflowError):
+            kind = "a whole number" if learner.item_ids.dtype.kind in "iu" else "an id"
+            raise ValueError(f'--rated: expected "item:rating,item:rating", each item {kind}, got {pair!r}') from None
+    return items, ratings
+
+
+def _ratings_of(user: str, log: mf.Interactions) -> tuple[Any, Any]:
+    try:
+        index = int(log.user_index([_as_id(user, log.user_ids)])[0])
+    except (ValueError, OverflowError):
+        index = -1
+    if index < 0:
+        raise ValueError(f"--user: there is no user {user!r} in the ratings")
+    rows = log.rows(index)
+    return log.item_ids[log.items[rows]], log.ratings[rows]
+
+
+def _as_id(text: str, ids: Any) -> Any:
+    """An id from the command line, of the kind that the others are."""
+    if not text:
+        raise ValueError("an id is missing")
+    return int(text) if ids.dtype.kind in "iu" else text
 
 
 if __name__ == "__main__":

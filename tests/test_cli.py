@@ -5,65 +5,183 @@ import json
 import numpy as np
 import pytest
 
-from metarec_fast import cli
+import metarec_fast as mf
+from metarec_fast import _library, cli, doctor
+from metarec_fast.prepared import read_prepared, write_prepared
 
 
 @pytest.fixture
-def ratings(tmp_path):
+def ratings(tmp_path, monkeypatch):
+    """A CSV of 40 users, in the folder where commands run."""
+    monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     rows = {(user, item) for user in range(40) for item in rng.choice(30, 12, replace=False)}
     lines = [f"u{user},i{item},{rng.integers(1, 6)}" for user, item in sorted(rows)]
-    path = tmp_path / "small.csv"
+    path = tmp_path / "ratings.csv"
     path.write_text("\n".join(["user,item,rating", *lines]) + "\n")
-    return str(path)
+    (tmp_path / "titles.csv").write_text("item,title\n" + "".join(f'i{i},"Film, {i}"\n' for i in range(30)))
+    return path
 
 
-def test_prepare_train_evaluate_and_recommend(ratings, tmp_path, capsys):
-    assert cli.main(["prepare", "--ratings", ratings]) == 0
-    assert "480 ratings from 1 to 5" in capsys.readouterr().out
-    out = tmp_path / "run"
-    assert cli.main(["train", "--ratings", ratings, "--epochs", "1", "--dim", "3", "--out", str(out)]) == 0
-    assert "maml-r" in capsys.readouterr().out
+def test_prepare_train_evaluate_and_recommend_follow_each_other_without_options(ratings, tmp_path, capsys):
+    assert cli.main(["prepare"]) == 0
+    printed = capsys.readouterr().out
+    assert "480 ratings from 1 to 5" in printed
+    assert "40 users, 12 to 12 ratings each; 30 items" in printed
+
+    assert cli.main(["train", "--epochs", "1", "--dim", "3"]) == 0
+    table = capsys.readouterr().out
+    assert "maml-r" in table
+    assert "fold-in" in table
+    out = tmp_path / "runs" / "train"
+    assert {"history.json", "learner", "learning_curve.png", "report.json"} <= {path.name for path in out.iterdir()}
     report = json.loads((out / "report.json").read_text())
     assert set(report) == {"results", "seeds"}
     assert {"maml-r", "bias", "fold-in", "random", "popularity"} <= set(report["results"])
     assert report["seeds"]["bias"]["rmse"] == [report["results"]["bias"]["rmse"]]
-    learner = str(out / "learner")
-    assert cli.main(["evaluate", "--learner", learner, "--ratings", ratings, "--train", ratings]) == 0
-    table = capsys.readouterr().out
-    assert "maml-r" in table
-    assert "fold-in" in table
-    assert cli.main(["recommend", "--learner", learner, "--rated", "i1:5,i2:1", "--k", "3"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+
+    assert cli.main(["evaluate", "--out", "again.json"]) == 0
+    assert "fold-in" in capsys.readouterr().out
+    again = json.loads((tmp_path / "again.json").read_text())["results"]
+    assert again["maml-r"]["rmse"] == pytest.approx(report["results"]["maml-r"]["rmse"], rel=1e-6)
+    assert again["bias"] == pytest.approx(report["results"]["bias"])
+
+    assert cli.main(["recommend", "--rated", "i1:5, i2:1", "--k", "3", "--items", "titles.csv"]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 3
-    assert not {"i1", "i2"} & {line.split("\t")[0] for line in lines}
+    assert all(title == f"Film, {item[1:]}" for item, _, title in lines)
+    assert not {"i1", "i2"} & {item for item, *_ in lines}
+
+    newcomer = read_prepared(out / "test.npz")
+    assert cli.main(["recommend", "--user", str(newcomer.user_ids[0])]) == 0
+    recommended = {line.split("\t")[0] for line in capsys.readouterr().out.splitlines()}
+    seen = set(newcomer.item_ids[newcomer.items[newcomer.rows(0)]].tolist())
+    assert len(recommended) == 10
+    assert not recommended & seen
+
+
+def test_columns_have_the_names_that_one_says(ratings, capsys):
+    text = ratings.read_text().replace("user,item,rating", "who,what,stars")
+    ratings.write_text(text)
+    columns = ["--user-column", "who", "--item-column", "what", "--rating-column", "stars"]
+    assert cli.main(["prepare", *columns, "--out", "other.npz"]) == 0
+    assert "480 ratings" in capsys.readouterr().out
+
+
+def test_every_algorithm_can_be_trained(ratings, capsys):
+    for algorithm in ("maml", "fomaml", "reptile", "meta-sgd"):
+        arguments = ["--ratings", str(ratings), "--algorithm", algorithm, "--epochs", "1", "--dim", "2"]
+        assert cli.main(["train", *arguments, "--out", algorithm]) == 0
+        assert algorithm in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("with_times", [False, True])
+def test_a_prepared_file_gives_the_same_log_back(tmp_path, with_times):
+    log = mf.Interactions.from_arrays(
+        ["b", "a", "a"], [10, 20, 10], [1.0, 2.5, 4.0], times=[3, 2, 1] if with_times else None
+    )
+    write_prepared(log, tmp_path / "log.npz")
+    read = read_prepared(tmp_path / "log.npz")
+    for name in ("offsets", "items", "ratings", "user_ids", "item_ids"):
+        np.testing.assert_array_equal(getattr(read, name), getattr(log, name))
+    assert (read.times is None) == (not with_times)
+    if with_times:
+        np.testing.assert_array_equal(read.times, log.times)
+
+
+def test_unknown_items_are_told_on_one_line(ratings, capsys):
+    assert cli.main(["train", "--ratings", str(ratings), "--epochs", "1", "--dim", "2"]) == 0
+    capsys.readouterr()
+    assert cli.main(["recommend", "--rated", "nonsense:5"]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("metarec-fast: 1 items that the learner does not know are ignored")
+    assert len(error.splitlines()) == 1
 
 
 def test_doctor_says_that_the_fast_path_is_active(capsys):
     assert cli.main(["doctor"]) == 0
-    assert "The fast path is active." in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1].startswith("The fast path is active")
+    for fact in ("torch", "threads", "C++ compiler", "_C_cuda", "_tasks"):
+        assert fact in printed
+
+
+def test_doctor_says_why_the_fast_path_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(doctor._library, "cpu", _library.Library("_C", False, "it was not built"))
+    assert cli.main(["doctor"]) == 1
+    printed = capsys.readouterr().out
+    assert "missing: it was not built" in printed
+    assert printed.splitlines()[-1].startswith("The slow path is active")
+
+
+def test_bench_runs_the_benchmark_of_the_source_tree(tmp_path, monkeypatch, capsys):
+    (tmp_path / "run.py").write_text("def main(arguments):\n    print(arguments)\n")
+    monkeypatch.setattr(cli, "BENCHMARK", tmp_path / "run.py")
+    assert cli.main(["bench", "--threads", "1"]) == 0
+    assert capsys.readouterr().out == "['--threads', '1', '--repeats', '40']\n"
+    monkeypatch.setattr(cli, "BENCHMARK", tmp_path / "nowhere.py")
+    assert cli.main(["bench"]) == 2
+    assert "it comes with the source tree" in capsys.readouterr().err
+
+
+def test_version_and_help_are_printed(capsys):
+    for arguments, text in ((["--version"], mf.__version__), (["train", "--help"], "(default: maml-r)")):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(arguments)
+        assert exit_.value.code == 0
+        assert text in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["prepare", "--ratings", "nowhere.csv"], "--ratings: there is no nowhere.csv"),
-        (["prepare", "--rating", "stars"], "stars"),
-        (["train", "--test", "2"], "test"),
-        (["recommend", "--learner", "nowhere"], "nowhere"),
+        (["prepare", "--rating-column", "stars"], "has no column 'stars'"),
+        (["prepare", "--out", "ratings.txt"], "ratings.txt: expected a name that ends in .npz"),
+        (["prepare", "--items", "nowhere.csv"], "--items: there is no nowhere.csv"),
+        (["prepare", "--items", "titles.csv", "--title-column", "name"], "has no column 'name'"),
+        (["train"], "--ratings: there is no ratings.npz; `metarec-fast prepare` makes it"),
+        (["train", "--ratings", "ratings.csv", "--test", "2.0"], "test: a fraction of the users must be in [0, 1)"),
+        (["train", "--ratings", "broken.npz"], "broken.npz: expected what `metarec-fast prepare` writes"),
+        (["evaluate", "--learner", "nowhere"], "nowhere/learner.json: no such file"),
+        (["recommend", "--learner", "nowhere"], "nowhere/learner.json: no such file"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(ratings, arguments, message, capsys):
-    if "--ratings" not in arguments and arguments[0] != "recommend":
-        arguments = [*arguments, "--ratings", ratings]
+def test_bad_input_is_one_line_and_status_2(ratings, tmp_path, arguments, message, capsys):
+    (tmp_path / "broken.npz").write_bytes(b"PK not a zip file")
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
 
 
+def test_what_recommend_is_asked_must_make_sense(ratings, capsys):
+    assert cli.main(["train", "--ratings", str(ratings), "--epochs", "1", "--dim", "2"]) == 0
+    capsys.readouterr()
+    for arguments, message in (
+        (["--rated", "i1"], "--rated: expected \"item:rating,item:rating\", each item an id, got 'i1'"),
+        (["--rated", "i1:good"], "got 'i1:good'"),
+        (["--user", "nobody"], "--user: there is no user 'nobody' in the ratings"),
+        (["--user", "u1", "--rated", "i1:5"], "--rated and --user: expected one of them, got both"),
+        (["--k", "31"], "k: must be in [1, 30]"),
+    ):
+        assert cli.main(["recommend", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 1
+
+
+def test_an_unknown_algorithm_is_refused_and_those_known_are_listed(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train", "--algorithm", "mamba"])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "invalid choice: 'mamba'" in error
+    assert "meta-sgd" in error
+
+
 def test_a_broken_row_is_named_with_its_line(ratings, capsys):
-    with open(ratings, "a") as file:
+    with ratings.open("a") as file:
         file.write("u1,i29,many\n")
-    assert cli.main(["prepare", "--ratings", ratings]) == 2
+    assert cli.main(["prepare"]) == 2
     assert "482" in capsys.readouterr().err

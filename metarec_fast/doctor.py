@@ -1,0 +1,76 @@
+"""Says which compiled parts are active, and why others are not."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+
+import torch
+
+import metarec_fast
+from metarec_fast import _library
+
+
+def diagnose() -> tuple[list[str], bool]:
+    """What there is to say, line by line, the verdict last; and whether the fast path on the CPU is active."""
+    tasks = _sampler()
+    fast = _library.cpu.loaded and tasks.loaded
+    facts = {
+        "metarec_fast": f"{metarec_fast.__version__} in {_library.FOLDER}",
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "CPU": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "CUDA": _cuda(),
+        "C++ compiler": _version("c++"),
+        "nvcc": _version("nvcc"),
+        "_C": f"{_state(_library.cpu)} (operators on the CPU)",
+        "_C_cuda": f"{_state(_library.cuda)} (operators on the GPU)",
+        "_tasks": f"{_state(tasks)} (task sampler)",
+    }
+    width = max(map(len, facts))
+    return [*(f"{name:{width}s}  {fact}" for name, fact in facts.items()), "", _verdict(fast)], fast
+
+
+def _verdict(fast: bool) -> str:
+    if fast and _library.cuda.loaded:
+        return "The fast path is active, on the CPU and on the GPU."
+    if fast:
+        return "The fast path is active."
+    if shutil.which("c++") is None:
+        return "The slow path is active: install a C++ compiler (GCC ≥ 12), then the package again, from source."
+    return "The slow path is active: install the package again with `pip install --no-build-isolation .`"
+
+
+def _sampler() -> _library.Library:
+    try:
+        from metarec_fast import _tasks  # noqa: F401
+    except ImportError as error:
+        built = any(_library.FOLDER.glob("_tasks*.so"))
+        return _library.Library("_tasks", False, f"it does not load: {error}" if built else "it was not built")
+    return _library.Library("_tasks", True)
+
+
+def _state(library: _library.Library) -> str:
+    return "active" if library.loaded else f"missing: {library.reason}"
+
+
+def _cuda() -> str:
+    if torch.version.cuda is None:
+        return "torch was built without it"
+    if not torch.cuda.is_available():
+        return f"{torch.version.cuda}, but no GPU can be used"
+    return f"{torch.version.cuda}, {torch.cuda.get_device_name()}"
+
+
+def _version(program: str) -> str:
+    """What a compiler calls itself."""
+    path = shutil.which(program)
+    if path is None:
+        return "none"
+    try:
+        said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{path}, which does not run: {error}"
+    lines = [line for line in said.splitlines() if "release" in line] or said.splitlines() or [path]
+    return lines[0].strip()
