@@ -159,17 +159,15 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _recommend(options: argparse.Namespace) -> None:
     learner = mf.load(options.learner)
-    beside = options.learner.parent / "test.npz"
-    log = None
-    if options.ratings or options.user or beside.exists():
-        log = _read(options, options.ratings or beside)
+    path = Path(options.ratings or options.learner.parent / "test.npz")
+    log = _read(options, path) if options.ratings or options.user or path.exists() else None
     if options.user is None:
         items, ratings = _parse_rated(options.rated, learner)
     elif options.rated:
         raise ValueError("--rated and --user: expected one of them, got both")
     else:
         assert log is not None
-        items, ratings = _ratings_of(options.user, log)
+        items, ratings = _ratings_of(options.user, log, path)
     titles = (log.item_titles if log is not None else None) or _titles(options, learner.item_ids)
     for item, score in zip(*learner.adapt(items, ratings).recommend(k=options.k), strict=True):
         print("\t".join([str(item), f"{score:.3f}", *([titles[item]] if item in titles else [])]))
@@ -254,13 +252,13 @@ def _parse_rated(rated: str, learner: mf.Learner) -> tuple[list[Any], list[float
     return items, ratings
 
 
-def _ratings_of(user: str, log: mf.Interactions) -> tuple[Any, Any]:
+def _ratings_of(user: str, log: mf.Interactions, path: Path) -> tuple[Any, Any]:
     try:
         index = int(log.user_index([_as_id(user, log.user_ids)])[0])
     except (ValueError, OverflowError):
         index = -1
     if index < 0:
-        raise ValueError(f"--user: there is no user {user!r} in the ratings")
+        raise ValueError(f"--user: there is no user {user!r} in {path}")
     rows = log.rows(index)
     return log.item_ids[log.items[rows]], log.ratings[rows]
 

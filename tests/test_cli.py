@@ -161,7 +161,7 @@ def test_what_recommend_is_asked_must_make_sense(ratings, capsys):
     for arguments, message in (
         (["--rated", "i1"], "--rated: expected \"item:rating,item:rating\", each item an id, got 'i1'"),
         (["--rated", "i1:good"], "got 'i1:good'"),
-        (["--user", "nobody"], "--user: there is no user 'nobody' in the ratings"),
+        (["--user", "nobody"], "--user: there is no user 'nobody' in runs/train/test.npz"),
         (["--user", "u1", "--rated", "i1:5"], "--rated and --user: expected one of them, got both"),
         (["--k", "31"], "k: must be in [1, 30]"),
     ):

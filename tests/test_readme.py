@@ -1,17 +1,51 @@
-"""The README's example runs as it stands."""
+"""The examples of the README run as they stand, its links lead somewhere, and the commands shown are understood."""
 
 import re
+import shlex
 from pathlib import Path
 
+import pytest
 import torch
 
-README = Path(__file__).parent.parent / "README.md"
+from metarec_fast import cli
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def run(code):
+    names = {}
+    torch.manual_seed(0)
+    exec(compile(code, "README.md", "exec"), names)
+    return names
 
 
 def test_the_first_example_trains_evaluates_and_recommends(capsys):
-    code = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[0]
-    torch.manual_seed(0)
-    exec(compile(code, "README.md", "exec"), {})
+    run(EXAMPLES[0])
     printed = capsys.readouterr().out
     assert "maml-r" in printed
     assert "fold-in" in printed
+
+
+def test_the_example_of_the_operators_gives_scores_gradients_and_the_best_items():
+    names = run(EXAMPLES[1])
+    assert names["scores"].shape == (2,)
+    assert names["result"].grads["user_init"].abs().max() > 0
+    assert names["best"].items.shape == (2, 10)
+    assert 3 not in names["best"].items[0]
+
+
+def test_every_link_leads_to_a_file():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/cli.md"])
+def test_the_commands_shown_are_understood(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    commands = re.findall(r"^    metarec-fast (.*)", text, re.MULTILINE)
+    assert commands
+    for command in commands:
+        assert cli._parser().parse_args(shlex.split(command, comments=True)).run
