@@ -45,6 +45,22 @@ class InnerLoop:
     form: str = "auto"  # of the computation: "gram", "direct" or "normal"; the numbers are the same
 
 
+def differentiable(model: Model, loop: InnerLoop, support: Entries) -> dict[str, Tensor | None]:
+    """What meta-gradients are taken of, by argument name, in the order in which the operators return them."""
+    return {
+        "user_init": model.user_init,
+        "user_bias_init": model.user_bias_init,
+        "item_table": model.item_table,
+        "item_bias": model.item_bias,
+        "offset": model.offset,
+        "inner_lr": loop.inner_lr,
+        "preconditioner": loop.preconditioner,
+        "prior_pull": loop.prior_pull,
+        "momentum": loop.momentum,
+        "support_weights": support.weights,
+    }
+
+
 def check_model(
     user_init: Tensor,
     user_bias_init: Number | None,

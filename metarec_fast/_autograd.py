@@ -28,7 +28,6 @@ WANT = {
 
 SUPPORT_ITEMS, SUPPORT_OFFSETS, SUPPORT_WEIGHTS, INPUTS = 5, 7, 8, 9
 QUERY = 2  # query_items, query_offsets of adapt_and_score
-LOOP = 9  # inner_lr … form
 
 
 def places(loop_start: int) -> dict[str, int]:
@@ -128,7 +127,7 @@ def _restore(ctx: Any) -> list[Any]:
 
 def _at_places(ctx: Any, gradients: tuple[Tensor, ...], where: dict[str, int]) -> tuple[Tensor | None, ...]:
     """The gradients at their arguments' places; other arguments have none."""
-    result: list[Tensor | None] = [None] * len(ctx.settings)
+    result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     for gradient, place in zip(gradients, where.values(), strict=True):
         if ctx.needs_input_grad[place]:
             result[place] = gradient
@@ -158,7 +157,7 @@ def _adapt_backward(ctx: Any, grad_user: Tensor, grad_bias: Tensor) -> tuple[Ten
 def _meta_step_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, *gradients = output
     ctx.mark_non_differentiable(*gradients)
-    ctx.num_inputs, ctx.num_rows = len(inputs), inputs[2].shape[0]
+    ctx.num_rows = inputs[2].shape[0]
     inputs_with_gradients = [inputs[place] for place in META_STEP.values()]
     ctx.save_for_backward(inputs[SUPPORT_ITEMS], inputs[INPUTS], *gradients, *inputs_with_gradients)
 
@@ -174,23 +173,12 @@ def _meta_step_backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[T
         return tuple(gradient * grad_loss for gradient in (*gradients[:2], *dense, *gradients[4:]))
 
     scaled = _Once.apply("meta_step", scale, grad_loss, *inputs)
-    result: list[Tensor | None] = [None] * ctx.num_inputs
-    for gradient, place in zip(scaled, META_STEP.values(), strict=True):
-        if ctx.needs_input_grad[place]:
-            result[place] = gradient
-    return tuple(result)
+    return _at_places(ctx, scaled, META_STEP)
 
 
-def _refuse(name: str) -> Callable[..., Any]:
+def _refuse(message: str) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(f"{name} cannot be differentiated twice")
-
-    return backward
-
-
-def _refuse_once(name: str) -> Callable[..., Any]:
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(f"{name} has no gradient of its own")
+        raise RuntimeError(message)
 
     return backward
 
@@ -209,7 +197,7 @@ for _name, _fake in _FAKES.items():
     register_fake(f"metarec_fast::{_name}", _fake)
 register_autograd("metarec_fast::adapt", _adapt_backward, setup_context=_save)
 register_autograd("metarec_fast::adapt_and_score", _adapt_and_score_backward, setup_context=_save)
-register_autograd("metarec_fast::adapt_and_score_backward", _refuse("adapt_and_score"))
+register_autograd("metarec_fast::adapt_and_score_backward", _refuse("adapt_and_score cannot be differentiated twice"))
 register_autograd("metarec_fast::meta_step", _meta_step_backward, setup_context=_meta_step_setup)
 for _name in ("adapt_all", "score_top_k", "coalesce_rows", "sum_rows"):
-    register_autograd(f"metarec_fast::{_name}", _refuse_once(_name))
+    register_autograd(f"metarec_fast::{_name}", _refuse(f"{_name} has no gradient of its own"))

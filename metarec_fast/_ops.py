@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _library
-from metarec_fast._arguments import InnerLoop, Model
+from metarec_fast._arguments import InnerLoop, Model, differentiable
 from metarec_fast.results import AdaptedItems, FastWeights, MetaStep, SparseRows, TopK
 from metarec_fast.tasks import Entries, TaskBatch
 
@@ -56,18 +56,7 @@ def meta_step(
 ) -> MetaStep:
     query = batch.query
     assert query is not None
-    given = {
-        "user_init": model.user_init,
-        "user_bias_init": model.user_bias_init,
-        "item_table": model.item_table,
-        "item_bias": model.item_bias,
-        "offset": model.offset,
-        "inner_lr": loop.inner_lr,
-        "preconditioner": loop.preconditioner,
-        "prior_pull": loop.prior_pull,
-        "momentum": loop.momentum,
-        "support_weights": batch.support.weights,
-    }
+    given = differentiable(model, loop, batch.support)
     wanted = sum({_autograd.WANT[name] for name, value in given.items() if value is not None})
     loss, *gradients = ops.meta_step(
         *_inputs(model, batch.support), query.items, query.targets, query.offsets, query.weights, batch.weights,

@@ -18,7 +18,7 @@ from metarec_fast.history import History
 from metarec_fast.learners import FOMAML, MAML, Learner, MetaSGD
 from metarec_fast.maml_r import MAMLR
 from metarec_fast.models import DotRecommender
-from metarec_fast.report import Report
+from metarec_fast.report import Report, align
 from metarec_fast.reptile import Reptile
 from metarec_fast.sampler import Size
 
@@ -96,8 +96,7 @@ def format_table(
     rows = [["", *metrics]]
     for name, figures in results.items():
         rows.append([name, *(f"{figures[m]:.4f}" if m in figures else "–" for m in rows[0][1:])])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+    return "\n".join(align(rows)[0])
 
 
 def plot_learning_curves(histories: Mapping[str, History], path: Path) -> None:

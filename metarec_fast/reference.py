@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as nn
 
-from metarec_fast._arguments import InnerLoop, Model
+from metarec_fast._arguments import InnerLoop, Model, differentiable
 from metarec_fast.results import AdaptedItems, FastWeights, MetaStep, SparseRows, TopK
 from metarec_fast.tasks import Entries, TaskBatch
 
@@ -146,18 +146,7 @@ def meta_step(
         )
         table, item_bias = model.item_table[ids], model.item_bias[ids]
 
-    leaves = {
-        "user_init": model.user_init,
-        "user_bias_init": model.user_bias_init,
-        "item_table": table,
-        "item_bias": item_bias,
-        "offset": model.offset,
-        "inner_lr": loop.inner_lr,
-        "preconditioner": loop.preconditioner,
-        "prior_pull": loop.prior_pull,
-        "momentum": loop.momentum,
-        "support_weights": support.weights,
-    }
+    leaves = differentiable(replace(model, item_table=table, item_bias=item_bias), loop, support)
     given = {name: value.detach().requires_grad_() for name, value in leaves.items() if value is not None}
     leaf_model = Model(*(given[name] for name in ("user_init", "user_bias_init", "item_table", "item_bias", "offset")))
     leaf_loop = replace(
@@ -179,8 +168,8 @@ def meta_step(
         rows = grads[name]
         assert isinstance(rows, Tensor)
         grads[name] = SparseRows(ids, rows[ids] if loop.adapt == "all" else rows)
-    originals = [*leaves.values()]
-    return MetaStep(_KnownGradients.apply(loss.detach(), slopes, *(v for v in originals if v is not None)), grads)
+    originals = (value for value in leaves.values() if value is not None)
+    return MetaStep(_KnownGradients.apply(loss.detach(), slopes, *originals), grads)
 
 
 def score_top_k(

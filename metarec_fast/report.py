@@ -56,9 +56,8 @@ class Report:
         body = [["", *(name.removeprefix("catalogue_") for name in columns)]]
         for label, figures in rows.items():
             body.append([label, *(self._cell(label, figures, name) for name in columns)])
-        widths = [max(map(len, column)) for column in zip(*body, strict=True)]
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in body]
-        return "\n".join([*_headings(columns, widths), *lines, "", self._caption()])
+        lines, widths = align(body)
+        return "\n".join([*_headings(columns, widths), *map(str.rstrip, lines), "", self._caption()])
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Results, chance level and settings as JSON, written to a file where one is named."""
@@ -82,6 +81,12 @@ class Report:
     def _caption(self) -> str:
         told = ", ".join(f"{name} {self.settings[name]}" for name in ("support", "query", "order", "seed"))
         return f"{len(self.user_ids)} users, {int(self.query_sizes.sum())} ratings to predict; {told}"
+
+
+def align(rows: Sequence[Sequence[str]]) -> tuple[list[str], list[int]]:
+    """Rows of cells as lines, the first column to the left, the others to the right; and the columns' widths."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows], widths
 
 
 def _headings(columns: Sequence[str], widths: Sequence[int]) -> list[str]:

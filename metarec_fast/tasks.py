@@ -113,9 +113,7 @@ class Entries:
         return self._map(Tensor.pin_memory)
 
     def _map(self, convert: Callable[[Tensor], Tensor]) -> Entries:
-        def optional(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else convert(tensor)
-
+        optional = _optionally(convert)
         return Entries.unchecked(
             convert(self.items), optional(self.targets), convert(self.offsets), optional(self.weights),
             optional(self.negatives), optional(self.log_q), max_size=self.max_size, max_item=self.max_item,
@@ -178,9 +176,7 @@ class TaskBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, convert: Callable[[Tensor], Tensor]) -> TaskBatch:
-        def optional(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else convert(tensor)
-
+        optional = _optionally(convert)
         return TaskBatch(
             self.support._map(convert),
             None if self.query is None else self.query._map(convert),
@@ -202,6 +198,10 @@ def _mover(device: torch.device | str, dtype: torch.dtype | None, non_blocking: 
         return tensor.to(device, kind, non_blocking=non_blocking)
 
     return move
+
+
+def _optionally(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor | None], Tensor | None]:
+    return lambda tensor: None if tensor is None else convert(tensor)
 
 
 def _largest(ids: Tensor | None) -> int:

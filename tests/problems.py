@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from metarec_fast._arguments import InnerLoop, Model
+from metarec_fast._arguments import InnerLoop, Model, differentiable
 from metarec_fast.results import SparseRows
 from metarec_fast.tasks import Entries, TaskBatch
 
@@ -82,18 +82,7 @@ class Draw:
 
 def tracked(model: Model, batch: TaskBatch, loop: InnerLoop) -> tuple[dict[str, Tensor], Model, TaskBatch, InnerLoop]:
     """The same problem on fresh leaves that require gradients, and these leaves by name."""
-    values = {
-        "user_init": model.user_init,
-        "user_bias_init": model.user_bias_init,
-        "item_table": model.item_table,
-        "item_bias": model.item_bias,
-        "offset": model.offset,
-        "inner_lr": loop.inner_lr,
-        "preconditioner": loop.preconditioner,
-        "prior_pull": loop.prior_pull,
-        "momentum": loop.momentum,
-        "support_weights": batch.support.weights,
-    }
+    values = differentiable(model, loop, batch.support)
     leaves = {name: value.detach().clone().requires_grad_() for name, value in values.items() if value is not None}
     support = batch.support
     tracked_support = Entries.unchecked(

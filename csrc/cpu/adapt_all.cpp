@@ -89,8 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapt_all_cpu(
                            inner_steps, loss, /*first_order=*/true, "auto");
   const RaggedItems query("query", query_items, query_offsets, item_table);
   const int64_t T = inputs.T(), entries = inputs.support.size();
-  STD_TORCH_CHECK(query.num_tasks == T, "query_offsets: expected ", T, " tasks");
-  check_ragged("query", query, inputs.N());
+  check_query(query, inputs);
 
   const auto empty = [&](std::initializer_list<int64_t> shape) {
     return torch::stable::new_empty(inputs.item_table, shape);

@@ -13,9 +13,7 @@ struct Adapted {
 };
 
 Adapted run_forward(const Inputs& inputs, const RaggedItems& query, const LoopArguments& loop) {
-  STD_TORCH_CHECK(query.num_tasks == inputs.T(), "query_offsets: expected ", inputs.T(),
-                  " tasks, like support_offsets, got ", query.num_tasks);
-  check_ragged("query", query, inputs.N());
+  check_query(query, inputs);
 
   Adapted result{torch::stable::new_empty(inputs.item_table, {inputs.T(), inputs.D()}),
                  torch::stable::new_empty(inputs.item_table, {inputs.T()}),
@@ -38,8 +36,7 @@ Adapted run_forward(const Inputs& inputs, const RaggedItems& query, const LoopAr
       for (int64_t t = first; t < last; ++t) {
         arena.reset();
         const Task<scalar_t> task = reader.read(t, arena);
-        reader.prefetch(t + 1, last, reader.support_items, reader.support_offsets);
-        reader.prefetch(t + 1, last, query_items, query_offsets);
+        if (t + 1 < last) reader.prefetch(t + 1, query_items, query_offsets);
         const scalar_t* fast = solver.forward(task, arena, /*backward=*/false);
         std::copy(fast, fast + layout.dim, user + t * layout.dim);
         bias[t] = fast[layout.width];
@@ -115,8 +112,7 @@ GradientTuple adapt_and_score_backward_cpu(
   const RaggedItems query("query", query_items, query_offsets, item_table);
   const Tensor grad_user = as_contiguous(grad_user_in), grad_bias = as_contiguous(grad_bias_in),
                grad_scores = as_contiguous(grad_scores_in);
-  STD_TORCH_CHECK(query.num_tasks == inputs.T(), "query_offsets: expected ", inputs.T(), " tasks");
-  check_ragged("query", query, inputs.N());
+  check_query(query, inputs);
   const ScalarType dtype = item_table.scalar_type();
   check_tensor("grad_user", grad_user, dtype, item_table);
   check_tensor("grad_bias", grad_bias, dtype, item_table);
@@ -146,17 +142,14 @@ GradientTuple adapt_and_score_backward_cpu(
       for (int64_t t = first; t < last; ++t) {
         arena.reset();
         const Task<scalar_t> task = reader.read(t, arena);
-        reader.prefetch(t + 1, last, reader.support_items, reader.support_offsets);
-        reader.prefetch(t + 1, last, items, offsets);
+        if (t + 1 < last) reader.prefetch(t + 1, items, offsets);
         const scalar_t* fast = solver.forward(task, arena, /*backward=*/true);
         scalar_t* grad_fast = arena.take(layout.stride);
         pack(from_user + t * layout.dim, from_bias[t], layout, grad_fast);
 
         const int64_t begin = offsets[t], size = offsets[t + 1] - begin;
         const Query<scalar_t> entries(reader, items + begin, size, arena);
-        scalar_t* query_rows = gradients.query_rows(begin);
-        if (query_rows != nullptr)
-          std::fill(query_rows, query_rows + size * layout.dim, scalar_t{0});
+        scalar_t* query_rows = gradients.zeroed_query_rows(begin, size);
         query_adjoint(entries, layout, fast, from_scores + begin, arena, grad_fast, query_rows);
 
         const int64_t support_begin = reader.support_offsets[t];

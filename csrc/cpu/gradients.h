@@ -83,8 +83,13 @@ class Gradients {
             pull};
   }
 
-  scalar_t* query_rows(int64_t begin) {
-    return rows_ == nullptr ? nullptr : rows_ + (num_support_ + begin) * layout_.dim;
+  // Rows for the gradients of `size` query entries from `begin`, zero so far; nullptr if not
+  // wanted.
+  scalar_t* zeroed_query_rows(int64_t begin, int64_t size) {
+    if (rows_ == nullptr) return nullptr;
+    scalar_t* result = rows_ + (num_support_ + begin) * layout_.dim;
+    std::fill(result, result + size * layout_.dim, scalar_t{0});
+    return result;
   }
 
   // Books what a task's adjoint has found: φ̄_0, and the gradient of m + b for its support and query

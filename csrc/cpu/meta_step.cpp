@@ -57,9 +57,7 @@ MetaStepTuple meta_step_cpu(const Tensor& user_init, const Tensor& user_bias_ini
                            inner_steps, loss_name, first_order, form);
   const RaggedItems query("query", query_items, query_offsets, item_table);
   const int64_t T = inputs.T();
-  STD_TORCH_CHECK(query.num_tasks == T, "query_offsets: expected ", T, " tasks, got ",
-                  query.num_tasks);
-  check_ragged("query", query, inputs.N());
+  check_query(query, inputs);
   const auto contiguous = [&](const char* name, const OptionalTensor& tensor, int64_t size) {
     if (!tensor) return OptionalTensor();
     check_tensor(name, *tensor, item_table.scalar_type(), item_table);
@@ -105,16 +103,13 @@ MetaStepTuple meta_step_cpu(const Tensor& user_init, const Tensor& user_bias_ini
       for (int64_t t = first; t < last; ++t) {
         arena.reset();
         const Task<scalar_t> task = reader.read(t, arena);
-        reader.prefetch(t + 1, last, reader.support_items, reader.support_offsets);
-        reader.prefetch(t + 1, last, items, offsets);
+        if (t + 1 < last) reader.prefetch(t + 1, items, offsets);
         const bool whole_path = step_weight != nullptr;
         const scalar_t* fast = solver.forward(task, arena, wanted.any(), whole_path);
 
         const int64_t begin = offsets[t], size = offsets[t + 1] - begin;
         const Query<scalar_t> entries(reader, items + begin, size, arena);
-        scalar_t* query_rows = gradients.query_rows(begin);
-        if (query_rows != nullptr)
-          std::fill(query_rows, query_rows + size * layout.dim, scalar_t{0});
+        scalar_t* query_rows = gradients.zeroed_query_rows(begin, size);
         scalar_t* scores = arena.take(size);
         scalar_t* grad_scores = arena.take(size);
         scalar_t* sum_scores = arena.take_zeros(size);

@@ -67,15 +67,9 @@ class TaskReader {
 
   // Asks for the rows of task `t`, while the one before it is computed: they lie all over the
   // table.
-  ALWAYS_INLINE void prefetch(int64_t t, int64_t last, const int64_t* items,
-                              const int64_t* offsets) const {
-    if (t >= last) return;
-    constexpr int64_t kLine = 64 / sizeof(scalar_t);  // numbers in a cache line
-    for (int64_t i = offsets[t]; i < offsets[t + 1]; ++i) {
-      const scalar_t* row = item_table_ + items[i] * layout.dim;
-      for (int64_t d = 0; d < layout.dim; d += kLine) __builtin_prefetch(row + d);
-      __builtin_prefetch(item_bias_ + items[i]);
-    }
+  void prefetch(int64_t t, const int64_t* query_items, const int64_t* query_offsets) const {
+    prefetch_rows(support_items, support_offsets[t], support_offsets[t + 1]);
+    prefetch_rows(query_items, query_offsets[t], query_offsets[t + 1]);
   }
 
   const Layout<scalar_t> layout;
@@ -84,6 +78,15 @@ class TaskReader {
   const int64_t* const support_offsets;
 
  private:
+  void prefetch_rows(const int64_t* items, int64_t begin, int64_t end) const {
+    constexpr int64_t kLine = 64 / sizeof(scalar_t);  // numbers in a cache line
+    for (int64_t i = begin; i < end; ++i) {
+      const scalar_t* row = item_table_ + items[i] * layout.dim;
+      for (int64_t d = 0; d < layout.dim; d += kLine) __builtin_prefetch(row + d);
+      __builtin_prefetch(item_bias_ + items[i]);
+    }
+  }
+
   const scalar_t *user_init_, *user_bias_init_, *item_table_, *item_bias_;
   scalar_t offset_;
   const scalar_t *targets_, *weights_;
