@@ -125,6 +125,8 @@ struct LoopArguments {
     STD_TORCH_CHECK(extra_count >= 0, "extra_count: must be ≥ 0, got ", extra_count);
     STD_TORCH_CHECK(!(form == Form::kNormal && logistic),
                     "form 'normal' exists for the squared loss only");
+    STD_TORCH_CHECK(!(form == Form::kGram && preconditioner && prior_pull),
+                    "form 'gram' is not exact with a preconditioner and a prior_pull at once");
     STD_TORCH_CHECK(steps != kExact || (!logistic && !first_order && !momentum && prior_pull),
                     "inner_steps='exact' needs the squared loss and a prior_pull, "
                     "and knows neither momentum nor first_order");

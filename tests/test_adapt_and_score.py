@@ -280,6 +280,15 @@ def test_full_adaptation_has_second_order_gradients():
     )
 
 
+def test_a_form_that_would_be_wrong_is_refused():
+    draw = Draw(0)
+    model, batch = draw.model(), draw.batch()
+    with pytest.raises(RuntimeError, match="form 'gram' is not exact with a preconditioner and a prior_pull at once"):
+        _ops.adapt_and_score(model, batch, draw.loop(3, learned=True, form="gram"))
+    with pytest.raises(RuntimeError, match="form 'normal' exists for the squared loss only"):
+        _ops.adapt_and_score(model, batch, draw.loop(3, form="normal", loss="logistic"))
+
+
 def bits(tensors):
     return [tensor.detach().numpy().tobytes() for tensor in tensors]
 
