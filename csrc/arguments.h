@@ -25,12 +25,15 @@ inline void check_size(const char* name, const Tensor& tensor, int64_t size) {
 
 // Entries of T tasks, one after the other: task t owns [offsets[t], offsets[t + 1]).
 struct RaggedItems {
-  Tensor items;    // int64 [n]
-  Tensor offsets;  // int64 [T + 1]
+  Tensor items;              // int64 [n]
+  Tensor offsets;            // int64 [T + 1]
+  OptionalTensor negatives;  // int64 [n, M]
+  OptionalTensor log_q;      // [n, 1 + M]
   int64_t num_tasks = 0;
 
   RaggedItems(const std::string& name, const Tensor& items_in, const Tensor& offsets_in,
-              const Tensor& like)
+              const Tensor& like, const OptionalTensor& negatives_in = std::nullopt,
+              const OptionalTensor& log_q_in = std::nullopt)
       : items(as_contiguous(items_in)), offsets(as_contiguous(offsets_in)) {
     check_tensor((name + "_items").c_str(), items, ScalarType::Long, like);
     check_tensor((name + "_offsets").c_str(), offsets, ScalarType::Long, like);
@@ -38,12 +41,29 @@ struct RaggedItems {
     STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) >= 1, name,
                     "_offsets: expected shape [T + 1]");
     num_tasks = offsets.size(0) - 1;
+    if (negatives_in) {
+      negatives = as_contiguous(*negatives_in);
+      check_tensor((name + "_negatives").c_str(), *negatives, ScalarType::Long, like);
+      STD_TORCH_CHECK(
+          negatives->dim() == 2 && negatives->size(0) == size() && negatives->size(1) > 0, name,
+          "_negatives: expected shape [n, M] with n = ", size(), " and M ≥ 1");
+    }
+    if (log_q_in) {
+      log_q = as_contiguous(*log_q_in);
+      STD_TORCH_CHECK(log_q->device() == like.device() && log_q->dim() == 2 &&
+                          log_q->size(0) == size() && log_q->size(1) == candidates(),
+                      name, "_log_q: expected shape [n, 1 + M] with n = ", size(),
+                      ", 1 + M = ", candidates());
+    }
   }
 
   int64_t size() const { return items.size(0); }
+  int64_t num_negatives() const { return negatives ? negatives->size(1) : 0; }
+  int64_t candidates() const { return 1 + num_negatives(); }  // of an entry
 };
 
-// The meta-parameters and the support set: what every operator begins with.
+// The meta-parameters and the support set: what every operator begins with. A float32 problem may
+// have a bfloat16 table: rows are widened as they are read.
 struct Inputs {
   Tensor user_init;       // [D] or [T, D]
   Tensor user_bias_init;  // scalar or [T]
@@ -57,17 +77,23 @@ struct Inputs {
   Inputs(const Tensor& user_init_in, const Tensor& user_bias_init_in, const Tensor& item_table_in,
          const Tensor& item_bias_in, const Tensor& offset_in, const Tensor& support_items,
          const Tensor& support_targets, const Tensor& support_offsets,
-         const OptionalTensor& support_weights)
+         const OptionalTensor& support_weights, const OptionalTensor& support_negatives,
+         const OptionalTensor& support_log_q)
       : user_init(as_contiguous(user_init_in)),
         user_bias_init(as_contiguous(user_bias_init_in)),
         item_table(as_contiguous(item_table_in)),
         item_bias(as_contiguous(item_bias_in)),
         offset(as_contiguous(offset_in)),
-        support("support", support_items, support_offsets, item_table_in),
+        support("support", support_items, support_offsets, item_table_in, support_negatives,
+                support_log_q),
         targets(as_contiguous(support_targets)) {
     if (support_weights) weights = as_contiguous(*support_weights);
     STD_TORCH_CHECK(item_table.dim() == 2, "item_table: expected shape [N, D]");
-    const ScalarType dtype = item_table.scalar_type();
+    const ScalarType dtype = this->dtype();
+    STD_TORCH_CHECK(item_table.scalar_type() == dtype || narrow_table(),
+                    "item_table: expected dtype ", torch::headeronly::toString(dtype),
+                    " (or bfloat16 beside float32), like item_bias, got ",
+                    torch::headeronly::toString(item_table.scalar_type()));
     check_tensor("user_init", user_init, dtype, item_table);
     check_tensor("user_bias_init", user_bias_init, dtype, item_table);
     check_tensor("item_bias", item_bias, dtype, item_table);
@@ -85,8 +111,13 @@ struct Inputs {
       check_tensor("support_weights", *weights, dtype, item_table);
       check_size("support_weights", *weights, support.size());
     }
+    if (support.log_q) check_tensor("support_log_q", *support.log_q, dtype, item_table);
   }
 
+  ScalarType dtype() const { return item_bias.scalar_type(); }  // of arithmetic
+  bool narrow_table() const {
+    return item_table.scalar_type() == ScalarType::BFloat16 && dtype() == ScalarType::Float;
+  }
   int64_t T() const { return support.num_tasks; }
   int64_t N() const { return item_table.size(0); }
   int64_t D() const { return item_table.size(1); }
@@ -102,40 +133,51 @@ struct LoopArguments {
   OptionalTensor momentum;        // scalar or [K]
   double extra_count;
   int64_t steps;
-  bool logistic;
+  Loss loss;
   bool first_order;
   Form form;
+  bool adapts_items;  // adapt="all"
 
   LoopArguments(const Inputs& inputs, const Tensor& inner_lr_in,
                 const OptionalTensor& preconditioner_in, const OptionalTensor& prior_pull_in,
                 const OptionalTensor& momentum_in, double extra_count_in, int64_t inner_steps,
-                const std::string& loss, bool first_order_in, const std::string& form_in)
+                const std::string& loss_name, bool first_order_in, const std::string& form_in,
+                const std::string& adapt)
       : inner_lr(as_contiguous(inner_lr_in)),
         extra_count(extra_count_in),
         steps(inner_steps),
-        logistic(loss == "logistic"),
+        loss(parse_loss(loss_name)),
         first_order(first_order_in),
-        form(parse_form(form_in)) {
+        form(parse_form(form_in)),
+        adapts_items(adapt == "all") {
     if (preconditioner_in) preconditioner = as_contiguous(*preconditioner_in);
     if (prior_pull_in) prior_pull = as_contiguous(*prior_pull_in);
     if (momentum_in) momentum = as_contiguous(*momentum_in);
-    STD_TORCH_CHECK(loss == "squared" || logistic, "loss: expected 'squared' or 'logistic', got '",
-                    loss, "'");
+    const bool squared = loss == Loss::kSquared, pairwise = loss >= Loss::kBpr;
+    STD_TORCH_CHECK(pairwise == inputs.support.negatives.has_value(),
+                    "support_negatives: needed by the losses bpr and softmax, and by no other");
+    STD_TORCH_CHECK(loss == Loss::kSoftmax || !inputs.support.log_q,
+                    "support_log_q: only the softmax loss has a use for it");
     STD_TORCH_CHECK(steps >= 0 || steps == kExact, "inner_steps: must be ≥ 0, got ", steps);
     STD_TORCH_CHECK(extra_count >= 0, "extra_count: must be ≥ 0, got ", extra_count);
-    STD_TORCH_CHECK(!(form == Form::kNormal && logistic),
+    STD_TORCH_CHECK(!(form == Form::kNormal && !squared),
                     "form 'normal' exists for the squared loss only");
     STD_TORCH_CHECK(!(form == Form::kGram && preconditioner && prior_pull),
                     "form 'gram' is not exact with a preconditioner and a prior_pull at once");
-    STD_TORCH_CHECK(steps != kExact || (!logistic && !first_order && !momentum && prior_pull),
+    STD_TORCH_CHECK(steps != kExact || (squared && !first_order && !momentum && prior_pull),
                     "inner_steps='exact' needs the squared loss and a prior_pull, "
                     "and knows neither momentum nor first_order");
-    check_per_index("inner_lr", inner_lr, inputs.item_table, steps);
-    if (momentum) check_per_index("momentum", *momentum, inputs.item_table, steps);
-    if (prior_pull) check_per_index("prior_pull", *prior_pull, inputs.item_table, inputs.T());
+    STD_TORCH_CHECK(adapt == "user" || adapt == "all", "adapt: expected user or all, got '", adapt,
+                    "'");
+    STD_TORCH_CHECK(!adapts_items || (steps != kExact && !pairwise && !preconditioner &&
+                                      !prior_pull && !momentum && form == Form::kAuto),
+                    "adapt='all' knows neither inner_steps='exact', preconditioner, prior_pull, "
+                    "momentum, forms nor the losses bpr and softmax");
+    check_per_index("inner_lr", inner_lr, inputs.item_bias, steps);
+    if (momentum) check_per_index("momentum", *momentum, inputs.item_bias, steps);
+    if (prior_pull) check_per_index("prior_pull", *prior_pull, inputs.item_bias, inputs.T());
     if (preconditioner) {
-      check_tensor("preconditioner", *preconditioner, inputs.item_table.scalar_type(),
-                   inputs.item_table);
+      check_tensor("preconditioner", *preconditioner, inputs.dtype(), inputs.item_bias);
       check_size("preconditioner", *preconditioner, inputs.D() + 1);
     }
   }
@@ -148,12 +190,20 @@ struct LoopArguments {
             per_index<scalar_t>(prior_pull),
             preconditioner ? preconditioner->const_data_ptr<scalar_t>() : nullptr,
             static_cast<scalar_t>(extra_count),
-            logistic,
+            loss,
             first_order,
             form};
   }
 
  private:
+  static Loss parse_loss(const std::string& name) {
+    if (name == "squared") return Loss::kSquared;
+    if (name == "logistic") return Loss::kLogistic;
+    if (name == "bpr") return Loss::kBpr;
+    if (name == "softmax") return Loss::kSoftmax;
+    STD_TORCH_CHECK(false, "loss: expected squared, logistic, bpr or softmax, got '", name, "'");
+  }
+
   static Form parse_form(const std::string& name) {
     if (name == "auto") return Form::kAuto;
     if (name == "gram") return Form::kGram;

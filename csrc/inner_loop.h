@@ -5,6 +5,12 @@
 
 #include "losses.h"
 
+#if defined(__CUDACC__)
+#define HOST_DEVICE __host__ __device__
+#else
+#define HOST_DEVICE
+#endif
+
 namespace metarec_fast {
 
 enum class Form { kAuto, kGram, kDirect, kNormal };
@@ -44,8 +50,8 @@ struct InnerLoop {
   PerIndex<scalar_t> prior_pull;   // ρ, by task
   const scalar_t* preconditioner;  // A [D + 1], or nullptr: ones
   scalar_t extra_count;            // n0
-  bool logistic;                   // else squared
-  bool first_order;                // ∇L_S counts as constant when differentiating
+  Loss loss;
+  bool first_order;  // ∇L_S counts as constant when differentiating
   Form form;
 
   HOST_DEVICE bool exact() const { return steps == kExact; }

@@ -10,11 +10,12 @@ namespace {
 const std::string kInputs =
     "Tensor user_init, Tensor user_bias_init, Tensor item_table, Tensor item_bias, Tensor offset, "
     "Tensor support_items, Tensor support_targets, Tensor support_offsets, "
-    "Tensor? support_weights, ";
+    "Tensor? support_weights, Tensor? support_negatives, Tensor? support_log_q, ";
 
 const std::string kLoop =
     "Tensor inner_lr, Tensor? preconditioner, Tensor? prior_pull, Tensor? momentum, "
-    "float extra_count, int inner_steps, str loss, bool first_order, str form";
+    "float extra_count, int inner_steps, str loss, bool first_order, str form, "
+    "str adapt";
 
 // user_init, user_bias_init, item_table, item_bias, offset, inner_lr, preconditioner, prior_pull,
 // momentum, support_weights
@@ -33,17 +34,14 @@ STABLE_TORCH_LIBRARY(metarec_fast, m) {
          kGradients)
             .c_str());
   m.def(("meta_step(" + kInputs +
-         "Tensor query_items, Tensor query_targets, Tensor query_offsets, Tensor? query_weights, "
-         "Tensor? task_weights, " +
+         "Tensor query_items, Tensor? query_targets, Tensor query_offsets, Tensor? query_weights, "
+         "Tensor? query_negatives, Tensor? query_log_q, Tensor? task_weights, " +
          kLoop +
          ", float outer_squared, float outer_logistic, float outer_absolute, "
-         "Tensor? step_weights, int wanted) -> (Tensor, " +
+         "float outer_bpr, float outer_softmax, Tensor? step_weights, int wanted) -> (Tensor, " +
          kGradients)
             .c_str());
-  m.def(("adapt_all(" + kInputs +
-         "Tensor query_items, Tensor query_offsets, Tensor inner_lr, float extra_count, "
-         "int inner_steps, str loss) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-            .c_str());
+  m.def(("adapt_all(" + kInputs + kLoop + ") -> (Tensor, Tensor, Tensor, Tensor)").c_str());
   m.def(
       "score_top_k(Tensor user, Tensor user_bias, Tensor item_table, Tensor item_bias, int k, "
       "Tensor? exclude_items, Tensor? exclude_offsets) -> (Tensor, Tensor)");

@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
+#include <initializer_list>
 #include <optional>
 
 namespace metarec_fast {
@@ -18,6 +20,25 @@ using OptionalTensor = std::optional<Tensor>;
 // there is nothing to copy.
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// An uninitialised contiguous tensor on the device of `like`; torch::stable::new_empty() would look
+// the operator up by name and box its arguments.
+inline Tensor empty(const Tensor& like, ScalarType dtype, std::initializer_list<int64_t> sizes) {
+  std::array<int64_t, 4> strides;
+  int64_t stride = 1;
+  for (int64_t i = static_cast<int64_t>(sizes.size()) - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= sizes.begin()[i];
+  }
+  int32_t type, index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  const auto dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.begin(), strides.data(), dtype_code, type, index, &handle));
+  return Tensor(handle);
 }
 
 // Calls body(scalar_t{}) with the C++ type that `dtype` names.

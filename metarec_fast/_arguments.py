@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,9 +13,12 @@ from metarec_fast.tasks import Entries, TaskBatch
 
 Number = float | Tensor
 
-INNER_LOSSES = ("squared", "logistic")
-OUTER_LOSSES = ("squared", "logistic", "absolute")
-DTYPES = (torch.float32, torch.float64)
+INNER_LOSSES = ("squared", "logistic", "bpr", "softmax")
+OUTER_LOSSES = ("squared", "logistic", "absolute", "bpr", "softmax")
+PAIRWISE = ("bpr", "softmax")
+"""Losses that compare an entry's item with its negatives; the others compare its score with its target."""
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+"""Of the item table. A bfloat16 table is only stored so: arithmetic and all else are float32."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +76,16 @@ def check_model(
     if not isinstance(item_table, Tensor) or item_table.dim() != 2:
         raise ValueError(f"item_table: expected a tensor [N, D], got {_describe(item_table)}")
     if item_table.dtype not in DTYPES:
-        raise TypeError(f"item_table: expected dtype float32 or float64, got {item_table.dtype}")
+        raise TypeError(f"item_table: expected dtype float32, float64 or bfloat16, got {item_table.dtype}")
     num_items, dim = item_table.shape
-    user_init = _tensor("user_init", user_init, item_table, ((dim,), (num_tasks, dim)), "[D] or [T, D]")
-    item_bias = _tensor("item_bias", item_bias, item_table, ((num_items,),), "[N]")
+    like = item_table if item_table.dtype != torch.bfloat16 else item_table.new_empty(0, dtype=torch.float32)
     bias = 0.0 if user_bias_init is None else user_bias_init
     return Model(
-        user_init,
-        _tensor("user_bias_init", bias, item_table, ((), (num_tasks,)), "a scalar or [T]"),
+        _tensor("user_init", user_init, like, ((dim,), (num_tasks, dim)), "[D] or [T, D]"),
+        _tensor("user_bias_init", bias, like, ((), (num_tasks,)), "a scalar or [T]"),
         item_table,
-        item_bias,
-        _tensor("offset", offset, item_table, ((),), "a scalar"),
+        _tensor("item_bias", item_bias, like, ((num_items,),), "[N]"),
+        _tensor("offset", offset, like, ((),), "a scalar"),
     )
 
 
@@ -102,7 +104,7 @@ def check_inner_loop(
     adapt: str,
 ) -> InnerLoop:
     """The inner loop's settings, each of a shape and value that makes sense, and allowed beside the others."""
-    table = model.item_table
+    like, dim = model.item_bias, model.item_table.shape[1]
     if inner_steps != "exact" and (isinstance(inner_steps, bool) or not isinstance(inner_steps, int)):
         raise TypeError(f"inner_steps: expected an int or 'exact', got {inner_steps!r}")
     if isinstance(inner_steps, int) and inner_steps < 0:
@@ -130,17 +132,22 @@ def check_inner_loop(
     if adapt == "all":
         _refuse(
             "adapt='all'",
-            {"preconditioner": preconditioner is not None, "prior_pull": pulled, "momentum": momentum is not None},
+            {
+                "preconditioner": preconditioner is not None,
+                "prior_pull": pulled,
+                "momentum": momentum is not None,
+                f"loss={loss!r} (only pointwise ones)": loss in PAIRWISE,
+            },
         )
     per_step: tuple[tuple[int, ...], ...] = ((),) if inner_steps == "exact" else ((), (inner_steps,))
     return InnerLoop(
-        inner_lr=_tensor("inner_lr", inner_lr, table, per_step, "a scalar or [K]"),
+        inner_lr=_tensor("inner_lr", inner_lr, like, per_step, "a scalar or [K]"),
         inner_steps=inner_steps,
         preconditioner=None
         if preconditioner is None
-        else _tensor("preconditioner", preconditioner, table, ((table.shape[1] + 1,),), "[D + 1]"),
-        prior_pull=_tensor("prior_pull", prior_pull, table, ((), (num_tasks,)), "a scalar or [T]") if pulled else None,
-        momentum=None if momentum is None else _tensor("momentum", momentum, table, per_step, "a scalar or [K]"),
+        else _tensor("preconditioner", preconditioner, like, ((dim + 1,),), "[D + 1]"),
+        prior_pull=_tensor("prior_pull", prior_pull, like, ((), (num_tasks,)), "a scalar or [T]") if pulled else None,
+        momentum=None if momentum is None else _tensor("momentum", momentum, like, per_step, "a scalar or [K]"),
         extra_count=float(extra_count),
         loss=loss,
         first_order=bool(first_order),
@@ -148,40 +155,53 @@ def check_inner_loop(
     )
 
 
-def check_entries(name: str, entries: Entries, table: Tensor, *, targets: bool, loss: str | None = None) -> Entries:
-    """Entries whose ids lie in the table and whose values have its dtype."""
+def check_entries(name: str, entries: Entries, item_bias: Tensor, losses: Iterable[str] = ()) -> Entries:
+    """Entries of the items that have an `item_bias` [N], their values of its dtype, with what `losses` look at."""
     if not isinstance(entries, Entries):
         raise TypeError(f"{name}: expected Entries, got {type(entries).__name__}")
-    if entries.items.device != table.device:
-        raise ValueError(f"{name}.items: expected to be on {table.device}, like item_table, got {entries.items.device}")
-    if entries.max_item >= table.shape[0]:
+    if entries.items.device != item_bias.device:
+        raise ValueError(
+            f"{name}.items: expected to be on {item_bias.device}, like item_table, got {entries.items.device}"
+        )
+    if entries.max_item >= item_bias.shape[0]:
         for part, ids in (("items", entries.items), ("negatives", entries.negatives)):
-            outside = None if ids is None else (ids.reshape(-1) >= table.shape[0]).nonzero()
+            outside = None if ids is None else (ids.reshape(-1) >= item_bias.shape[0]).nonzero()
             if ids is not None and outside is not None and len(outside):
                 position = int(outside[0])
                 raise IndexError(
-                    f"{name}.{part}: ids must be in [0, {table.shape[0]}), "
+                    f"{name}.{part}: ids must be in [0, {item_bias.shape[0]}), "
                     f"got {int(ids.reshape(-1)[position])} at position {position}"
                 )
-    if targets and entries.targets is None:
+    _check_parts(name, entries, tuple(losses))
+    value = next((v for v in (entries.targets, entries.weights, entries.log_q) if v is not None), None)
+    return entries if value is None or value.dtype == item_bias.dtype else entries.to(item_bias.device, item_bias.dtype)
+
+
+def _check_parts(name: str, entries: Entries, losses: tuple[str, ...]) -> None:
+    """Raises unless the entries have what the losses look at, and nothing that none of them does."""
+    pointwise = next((loss for loss in losses if loss not in PAIRWISE), None)
+    pairwise = next((loss for loss in losses if loss in PAIRWISE), None)
+    if pointwise and entries.targets is None:
         raise ValueError(f"{name}.targets: expected a tensor [n], got None")
-    if targets and entries.negatives is not None:
-        raise ValueError(f"{name}.negatives: the pointwise loss {loss!r} has no use for them")
-    value = entries.targets if entries.targets is not None else entries.weights
-    return entries if value is None or value.dtype == table.dtype else entries.to(table.device, table.dtype)
+    if pairwise and entries.negatives is None:
+        raise ValueError(f"{name}.negatives: the loss {pairwise!r} compares with them, got None")
+    if pointwise and not pairwise and entries.negatives is not None:
+        raise ValueError(f"{name}.negatives: the pointwise loss {pointwise!r} has no use for them")
+    if losses and "softmax" not in losses and entries.log_q is not None:
+        raise ValueError(f"{name}.log_q: only the loss 'softmax' has a use for it, got {' and '.join(losses)}")
 
 
-def check_batch(batch: TaskBatch, table: Tensor, loss: str, *, query_targets: bool) -> TaskBatch:
-    """A batch with a query, both parts checked against the table."""
+def check_batch(batch: TaskBatch, item_bias: Tensor, loss: str, outer_losses: Iterable[str]) -> TaskBatch:
+    """A batch with a query, both parts checked against the items and what their losses look at."""
     if not isinstance(batch, TaskBatch):
         raise TypeError(f"batch: expected a TaskBatch, got {type(batch).__name__}")
     if batch.query is None:
         raise ValueError("batch.query: expected Entries, got None")
-    support = check_entries("support", batch.support, table, targets=True, loss=loss)
-    query = check_entries("query", batch.query, table, targets=query_targets, loss=loss)
+    support = check_entries("support", batch.support, item_bias, (loss,))
+    query = check_entries("query", batch.query, item_bias, outer_losses)
     if support is batch.support and query is batch.query:
         return batch
-    weights = None if batch.weights is None else batch.weights.to(table.dtype)
+    weights = None if batch.weights is None else batch.weights.to(item_bias.dtype)
     return TaskBatch(support, query, batch.users, weights)
 
 
@@ -196,13 +216,13 @@ def check_outer_loss(outer_loss: str | Mapping[str, float]) -> dict[str, float]:
     return losses
 
 
-def check_step_weights(step_weights: Tensor | None, loop: InnerLoop, table: Tensor) -> Tensor | None:
+def check_step_weights(step_weights: Tensor | None, loop: InnerLoop, like: Tensor) -> Tensor | None:
     """κ [K + 1], for the multi-step outer loss."""
     if step_weights is None:
         return None
     if loop.inner_steps == "exact":
         raise ValueError("step_weights: 'exact' has no steps to weigh")
-    return _tensor("step_weights", step_weights, table, ((loop.inner_steps + 1,),), "[K + 1]")
+    return _tensor("step_weights", step_weights, like, ((loop.inner_steps + 1,),), "[K + 1]")
 
 
 def _tensor(name: str, value: Number, like: Tensor, shapes: tuple[tuple[int, ...], ...], expected: str) -> Tensor:

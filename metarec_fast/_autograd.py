@@ -26,8 +26,10 @@ WANT = {
 }
 """In the order in which the operators return gradients."""
 
-SUPPORT_ITEMS, SUPPORT_OFFSETS, SUPPORT_WEIGHTS, INPUTS = 5, 7, 8, 9
+ITEM_TABLE, ITEM_BIAS, SUPPORT_ITEMS, SUPPORT_OFFSETS, SUPPORT_WEIGHTS, SUPPORT_NEGATIVES, INPUTS = 2, 3, 5, 7, 8, 9, 11
 QUERY = 2  # query_items, query_offsets of adapt_and_score
+JUDGED_QUERY, QUERY_NEGATIVES = 7, 4  # query_items … task_weights of meta_step, and where negatives are among them
+FIRST_ORDER, ADAPT_WHAT = 7, 9  # among the inner loop's arguments
 
 
 def places(loop_start: int) -> dict[str, int]:
@@ -37,7 +39,7 @@ def places(loop_start: int) -> dict[str, int]:
     return {**user_side, **{name: loop_start + i for i, name in enumerate(loop)}, "support_weights": SUPPORT_WEIGHTS}
 
 
-ADAPT, ADAPT_AND_SCORE, META_STEP = places(INPUTS), places(INPUTS + QUERY), places(INPUTS + 5)
+ADAPT, ADAPT_AND_SCORE, META_STEP = places(INPUTS), places(INPUTS + QUERY), places(INPUTS + JUDGED_QUERY)
 
 
 class _Once(torch.autograd.Function):
@@ -55,15 +57,14 @@ class _Once(torch.autograd.Function):
 
 def _adapted(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """Fake user vectors [T, D] and biases [T]."""
-    table, num_tasks = args[2], args[SUPPORT_OFFSETS].shape[0] - 1
-    return table.new_empty((num_tasks, table.shape[1])), table.new_empty((num_tasks,))
+    like, dim, num_tasks = args[ITEM_BIAS], args[ITEM_TABLE].shape[1], args[SUPPORT_OFFSETS].shape[0] - 1
+    return like.new_empty((num_tasks, dim)), like.new_empty((num_tasks,))
 
 
 def _gradients(args: tuple[Any, ...], where: dict[str, int], wanted: int) -> list[Tensor]:
     """Fake gradients in the operators' order; an unwanted one is empty."""
-    table = args[2]
     return [
-        table.new_empty(args[where[name]].shape if args[where[name]] is not None and wanted & bit else (0,))
+        args[ITEM_BIAS].new_empty(args[where[name]].shape if args[where[name]] is not None and wanted & bit else (0,))
         for name, bit in WANT.items()
     ]
 
@@ -73,7 +74,7 @@ def _fake_adapt(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake_adapt_and_score(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return *_adapted(args), args[2].new_empty(args[INPUTS].shape)
+    return *_adapted(args), args[ITEM_BIAS].new_empty(args[INPUTS].shape)
 
 
 def _fake_adapt_and_score_backward(
@@ -83,18 +84,38 @@ def _fake_adapt_and_score_backward(
 
 
 def _fake_adapt_all(*args: Any) -> tuple[Tensor, ...]:
-    table, entries = args[2], args[SUPPORT_ITEMS].shape[0]
-    rows, biases = table.new_empty((entries, table.shape[1])), table.new_empty((entries,))
-    return *_adapted(args), rows, biases, table.new_empty(args[INPUTS].shape)
+    like, entries = args[ITEM_BIAS], args[SUPPORT_ITEMS].shape[0]
+    rows, biases = like.new_empty((entries, args[ITEM_TABLE].shape[1])), like.new_empty((entries,))
+    return *_adapted(args), rows, biases
 
 
 def _fake_meta_step(*args: Any) -> list[Tensor]:
-    wanted, table = args[-1], args[2]
+    wanted, like = args[-1], args[ITEM_BIAS]
     gradients = _gradients(args, META_STEP, wanted)
     if wanted & WANT["item_table"]:
-        entries = args[SUPPORT_ITEMS].shape[0] + args[INPUTS].shape[0]
-        gradients[2:4] = [table.new_empty((entries, table.shape[1])), table.new_empty((entries,))]
-    return [table.new_empty(()), *gradients]
+        rows = sum(ids.numel() for ids in _row_ids(args))
+        gradients[2:4] = [like.new_empty((rows, args[ITEM_TABLE].shape[1])), like.new_empty((rows,))]
+    return [like.new_empty(()), *gradients]
+
+
+def row_ids(
+    support_items: Tensor,
+    support_negatives: Tensor | None,
+    query_items: Tensor,
+    query_negatives: Tensor | None,
+    without_support: bool,
+) -> list[Tensor]:
+    """The items, in pieces, of the gradient rows that meta_step returns."""
+    support = [] if without_support else [support_items, support_negatives]
+    return [ids.reshape(-1) for ids in (*support, query_items, query_negatives) if ids is not None]
+
+
+def _row_ids(args: tuple[Any, ...]) -> list[Tensor]:
+    """The same from the arguments of meta_step."""
+    loop = args[INPUTS + JUDGED_QUERY :]
+    without_support = loop[FIRST_ORDER] and loop[ADAPT_WHAT] == "user"
+    query = args[INPUTS], args[INPUTS + QUERY_NEGATIVES]
+    return row_ids(args[SUPPORT_ITEMS], args[SUPPORT_NEGATIVES], *query, without_support)
 
 
 def _fake_score_top_k(
@@ -159,17 +180,16 @@ def _meta_step_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     ctx.mark_non_differentiable(*gradients)
     ctx.num_rows = inputs[2].shape[0]
     inputs_with_gradients = [inputs[place] for place in META_STEP.values()]
-    ctx.save_for_backward(inputs[SUPPORT_ITEMS], inputs[INPUTS], *gradients, *inputs_with_gradients)
+    ctx.save_for_backward(*gradients, *inputs_with_gradients, *_row_ids(inputs))
 
 
 def _meta_step_backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-    support_items, query_items, *saved = ctx.saved_tensors
-    gradients, inputs = saved[: len(WANT)], saved[len(WANT) :]
+    saved, count = ctx.saved_tensors, len(WANT)
+    gradients, inputs, ids = saved[:count], saved[count : 2 * count], saved[2 * count :]
     num_rows = ctx.num_rows
 
     def scale(grad_loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        ids = torch.cat([support_items, query_items])
-        dense = [ops.sum_rows(ids, rows, num_rows) if rows.shape[0] else rows for rows in gradients[2:4]]
+        dense = [ops.sum_rows(torch.cat(ids), rows, num_rows) if rows.shape[0] else rows for rows in gradients[2:4]]
         return tuple(gradient * grad_loss for gradient in (*gradients[:2], *dense, *gradients[4:]))
 
     scaled = _Once.apply("meta_step", scale, grad_loss, *inputs)

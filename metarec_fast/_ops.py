@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _library
-from metarec_fast._arguments import InnerLoop, Model, differentiable
+from metarec_fast._arguments import OUTER_LOSSES, InnerLoop, Model, differentiable
 from metarec_fast.results import AdaptedItems, FastWeights, MetaStep, SparseRows, TopK
 from metarec_fast.tasks import Entries, TaskBatch
 
@@ -21,33 +21,26 @@ EXACT = -1
 """`inner_steps` of the operators for the closed form."""
 
 
-def can_run(model: Model, support: Entries, loop: InnerLoop, *, gradients: bool = False) -> bool:
-    """Whether kernels can do it; adapt="all" has no gradient of its own yet and leaves that to the reference."""
+def can_adapt(model: Model, support: Entries, loop: InnerLoop) -> bool:
+    """Whether a kernel can do what `adapt` is asked for; adapted items have no gradient but the reference's."""
     if not _library.loaded_for(model.item_table):
         return False
-    if loop.adapt != "all":
-        return True
-    values = (*_inputs(model, support), loop.inner_lr)
-    return not gradients and not (
-        torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
-    )
+    values = differentiable(model, loop, support).values()
+    wanted = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
+    return loop.adapt != "all" or not wanted
 
 
 def adapt(model: Model, support: Entries, loop: InnerLoop) -> FastWeights:
     if loop.adapt == "all":
-        nothing = support.items.new_empty(0), torch.zeros_like(support.offsets)
-        user, bias, rows, biases, _ = ops.adapt_all(*_inputs(model, support), *nothing, *_plain_loop(loop))
+        user, bias, rows, biases = ops.adapt_all(*_inputs(model, support), *_loop(loop))
         return FastWeights(user, bias, AdaptedItems(rows, biases))
     return FastWeights(*ops.adapt(*_inputs(model, support), *_loop(loop)))
 
 
 def adapt_and_score(model: Model, batch: TaskBatch, loop: InnerLoop) -> tuple[FastWeights, Tensor]:
     assert batch.query is not None
-    inputs = (*_inputs(model, batch.support), batch.query.items, batch.query.offsets)
-    if loop.adapt == "all":
-        user, bias, rows, biases, scores = ops.adapt_all(*inputs, *_plain_loop(loop))
-        return FastWeights(user, bias, AdaptedItems(rows, biases)), scores
-    user, bias, scores = ops.adapt_and_score(*inputs, *_loop(loop))
+    query = batch.query.items, batch.query.offsets
+    user, bias, scores = ops.adapt_and_score(*_inputs(model, batch.support), *query, *_loop(loop))
     return FastWeights(user, bias), scores
 
 
@@ -59,14 +52,14 @@ def meta_step(
     given = differentiable(model, loop, batch.support)
     wanted = sum({_autograd.WANT[name] for name, value in given.items() if value is not None})
     loss, *gradients = ops.meta_step(
-        *_inputs(model, batch.support), query.items, query.targets, query.offsets, query.weights, batch.weights,
-        *_loop(loop), *(float(losses.get(name, 0.0)) for name in ("squared", "logistic", "absolute")),
-        step_weights, wanted,
+        *_inputs(model, batch.support), *_query(batch), *_loop(loop),
+        *(float(losses.get(name, 0.0)) for name in OUTER_LOSSES), step_weights, wanted,
     )  # fmt: skip
     grads: dict[str, Tensor | SparseRows] = {
         name: gradient for (name, value), gradient in zip(given.items(), gradients, strict=True) if value is not None
     }
-    ids = torch.cat([batch.support.items, query.items])
+    pieces = (batch.support.items, batch.support.negatives, query.items, query.negatives)
+    ids = torch.cat(_autograd.row_ids(*pieces, loop.first_order and loop.adapt != "all"))
     for name in ("item_table", "item_bias"):
         rows = grads[name]
         assert isinstance(rows, Tensor)
@@ -86,19 +79,31 @@ def coalesce_rows(gradient: SparseRows) -> SparseRows:
 
 
 def _inputs(model: Model, support: Entries) -> tuple[Tensor | None, ...]:
+    targets = model.item_bias.new_zeros(len(support)) if support.targets is None else support.targets
     return (
         model.user_init, model.user_bias_init, model.item_table, model.item_bias, model.offset,
-        support.items, support.targets, support.offsets, support.weights,
+        support.items, targets, support.offsets, support.weights, _negatives(support), support.log_q,
     )  # fmt: skip
+
+
+def _query(batch: TaskBatch) -> tuple[Tensor | None, ...]:
+    """The query as it is judged, and the tasks' weights."""
+    query = batch.query
+    assert query is not None
+    return (
+        query.items, query.targets, query.offsets, query.weights, _negatives(query), query.log_q, batch.weights,
+    )  # fmt: skip
+
+
+def _negatives(entries: Entries) -> Tensor | None:
+    """As [n, M]."""
+    negatives = entries.negatives
+    return negatives if negatives is None or negatives.dim() == 2 else negatives[:, None]
 
 
 def _loop(loop: InnerLoop) -> tuple[Any, ...]:
     steps = EXACT if loop.inner_steps == "exact" else loop.inner_steps
     return (
         loop.inner_lr, loop.preconditioner, loop.prior_pull, loop.momentum, loop.extra_count, steps,
-        loop.loss, loop.first_order, loop.form,
+        loop.loss, loop.first_order, loop.form, loop.adapt,
     )  # fmt: skip
-
-
-def _plain_loop(loop: InnerLoop) -> tuple[Any, ...]:
-    return loop.inner_lr, loop.extra_count, loop.inner_steps, loop.loss

@@ -54,7 +54,8 @@ def adapt(
 
     Args:
         user_init: u_0, where every task starts, [D], or [T, D] for one start per task.
-        item_table: Item rows e_i, [N, D], float32 or float64. Their dtype is everyone's.
+        item_table: Item rows e_i, [N, D], float32 or float64. Their dtype is everyone's. Or bfloat16, half the memory
+            to read: arithmetic and everything else are then float32.
         item_bias: b_i, [N].
         support: The entries to adapt on, T tasks; weights w default to 1.
         user_bias_init: c_0, a number, a scalar tensor or [T]; 0 by default.
@@ -84,10 +85,9 @@ def adapt(
         prior_pull=prior_pull, extra_count=extra_count, momentum=momentum, loss=loss, first_order=first_order,
         adapt=adapt,
     )  # fmt: skip
-    support = check_entries("support", support, item_table, targets=True, loss=loss)
-    if not _ops.can_run(model, support, loop):
-        return reference.adapt(model, support, loop)
-    return _ops.adapt(model, support, loop)
+    support = check_entries("support", support, item_bias, (loss,))
+    run = _ops.adapt if _ops.can_adapt(model, support, loop) else reference.adapt
+    return run(model, support, loop)
 
 
 def adapt_and_score(
@@ -128,9 +128,9 @@ def adapt_and_score(
         prior_pull=prior_pull, extra_count=extra_count, momentum=momentum, loss=loss, first_order=first_order,
         adapt=adapt,
     )  # fmt: skip
-    batch = check_batch(batch, item_table, loss, query_targets=False)
+    batch = check_batch(batch, item_bias, loss, outer_losses=())
     candidates = _with_negatives(batch)
-    run = _ops.adapt_and_score if _ops.can_run(model, batch.support, loop) else reference.adapt_and_score
+    run = _ops.adapt_and_score if _library.loaded_for(item_table) else reference.adapt_and_score
     _, scores = run(model, candidates, loop)
     return scores if candidates is batch else scores.view(len(batch.query or ()), -1)
 
@@ -185,10 +185,10 @@ def meta_step(
         prior_pull=prior_pull, extra_count=extra_count, momentum=momentum, loss=loss, first_order=first_order,
         adapt=adapt,
     )  # fmt: skip
-    batch = check_batch(batch, item_table, loss, query_targets=True)
     losses = check_outer_loss(outer_loss)
-    step_weights = check_step_weights(step_weights, loop, item_table)
-    run = _ops.meta_step if _ops.can_run(model, batch.support, loop, gradients=True) else reference.meta_step
+    batch = check_batch(batch, item_bias, loss, losses)
+    step_weights = check_step_weights(step_weights, loop, item_bias)
+    run = _ops.meta_step if _library.loaded_for(item_table) else reference.meta_step
     result = run(model, batch, loop, losses, step_weights)
     if coalesce:
         for name in ("item_table", "item_bias"):
@@ -231,7 +231,7 @@ def score_top_k(
     if not 1 <= k <= item_table.shape[0]:
         raise ValueError(f"k: must be in [1, {item_table.shape[0]}], the number of items, got {k}")
     if exclude is not None:
-        exclude = check_entries("exclude", exclude, item_table, targets=False)
+        exclude = check_entries("exclude", exclude, item_bias)
         if exclude.num_tasks != num_tasks:
             raise ValueError(f"exclude: expected {num_tasks} tasks, one per user, got {exclude.num_tasks}")
     run = _ops.score_top_k if _library.loaded_for(item_table) else reference.score_top_k

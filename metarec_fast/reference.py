@@ -43,6 +43,18 @@ def pointwise_loss(name: str, scores: Tensor, targets: Tensor) -> Tensor:
     raise ValueError(f"loss: expected 'squared', 'logistic' or 'absolute', got {name!r}")
 
 
+def entry_losses(name: str, scores: Tensor, entries: Entries | _Task) -> Tensor:
+    """ℓ [n] of every entry, from the scores [n, 1 + M] of its item and its negatives."""
+    own = scores[:, 0]
+    if name == "bpr":
+        return nn.softplus(scores[:, 1:] - own[:, None]).mean(1)
+    if name == "softmax":
+        logits = scores if entries.log_q is None else scores - entries.log_q
+        return logits.logsumexp(1) - logits[:, 0]
+    assert entries.targets is not None
+    return pointwise_loss(name, own, entries.targets)
+
+
 def adapt_task(start: TaskWeights, model: Model, support: _Task, loop: InnerLoop, task: int) -> list[TaskWeights]:
     """The fast weights φ_0 … φ_K of one task.
 
@@ -113,8 +125,8 @@ def outer_loss(
         weight = _at(batch.weights, t, default=1.0)
         for step, weights in enumerate(path):
             step_weight = _at(step_weights, step, default=1.0)
-            scores = score(weights, model, query.items, support if loop.adapt == "all" else None)
-            errors = sum(share * pointwise_loss(name, scores, query.targets) for name, share in losses.items())
+            scores = score(weights, model, query.candidates, support if loop.adapt == "all" else None)
+            errors = sum(share * entry_losses(name, scores, query) for name, share in losses.items() if share)
             total = total + weight * step_weight * (query.weights * errors).sum() / query.weights.sum()
         count = count + weight
     return total / count if count > 0 else total
@@ -127,21 +139,24 @@ def meta_step(
     losses: dict[str, float],
     step_weights: Tensor | None = None,
 ) -> MetaStep:
-    """The outer loss and its gradients; those of the items as one row per support entry, then one per query entry.
+    """The outer loss and its gradients; those of the items as a row for each support item, support negative, query
+    item and query negative, the support left out with first_order, where it has none.
 
-    Every entry gets a row of its own in a fresh table, so that autograd keeps their gradients apart.
+    Each of them gets a row of its own in a fresh table, so that autograd keeps their gradients apart.
     """
     assert batch.query is not None
     support, query = batch.support, batch.query
-    ids = torch.cat([support.items, query.items])
-    entries = torch.arange(ids.numel(), device=ids.device)
+    pieces = [support.items, support.negatives, query.items, query.negatives]
+    ids = torch.cat([piece.reshape(-1) for piece in pieces if piece is not None])
+    entries = iter(torch.arange(ids.numel(), device=ids.device).split([0 if p is None else p.numel() for p in pieces]))
+    places = [place if piece is None else place.view_as(piece) for piece, place in zip(pieces, entries, strict=True)]
     if loop.adapt == "all":  # equal items of a task must stay one item, so the table is kept
         local = batch
         table, item_bias = model.item_table, model.item_bias
     else:
         local = TaskBatch(
-            support.with_items(entries[: len(support)]),
-            query.with_items(entries[len(support) :]),
+            support.with_items(places[0], None if support.negatives is None else places[1]),
+            query.with_items(places[2], None if query.negatives is None else places[3]),
             weights=batch.weights,
         )
         table, item_bias = model.item_table[ids], model.item_bias[ids]
@@ -164,10 +179,12 @@ def meta_step(
     grads: dict[str, Tensor | SparseRows] = dict(zip(given, slopes, strict=True))
     if loop.adapt == "all":
         ids = ids.unique()
+    support_rows = places[0].numel() + places[1].numel()
     for name in ("item_table", "item_bias"):
         rows = grads[name]
         assert isinstance(rows, Tensor)
-        grads[name] = SparseRows(ids, rows[ids] if loop.adapt == "all" else rows)
+        first = support_rows if loop.first_order and loop.adapt != "all" else 0
+        grads[name] = SparseRows(ids[first:], rows[ids] if loop.adapt == "all" else rows[first:])
     originals = (value for value in leaves.values() if value is not None)
     return MetaStep(_KnownGradients.apply(loss.detach(), slopes, *originals), grads)
 
@@ -218,15 +235,21 @@ class _Task:
     items: Tensor  # [n]
     targets: Tensor  # [n]
     weights: Tensor  # [n]
+    candidates: Tensor  # [n, 1 + M], each entry's item and its negatives
+    log_q: Tensor | None  # [n, 1 + M]
     distinct: Tensor  # [I], the different items
     position: Tensor  # [n], where in `distinct` an entry's item stands
 
 
 def _split_tasks(entries: Entries) -> list[_Task]:
-    targets = torch.zeros(len(entries)) if entries.targets is None else entries.targets
+    targets = torch.zeros(len(entries), device=entries.items.device) if entries.targets is None else entries.targets
     weights = torch.ones_like(targets) if entries.weights is None else entries.weights
     sizes = entries.sizes().tolist()
-    parts = zip(entries.items.split(sizes), targets.split(sizes), weights.split(sizes), strict=True)
+    candidates = entries.items[:, None]
+    if entries.negatives is not None:
+        candidates = torch.cat([candidates, entries.negatives.reshape(len(entries), -1)], dim=1)
+    log_q = [None] * len(sizes) if entries.log_q is None else entries.log_q.split(sizes)
+    parts = zip(*(part.split(sizes) for part in (entries.items, targets, weights, candidates)), log_q, strict=True)
     return [_Task(*part, *torch.unique(part[0], return_inverse=True)) for part in parts]
 
 
@@ -237,12 +260,12 @@ def _start(model: Model, support: _Task, task: int) -> TaskWeights:
 
 
 def score(weights: TaskWeights, model: Model, items: Tensor, support: _Task | None) -> Tensor:
-    """p_i = m + b_i + c + u·e_i; with `support`, its items by their adapted rows."""
+    """p_i = m + b_i + c + u·e_i for items of any shape; with `support`, its items by their adapted rows."""
     rows, biases = model.item_table[items], model.item_bias[items]
     if support is not None and support.distinct.numel():
         place = torch.searchsorted(support.distinct, items).clamp(max=support.distinct.numel() - 1)
         adapted = support.distinct[place] == items
-        rows = torch.where(adapted[:, None], weights.rows[place], rows)
+        rows = torch.where(adapted[..., None], weights.rows[place], rows)
         biases = torch.where(adapted, weights.biases[place], biases)
     return model.offset + biases + weights.bias + rows @ weights.user
 
@@ -255,11 +278,12 @@ def _inner_gradient(now: TaskWeights, model: Model, support: _Task, loop: InnerL
     with torch.enable_grad():
         tracked = [value if value.requires_grad else value.detach().requires_grad_() for value in everything]
         moving = TaskWeights(*tracked)
-        scores = model.offset + moving.biases[support.position] + moving.bias
-        scores = scores + moving.rows[support.position] @ moving.user
-        losses = support.weights * pointwise_loss(loop.loss, scores, support.targets)
+        scores = score(moving, model, support.candidates, support)
+        losses = support.weights * entry_losses(loop.loss, scores, support)
         loss = losses.sum() / (support.items.numel() + loop.extra_count)
-        slopes = torch.autograd.grad(loss, tracked, create_graph=not loop.first_order)
+        slopes = torch.autograd.grad(
+            loss, tracked, create_graph=not loop.first_order, allow_unused=True, materialize_grads=True
+        )
     return TaskWeights(*slopes)
 
 

@@ -104,6 +104,13 @@ class Entries:
             max_size=self.max_size, max_item=max_item,
         )  # fmt: skip
 
+    def with_weights(self, weights: Tensor | None) -> Entries:
+        """The same entries with other weights [n], which the caller guarantees to be > 0."""
+        return Entries.unchecked(
+            self.items, self.targets, self.offsets, weights, self.negatives, self.log_q, max_size=self.max_size,
+            max_item=self.max_item,
+        )  # fmt: skip
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None, non_blocking: bool = False) -> Entries:
         """A copy on `device`; targets, weights and log_q as `dtype` where it is given."""
         return self._map(_mover(device, dtype, non_blocking))

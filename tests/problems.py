@@ -37,12 +37,25 @@ class Draw:
         table = self.normal(num_items, dim) / dim**0.5
         return Model(self.normal(*start), self.normal(*bias), table, self.normal(num_items), self.normal())
 
-    def entries(self, sizes: tuple[int, ...], num_items: int = 60, *, weights: bool = False) -> Entries:
+    def entries(
+        self,
+        sizes: tuple[int, ...],
+        num_items: int = 60,
+        *,
+        weights: bool = False,
+        negatives: int = 0,
+        log_q: bool = False,
+    ) -> Entries:
         """Few items for many entries, so that tasks repeat items and share them; targets in [0, 1]."""
         count = sum(sizes)
         items = torch.randint(num_items, (count,), generator=self.generator)
         offsets = torch.tensor([0, *sizes]).cumsum(0)
-        return Entries(items, self.uniform(count), offsets, self.uniform(count) + 0.5 if weights else None)
+        targets, entry_weights = self.uniform(count), self.uniform(count) + 0.5 if weights else None
+        if not negatives:
+            return Entries(items, targets, offsets, entry_weights)
+        others = torch.randint(num_items, (count, negatives), generator=self.generator)
+        chances = -3 * self.uniform(count, 1 + negatives) if log_q else None
+        return Entries(items, None, offsets, entry_weights, others, chances)
 
     def batch(
         self,
@@ -51,13 +64,14 @@ class Draw:
         num_items: int = 60,
         *,
         weights: bool = False,
+        negatives: int = 0,
+        log_q: bool = False,
     ) -> TaskBatch:
         query = tuple((4, 2, 0, 7, 1)[t % 5] for t in range(len(support))) if query is None else query
         task_weights = self.uniform(len(support)) if weights else None
+        kind = {"weights": weights, "negatives": negatives, "log_q": log_q}
         return TaskBatch(
-            self.entries(support, num_items, weights=weights),
-            self.entries(query, num_items, weights=weights),
-            weights=task_weights,
+            self.entries(support, num_items, **kind), self.entries(query, num_items, **kind), weights=task_weights
         )
 
     def loop(
@@ -84,11 +98,7 @@ def tracked(model: Model, batch: TaskBatch, loop: InnerLoop) -> tuple[dict[str, 
     """The same problem on fresh leaves that require gradients, and these leaves by name."""
     values = differentiable(model, loop, batch.support)
     leaves = {name: value.detach().clone().requires_grad_() for name, value in values.items() if value is not None}
-    support = batch.support
-    tracked_support = Entries.unchecked(
-        support.items, support.targets, support.offsets, leaves.get("support_weights"),
-        max_size=support.max_size, max_item=support.max_item,
-    )  # fmt: skip
+    tracked_support = batch.support.with_weights(leaves.get("support_weights"))
     return (
         leaves,
         Model(*(leaves[name] for name in ("user_init", "user_bias_init", "item_table", "item_bias", "offset"))),

@@ -345,7 +345,7 @@ def broken(**changes):
         ({"prior_pull": -1.0}, ValueError, "prior_pull: must be ≥ 0"),
         ({"extra_count": -1.0}, ValueError, "extra_count: must be ≥ 0"),
         ({"momentum": torch.zeros(3).double()}, ValueError, "momentum: expected shape"),
-        ({"loss": "hinge"}, ValueError, "loss: expected one of squared, logistic, got 'hinge'"),
+        ({"loss": "hinge"}, ValueError, "loss: expected one of squared, logistic, bpr, softmax, got 'hinge'"),
         ({"adapt": "items"}, ValueError, "adapt: expected 'user' or 'all', got 'items'"),
         ({"inner_steps": "exact"}, ValueError, "inner_steps='exact' cannot be combined with prior_pull=0"),
         ({"inner_steps": "exact", "prior_pull": 1.0, "loss": "logistic"}, ValueError, "cannot be combined with loss"),

@@ -110,11 +110,8 @@ def test_gradcheck_in_double_precision():
 def test_opcheck_finds_nothing_and_it_compiles_into_one_graph():
     draw = Draw(8)
     leaves, model, batch, loop = tracked(draw.model(), draw.batch(weights=True), draw.loop(3, learned=True))
-    query = batch.query
-    arguments = (
-        *_ops._inputs(model, batch.support), query.items, query.targets, query.offsets, query.weights, batch.weights,
-        *_ops._loop(loop), 1.0, 0.0, 0.0, None, 127,
-    )  # fmt: skip
+    outer = (1.0, 0.0, 0.0, 0.0, 0.0)
+    arguments = (*_ops._inputs(model, batch.support), *_ops._query(batch), *_ops._loop(loop), *outer, None, 127)
     opcheck(torch.ops.metarec_fast.meta_step, arguments)
 
     def loss(table):
@@ -170,7 +167,8 @@ def test_where_no_binary_loads_the_reference_gives_the_same(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"outer_loss": "hinge"}, ValueError, "outer_loss: expected one of squared, logistic, absolute, got 'hinge'"),
+        ({"outer_loss": "hinge"}, ValueError,
+         "outer_loss: expected one of squared, logistic, absolute, bpr, softmax, got 'hinge'"),
         ({"outer_loss": {"squared": -1.0}}, ValueError, r"outer_loss\['squared'\]: must be finite and ≥ 0, got -1.0"),
         ({"step_weights": torch.ones(5).double()}, ValueError, r"step_weights: expected shape \[K \+ 1\] = \(6,\)"),
         ({"step_weights": torch.ones(2).double(), "inner_steps": "exact", "prior_pull": 1.0}, ValueError,

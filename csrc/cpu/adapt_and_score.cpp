@@ -15,56 +15,82 @@ struct Adapted {
 Adapted run_forward(const Inputs& inputs, const RaggedItems& query, const LoopArguments& loop) {
   check_query(query, inputs);
 
-  Adapted result{torch::stable::new_empty(inputs.item_table, {inputs.T(), inputs.D()}),
-                 torch::stable::new_empty(inputs.item_table, {inputs.T()}),
-                 torch::stable::new_empty(inputs.item_table, {query.size()})};
+  Adapted result{empty(inputs.item_bias, inputs.dtype(), {inputs.T(), inputs.D()}),
+                 empty(inputs.item_bias, inputs.dtype(), {inputs.T()}),
+                 empty(inputs.item_bias, inputs.dtype(), {query.size()})};
 
-  dispatch_floating(inputs.item_table.scalar_type(), "adapt", [&](auto zero) {
+  dispatch_floating(inputs.dtype(), "adapt", [&](auto zero) {
     using scalar_t = decltype(zero);
     const TaskReader<scalar_t> reader(inputs, loop);
-    const int64_t* query_items = query.items.const_data_ptr<int64_t>();
-    const int64_t* query_offsets = query.offsets.const_data_ptr<int64_t>();
+    const EntryData<scalar_t> queries(query);
     scalar_t* user = result.user.mutable_data_ptr<scalar_t>();
     scalar_t* bias = result.bias.mutable_data_ptr<scalar_t>();
     scalar_t* scores = result.scores.mutable_data_ptr<scalar_t>();
     const Layout<scalar_t>& layout = reader.layout;
 
-    const TaskBlocks blocks(inputs.T(), reader.support_offsets, query_offsets);
+    const TaskBlocks blocks(inputs.T(), reader.support.offsets, queries.offsets);
+    // fast and scores of task t, computed with a worker's state
+    const auto put = [&](int64_t t, const scalar_t* fast, const scalar_t* own) {
+      std::copy(fast, fast + layout.dim, user + t * layout.dim);
+      bias[t] = fast[layout.width];
+      std::copy(own, own + queries.size(t), scores + queries.begin(t));
+    };
     const auto make_solver = [] { return InnerSolver<scalar_t>(); };
-    blocks.run(make_solver, [&](int64_t, int64_t first, int64_t last, auto& solver) {
+    const auto make_items = [] { return FullItems(); };
+    const auto adapt_users = [&](int64_t, int64_t first, int64_t last, auto& solver) {
       Arena<scalar_t>& arena = thread_arena<scalar_t>();
       for (int64_t t = first; t < last; ++t) {
         arena.reset();
         const Task<scalar_t> task = reader.read(t, arena);
-        if (t + 1 < last) reader.prefetch(t + 1, query_items, query_offsets);
+        if (t + 1 < last) reader.prefetch(t + 1, queries);
         const scalar_t* fast = solver.forward(task, arena, /*backward=*/false);
-        std::copy(fast, fast + layout.dim, user + t * layout.dim);
-        bias[t] = fast[layout.width];
-        const int64_t begin = query_offsets[t], size = query_offsets[t + 1] - begin;
-        if (size == 0) continue;
-        const Query<scalar_t> entries(reader, query_items + begin, size, arena);
-        score_query(entries, layout, fast, scores + begin);
+        const Query<scalar_t> asked = read_query(reader, queries, t, arena);
+        scalar_t* own = arena.take(asked.size());
+        score_query(asked, fast, own);
+        put(t, fast, own);
       }
-    });
+    };
+    const auto adapt_items_too = [&](int64_t, int64_t first, int64_t last, auto& items) {
+      Arena<scalar_t>& arena = thread_arena<scalar_t>();
+      for (int64_t t = first; t < last; ++t) {
+        arena.reset();
+        const Task<scalar_t> task = reader.read(t, arena);
+        if (t + 1 < last) reader.prefetch(t + 1, queries);
+        items.find(reader.support, queries, t);
+        FullPath<scalar_t> path;
+        start_full(task, items.index, arena, path);
+        for (int64_t k = 0; k < reader.loop.steps; ++k)
+          step_full(task, items.index, k, arena, path);
+        const scalar_t* fast = path.fast + reader.loop.steps * layout.stride;
+        const Query<scalar_t> asked = read_query(reader, queries, t, arena);
+        scalar_t* own = arena.take(asked.size());
+        score_full(asked, items.query.data(), path, fast, own);
+        put(t, fast, own);
+      }
+    };
+    if (loop.adapts_items)
+      blocks.run(make_items, adapt_items_too);
+    else
+      blocks.run(make_solver, adapt_users);
   });
   return result;
 }
 
-std::tuple<Tensor, Tensor> adapt_cpu(const Tensor& user_init, const Tensor& user_bias_init,
-                                     const Tensor& item_table, const Tensor& item_bias,
-                                     const Tensor& offset, const Tensor& support_items,
-                                     const Tensor& support_targets, const Tensor& support_offsets,
-                                     const OptionalTensor& support_weights, const Tensor& inner_lr,
-                                     const OptionalTensor& preconditioner,
-                                     const OptionalTensor& prior_pull,
-                                     const OptionalTensor& momentum, double extra_count,
-                                     int64_t inner_steps, const std::string& loss, bool first_order,
-                                     const std::string& form) {
+std::tuple<Tensor, Tensor> adapt_cpu(
+    const Tensor& user_init, const Tensor& user_bias_init, const Tensor& item_table,
+    const Tensor& item_bias, const Tensor& offset, const Tensor& support_items,
+    const Tensor& support_targets, const Tensor& support_offsets,
+    const OptionalTensor& support_weights, const OptionalTensor& support_negatives,
+    const OptionalTensor& support_log_q, const Tensor& inner_lr,
+    const OptionalTensor& preconditioner, const OptionalTensor& prior_pull,
+    const OptionalTensor& momentum, double extra_count, int64_t inner_steps,
+    const std::string& loss, bool first_order, const std::string& form, const std::string& adapt) {
   const Inputs inputs(user_init, user_bias_init, item_table, item_bias, offset, support_items,
-                      support_targets, support_offsets, support_weights);
+                      support_targets, support_offsets, support_weights, support_negatives,
+                      support_log_q);
   const LoopArguments loop(inputs, inner_lr, preconditioner, prior_pull, momentum, extra_count,
-                           inner_steps, loss, first_order, form);
-  const RaggedItems nothing("query", torch::stable::new_empty(support_items, {0}),
+                           inner_steps, loss, first_order, form, adapt);
+  const RaggedItems nothing("query", empty(support_items, ScalarType::Long, {0}),
                             torch::stable::new_zeros(support_offsets, {inputs.T() + 1}),
                             item_table);
   const Adapted adapted = run_forward(inputs, nothing, loop);
@@ -75,24 +101,33 @@ std::tuple<Tensor, Tensor, Tensor> adapt_and_score_cpu(
     const Tensor& user_init, const Tensor& user_bias_init, const Tensor& item_table,
     const Tensor& item_bias, const Tensor& offset, const Tensor& support_items,
     const Tensor& support_targets, const Tensor& support_offsets,
-    const OptionalTensor& support_weights, const Tensor& query_items, const Tensor& query_offsets,
+    const OptionalTensor& support_weights, const OptionalTensor& support_negatives,
+    const OptionalTensor& support_log_q, const Tensor& query_items, const Tensor& query_offsets,
     const Tensor& inner_lr, const OptionalTensor& preconditioner, const OptionalTensor& prior_pull,
     const OptionalTensor& momentum, double extra_count, int64_t inner_steps,
-    const std::string& loss, bool first_order, const std::string& form) {
+    const std::string& loss, bool first_order, const std::string& form, const std::string& adapt) {
   const Inputs inputs(user_init, user_bias_init, item_table, item_bias, offset, support_items,
-                      support_targets, support_offsets, support_weights);
+                      support_targets, support_offsets, support_weights, support_negatives,
+                      support_log_q);
   const LoopArguments loop(inputs, inner_lr, preconditioner, prior_pull, momentum, extra_count,
-                           inner_steps, loss, first_order, form);
+                           inner_steps, loss, first_order, form, adapt);
   const Adapted adapted =
       run_forward(inputs, RaggedItems("query", query_items, query_offsets, item_table), loop);
   return {adapted.user, adapted.bias, adapted.scores};
 }
 
-Tensor concatenated(const Tensor& first, const Tensor& second) {
-  Tensor result = torch::stable::new_empty(first, {first.size(0) + second.size(0)});
+// The item of every gradient row.
+Tensor row_ids(const RaggedItems& support, const RaggedItems& query, const ItemRows& places) {
+  Tensor result = empty(query.items, ScalarType::Long, {places.size()});
   int64_t* ids = result.mutable_data_ptr<int64_t>();
-  std::copy_n(first.const_data_ptr<int64_t>(), first.size(0), ids);
-  std::copy_n(second.const_data_ptr<int64_t>(), second.size(0), ids + first.size(0));
+  const auto append = [&](const Tensor& from) {
+    ids = std::copy_n(from.const_data_ptr<int64_t>(), from.numel(), ids);
+  };
+  if (places.support) {
+    append(support.items);
+    if (support.negatives) append(*support.negatives);
+  }
+  append(query.items);
   return result;
 }
 
@@ -101,19 +136,22 @@ GradientTuple adapt_and_score_backward_cpu(
     const Tensor& user_init, const Tensor& user_bias_init, const Tensor& item_table,
     const Tensor& item_bias, const Tensor& offset, const Tensor& support_items,
     const Tensor& support_targets, const Tensor& support_offsets,
-    const OptionalTensor& support_weights, const Tensor& query_items, const Tensor& query_offsets,
+    const OptionalTensor& support_weights, const OptionalTensor& support_negatives,
+    const OptionalTensor& support_log_q, const Tensor& query_items, const Tensor& query_offsets,
     const Tensor& inner_lr, const OptionalTensor& preconditioner, const OptionalTensor& prior_pull,
     const OptionalTensor& momentum, double extra_count, int64_t inner_steps,
-    const std::string& loss, bool first_order, const std::string& form, int64_t wanted_bits) {
+    const std::string& loss, bool first_order, const std::string& form, const std::string& adapt,
+    int64_t wanted_bits) {
   const Inputs inputs(user_init, user_bias_init, item_table, item_bias, offset, support_items,
-                      support_targets, support_offsets, support_weights);
+                      support_targets, support_offsets, support_weights, support_negatives,
+                      support_log_q);
   const LoopArguments loop(inputs, inner_lr, preconditioner, prior_pull, momentum, extra_count,
-                           inner_steps, loss, first_order, form);
+                           inner_steps, loss, first_order, form, adapt);
   const RaggedItems query("query", query_items, query_offsets, item_table);
   const Tensor grad_user = as_contiguous(grad_user_in), grad_bias = as_contiguous(grad_bias_in),
                grad_scores = as_contiguous(grad_scores_in);
   check_query(query, inputs);
-  const ScalarType dtype = item_table.scalar_type();
+  const ScalarType dtype = inputs.dtype();
   check_tensor("grad_user", grad_user, dtype, item_table);
   check_tensor("grad_bias", grad_bias, dtype, item_table);
   check_tensor("grad_scores", grad_scores, dtype, item_table);
@@ -128,43 +166,77 @@ GradientTuple adapt_and_score_backward_cpu(
     using scalar_t = decltype(zero);
     const TaskReader<scalar_t> reader(inputs, loop);
     const Layout<scalar_t>& layout = reader.layout;
-    const int64_t* items = query.items.const_data_ptr<int64_t>();
-    const int64_t* offsets = query.offsets.const_data_ptr<int64_t>();
+    const EntryData<scalar_t> queries(query);
     const scalar_t* from_user = grad_user.const_data_ptr<scalar_t>();
     const scalar_t* from_bias = grad_bias.const_data_ptr<scalar_t>();
     const scalar_t* from_scores = grad_scores.const_data_ptr<scalar_t>();
-    const TaskBlocks blocks(inputs.T(), reader.support_offsets, offsets);
-    Gradients<scalar_t> gradients(inputs, loop, wanted, query.size(), blocks.size());
+    const TaskBlocks blocks(inputs.T(), reader.support.offsets, queries.offsets);
+    Gradients<scalar_t> gradients(inputs, loop, wanted, query, blocks.size());
 
+    // p̄ of task t's query, and φ̄ as far as it comes from fast weights that were asked for.
+    const auto arrivals = [&](int64_t t, int64_t size, Arena<scalar_t>& arena) {
+      scalar_t* grad_scores = arena.take(size);
+      scalar_t* grad_fast = arena.take(layout.stride);
+      copy_in(from_scores + queries.begin(t), size, grad_scores);
+      pack(from_user + t * layout.dim, from_bias[t], layout, grad_fast);
+      return std::pair(grad_scores, grad_fast);
+    };
     const auto make_solver = [] { return InnerSolver<scalar_t>(); };
-    blocks.run(make_solver, [&](int64_t block, int64_t first, int64_t last, auto& solver) {
+    const auto make_items = [] { return FullItems(); };
+    const auto undo_users = [&](int64_t block, int64_t first, int64_t last, auto& solver) {
       Arena<scalar_t>& arena = thread_arena<scalar_t>();
       for (int64_t t = first; t < last; ++t) {
         arena.reset();
         const Task<scalar_t> task = reader.read(t, arena);
-        if (t + 1 < last) reader.prefetch(t + 1, items, offsets);
+        const Query<scalar_t> asked = read_query(reader, queries, t, arena);
+        if (t + 1 < last) reader.prefetch(t + 1, queries);
         const scalar_t* fast = solver.forward(task, arena, /*backward=*/true);
-        scalar_t* grad_fast = arena.take(layout.stride);
-        pack(from_user + t * layout.dim, from_bias[t], layout, grad_fast);
 
-        const int64_t begin = offsets[t], size = offsets[t + 1] - begin;
-        const Query<scalar_t> entries(reader, items + begin, size, arena);
-        scalar_t* query_rows = gradients.zeroed_query_rows(begin, size);
-        query_adjoint(entries, layout, fast, from_scores + begin, arena, grad_fast, query_rows);
-
-        const int64_t support_begin = reader.support_offsets[t];
-        scalar_t* start = arena.take(layout.stride);
-        scalar_t* base = arena.take_zeros(task.size);
-        solver.adjoint(task, arena, grad_fast, /*whole_path=*/false,
-                       gradients.of_task(block, support_begin, start, base));
-        gradients.add_task(block, t, start, base, support_begin, task.size, from_scores + begin,
-                           begin, size);
+        const int64_t begin = queries.begin(t), support_begin = reader.support.begin(t);
+        const auto [grad_scores, grad_fast] = arrivals(t, asked.size(), arena);
+        scalar_t* from_query = arena.take(layout.stride);
+        query_adjoint(asked, grad_scores, from_query);
+        for (int64_t d = 0; d < layout.stride; ++d) grad_fast[d] += from_query[d];
+        write_query_rows(asked, begin, layout, grad_scores, 0, fast, 1, arena, gradients);
+        const TaskGradients<scalar_t> grads = gradients.of_task(block, task, support_begin, arena);
+        solver.adjoint(task, arena, grad_fast, /*whole_path=*/false, grads);
+        gradients.add_task(block, task, grads, support_begin, grad_scores, asked, begin);
       }
-    });
+    };
+    const auto undo_items_too = [&](int64_t block, int64_t first, int64_t last, auto& items) {
+      Arena<scalar_t>& arena = thread_arena<scalar_t>();
+      for (int64_t t = first; t < last; ++t) {
+        arena.reset();
+        const Task<scalar_t> task = reader.read(t, arena);
+        const Query<scalar_t> asked = read_query(reader, queries, t, arena);
+        if (t + 1 < last) reader.prefetch(t + 1, queries);
+        items.find(reader.support, queries, t);
+        FullPath<scalar_t> path;
+        start_full(task, items.index, arena, path);
+        const int64_t K = reader.loop.steps;
+        for (int64_t k = 0; k < K; ++k) step_full(task, items.index, k, arena, path);
+
+        const int64_t begin = queries.begin(t), support_begin = reader.support.begin(t);
+        const auto [grad_scores, grad_fast] = arrivals(t, asked.size(), arena);
+        const scalar_t* fast = path.fast + K * layout.stride;
+        FullGradients<scalar_t> grads =
+            gradients.of_full_task(block, path.items, support_begin, arena);
+        for (int64_t d = 0; d < layout.stride; ++d) grads.fast[d] = grad_fast[d];
+        add_query_full(asked, items.query.data(), layout, path, fast, arena, grad_scores, grads);
+        write_query_rows(asked, begin, layout, grad_scores, 0, fast, 1, arena, gradients);
+        for (int64_t k = K - 1; k >= 0; --k) undo_full(task, items.index, k, arena, path, grads);
+        gradients.add_full_task(block, task, grads, items.index, support_begin, grad_scores, asked,
+                                begin);
+      }
+    };
+    if (loop.adapts_items)
+      blocks.run(make_items, undo_items_too);
+    else
+      blocks.run(make_solver, undo_users);
     gradients.finish();
     result = gradients.tuple();
     if (wanted.items()) {
-      const Tensor ids = concatenated(inputs.support.items, query.items);
+      const Tensor ids = row_ids(inputs.support, query, gradients.places);
       result = gradients.with_items(sum_rows(ids, gradients.item_rows, inputs.N()),
                                     sum_rows(ids, gradients.item_bias_rows, inputs.N()));
     }

@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "full_form.h"
 #include "task_reader.h"
 
 namespace metarec_fast::cpu {
@@ -11,20 +12,46 @@ namespace metarec_fast::cpu {
 using GradientTuple =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// Item gradients have a row for each support item, then each support negative, query item and query
+// negative. Where the support gets none (first order), its rows are left out.
+struct ItemRows {
+  int64_t support_entries, support_negatives, query_entries, query_negatives;  // negatives: each
+  bool support;
+
+  int64_t query_begin() const { return support ? support_entries * (1 + support_negatives) : 0; }
+  int64_t size() const { return query_begin() + query_entries * (1 + query_negatives); }
+
+  // Where candidate j of an entry has its row.
+  int64_t of_support(int64_t entry, int64_t j) const {
+    return j == 0 ? entry : support_entries + entry * support_negatives + j - 1;
+  }
+  int64_t of_query(int64_t entry, int64_t j) const {
+    return query_begin() + (j == 0 ? entry : query_entries + entry * query_negatives + j - 1);
+  }
+};
+
 template <typename scalar_t>
 class Gradients {
  public:
-  // Item gradients have a row per support entry, then one per query entry.
-  Gradients(const Inputs& inputs, const LoopArguments& loop, Wanted wanted, int64_t num_query,
-            int64_t num_blocks)
-      : layout_(inputs.D()), num_support_(inputs.support.size()), num_blocks_(num_blocks) {
-    const Tensor& table = inputs.item_table;
-    const auto zeros = [&](bool is_wanted, const Tensor& like) {
-      return is_wanted ? torch::stable::new_zeros(table, like.sizes())
-                       : torch::stable::new_empty(table, {0});
+  Gradients(const Inputs& inputs, const LoopArguments& loop, Wanted wanted,
+            const RaggedItems& query, int64_t num_blocks)
+      : places{inputs.support.size(), inputs.support.num_negatives(), query.size(),
+               query.num_negatives(), !loop.first_order || loop.adapts_items},
+        layout_(inputs.D()),
+        loss_(loop.loss),
+        num_blocks_(num_blocks) {
+    const Tensor& like = inputs.item_bias;
+    const auto zeros = [&](bool is_wanted, const Tensor& shape) {
+      if (!is_wanted) return empty(like, inputs.dtype(), {0});
+      Tensor result = shape.dim() == 0 ? empty(like, inputs.dtype(), {})
+                      : shape.dim() == 1
+                          ? empty(like, inputs.dtype(), {shape.size(0)})
+                          : empty(like, inputs.dtype(), {shape.size(0), shape.size(1)});
+      std::memset(result.mutable_data_ptr(), 0, result.numel() * sizeof(scalar_t));
+      return result;
     };
-    const auto optional_zeros = [&](bool is_wanted, const OptionalTensor& like) {
-      return zeros(is_wanted && like, like ? *like : table);
+    const auto optional_zeros = [&](bool is_wanted, const OptionalTensor& shape) {
+      return zeros(is_wanted && shape, shape ? *shape : like);
     };
     user_init = zeros(wanted.start(), inputs.user_init);
     user_bias_init = zeros(wanted.start(), inputs.user_bias_init);
@@ -34,10 +61,10 @@ class Gradients {
     prior_pull = optional_zeros(wanted.prior_pull(), loop.prior_pull);
     momentum = optional_zeros(wanted.momentum(), loop.momentum);
     support_weights = optional_zeros(wanted.support_weights(), inputs.weights);
-    const int64_t entries = wanted.items() ? num_support_ + num_query : 0;
-    item_rows = wanted.items() ? torch::stable::new_empty(table, {entries, inputs.D()})
-                               : torch::stable::new_empty(table, {0});
-    item_bias_rows = torch::stable::new_empty(table, {entries});
+    const int64_t rows = wanted.items() ? places.size() : 0;
+    item_rows = wanted.items() ? empty(like, inputs.dtype(), {rows, inputs.D()})
+                               : empty(like, inputs.dtype(), {0});
+    item_bias_rows = empty(like, inputs.dtype(), {rows});
 
     // A block's record: φ̄_0, Ā, s̄, β̄, ρ̄, m̄, loss; whole registers, so that no two blocks share a
     // cache line.
@@ -48,7 +75,7 @@ class Gradients {
       return begin;
     };
     start_at_ = place(layout_.stride);
-    scale_at_ = place(layout_.stride);
+    scale_at_ = place(preconditioner.numel() > 0 ? layout_.stride : 0);
     inner_lr_at_ = place(inner_lr.numel());
     momentum_at_ = place(momentum.numel());
     pull_at_ = place(1);
@@ -63,9 +90,9 @@ class Gradients {
     shared_pull_ = prior_pull.dim() == 0;
   }
 
-  // Where the gradients of a task go whose support entries begin at `begin`; `start` is scratch for
-  // φ̄_0.
-  TaskGradients<scalar_t> of_task(int64_t block, int64_t begin, scalar_t* start, scalar_t* base) {
+  // Where the adjoint of a task puts its gradients; `add_task` takes them from there.
+  TaskGradients<scalar_t> of_task(int64_t block, const Task<scalar_t>& task, int64_t begin,
+                                  Arena<scalar_t>& arena) {
     scalar_t* record = records_ + block * record_size_;
     const auto sum = [&](const Tensor& tensor, int64_t at) {
       const bool is_wanted = tensor.numel() > 0;
@@ -73,42 +100,77 @@ class Gradients {
     };
     PerIndexSum<scalar_t> pull = sum(prior_pull, pull_at_);
     if (pull && !shared_pull_) pull.values = data(prior_pull);
-    return {start,
-            rows_ == nullptr ? nullptr : rows_ + begin * layout_.dim,
-            base,
-            support_weights.numel() > 0 ? data(support_weights) + begin : nullptr,
+    scalar_t* rows = nullptr;
+    if (rows_ != nullptr && places.support)
+      rows = pairwise() ? arena.take(task.size * layout_.dim) : rows_ + begin * layout_.dim;
+    scalar_t* weights = nullptr;
+    if (support_weights.numel() > 0)
+      weights = pairwise() ? arena.take(task.size) : data(support_weights) + begin;
+    return {arena.take(layout_.stride),
+            rows,
+            arena.take_zeros(task.size),
+            weights,
             preconditioner.numel() > 0 ? record + scale_at_ : nullptr,
             sum(inner_lr, inner_lr_at_),
             sum(momentum, momentum_at_),
             pull};
   }
 
-  // Rows for the gradients of `size` query entries from `begin`, zero so far; nullptr if not
-  // wanted.
-  scalar_t* zeroed_query_rows(int64_t begin, int64_t size) {
-    if (rows_ == nullptr) return nullptr;
-    scalar_t* result = rows_ + (num_support_ + begin) * layout_.dim;
-    std::fill(result, result + size * layout_.dim, scalar_t{0});
-    return result;
+  // Books what a task's adjoint has found, and the gradients p̄ [Q · group] of its query scores.
+  void add_task(int64_t block, const Task<scalar_t>& task, const TaskGradients<scalar_t>& grads,
+                int64_t support_begin, const scalar_t* grad_scores, const Query<scalar_t>& query,
+                int64_t query_begin) {
+    scalar_t sum = 0;
+    if (loss_ != Loss::kBpr)  // a difference of two scores knows no offset
+      for (int64_t r = 0; r < task.size; ++r) sum += grads.base[r];
+    for (int64_t q = 0; q < query.size(); ++q) sum += grad_scores[q];
+    add_start(block, task.index, grads.start, sum);
+    if (pairwise())
+      add_pairs(task, grads, support_begin);
+    else if (rows_ != nullptr && places.support)
+      std::copy(grads.base, grads.base + task.size, biases_ + support_begin);
+    add_query_biases(grad_scores, query, query_begin);
   }
 
-  // Books what a task's adjoint has found: φ̄_0, and the gradient of m + b for its support and query
-  // entries.
-  void add_task(int64_t block, int64_t task, const scalar_t* start, const scalar_t* base,
-                int64_t support_begin, int64_t support_size, const scalar_t* grad_scores,
-                int64_t query_begin, int64_t query_size) {
-    scalar_t* record = records_ + block * record_size_;
-    if (per_task_user_ != nullptr)
-      std::copy(start, start + layout_.dim, per_task_user_ + task * layout_.dim);
-    if (per_task_bias_ != nullptr) per_task_bias_[task] = start[layout_.width];
-    for (int64_t d = 0; d < layout_.stride; ++d) record[start_at_ + d] += start[d];
-    scalar_t sum = 0;
-    for (int64_t s = 0; s < support_size; ++s) sum += base[s];
-    for (int64_t q = 0; q < query_size; ++q) sum += grad_scores[q];
-    record[offset_at_] += sum;
+  // The same for a task whose items adapted: rows [I, width] and biases [I] of the distinct ones.
+  // The first entry of an item gets its row, further ones zeros.
+  void add_full_task(int64_t block, const Task<scalar_t>& task,
+                     const FullGradients<scalar_t>& grads, const ItemIndex& index,
+                     int64_t support_begin, const scalar_t* grad_scores,
+                     const Query<scalar_t>& query, int64_t query_begin) {
+    add_start(block, task.index, grads.fast, grads.offset);
+    add_query_biases(grad_scores, query, query_begin);
     if (rows_ == nullptr) return;
-    std::copy(base, base + support_size, biases_ + support_begin);
-    std::copy(grad_scores, grad_scores + query_size, biases_ + num_support_ + query_begin);
+    for (int64_t e = 0, next = 0; e < task.size; ++e) {
+      const int64_t i = index.place[e];
+      const bool first = i == next;  // items are numbered as they come
+      scalar_t* row = rows_ + (support_begin + e) * layout_.dim;
+      if (first)
+        std::copy_n(grads.rows + i * layout_.width, layout_.dim, row);
+      else
+        std::fill_n(row, layout_.dim, scalar_t{0});
+      biases_[support_begin + e] = first ? grads.biases[i] : 0;
+      next += first;
+    }
+  }
+
+  // Where a task whose items adapt, and which has none of that yet, puts its gradients.
+  FullGradients<scalar_t> of_full_task(int64_t block, int64_t items, int64_t begin,
+                                       Arena<scalar_t>& arena) {
+    scalar_t* weights = support_weights.numel() > 0 ? data(support_weights) + begin : nullptr;
+    const PerIndexSum<scalar_t> lr{
+        inner_lr.numel() > 0 ? records_ + block * record_size_ + inner_lr_at_ : nullptr,
+        inner_lr.dim() == 0 ? 0 : 1};
+    return {arena.take_zeros(layout_.stride),
+            arena.take_zeros(items * layout_.width),
+            arena.take_zeros(items),
+            0,
+            weights,
+            lr};
+  }
+
+  scalar_t* query_row(int64_t entry, int64_t j) {
+    return rows_ == nullptr ? nullptr : rows_ + places.of_query(entry, j) * layout_.dim;
   }
 
   void add_loss(int64_t block, scalar_t loss) { records_[block * record_size_ + loss_at_] += loss; }
@@ -141,10 +203,59 @@ class Gradients {
 
   Tensor user_init, user_bias_init, item_rows, item_bias_rows, offset, inner_lr, preconditioner,
       prior_pull, momentum, support_weights;
+  const ItemRows places;
 
  private:
   static scalar_t* data(Tensor& tensor) {
     return tensor.numel() == 0 ? nullptr : tensor.mutable_data_ptr<scalar_t>();
+  }
+
+  void add_start(int64_t block, int64_t task, const scalar_t* start, scalar_t offset) {
+    scalar_t* record = records_ + block * record_size_;
+    if (per_task_user_ != nullptr)
+      std::copy(start, start + layout_.dim, per_task_user_ + task * layout_.dim);
+    if (per_task_bias_ != nullptr) per_task_bias_[task] = start[layout_.width];
+    for (int64_t d = 0; d < layout_.stride; ++d) record[start_at_ + d] += start[d];
+    record[offset_at_] += offset;
+  }
+
+  void add_query_biases(const scalar_t* grad_scores, const Query<scalar_t>& query, int64_t begin) {
+    if (rows_ == nullptr) return;
+    for (int64_t q = 0, i = 0; q < query.num_entries; ++q)
+      for (int64_t j = 0; j < query.group; ++j)
+        biases_[places.of_query(begin + q, j)] = grad_scores[i++];
+  }
+
+  bool pairwise() const { return loss_ == Loss::kBpr || loss_ == Loss::kSoftmax; }
+
+  // From the rows of a task, differences or candidates, to those of its items and negatives.
+  void add_pairs(const Task<scalar_t>& task, const TaskGradients<scalar_t>& grads, int64_t begin) {
+    const int64_t group = task.group, dim = layout_.dim;
+    const bool differences = loss_ == Loss::kBpr;
+    for (int64_t s = 0; s < task.num_entries; ++s) {
+      if (grads.weights != nullptr) {
+        scalar_t sum = 0;
+        for (int64_t j = 0; j < group; ++j) sum += grads.weights[s * group + j];
+        data(support_weights)[begin + s] = differences ? sum / static_cast<scalar_t>(group) : sum;
+      }
+      if (grads.rows == nullptr) continue;
+      const scalar_t* rows = grads.rows + s * group * dim;
+      const scalar_t* base = grads.base + s * group;
+      scalar_t* own = rows_ + places.of_support(begin + s, 0) * dim;
+      scalar_t& own_bias = biases_[places.of_support(begin + s, 0)];
+      std::copy(rows, rows + dim, own);
+      own_bias = base[0];
+      for (int64_t j = 0; j < group; ++j) {
+        if (!differences && j == 0) continue;
+        const int64_t place = places.of_support(begin + s, differences ? j + 1 : j);
+        const scalar_t sign = differences ? -1 : 1;
+        for (int64_t d = 0; d < dim; ++d) rows_[place * dim + d] = sign * rows[j * dim + d];
+        biases_[place] = sign * base[j];
+        if (!differences || j == 0) continue;
+        for (int64_t d = 0; d < dim; ++d) own[d] += rows[j * dim + d];
+        own_bias += base[j];
+      }
+    }
   }
 
   void sum_blocks(int64_t at, int64_t count, scalar_t* result) const {
@@ -157,7 +268,8 @@ class Gradients {
   }
 
   Layout<scalar_t> layout_;
-  int64_t num_support_, num_blocks_;
+  Loss loss_;
+  int64_t num_blocks_;
   int64_t start_at_, scale_at_, inner_lr_at_, momentum_at_, pull_at_, offset_at_, loss_at_;
   int64_t record_size_;
   Arena<scalar_t> arena_;
@@ -165,5 +277,21 @@ class Gradients {
   scalar_t *rows_, *biases_, *per_task_user_, *per_task_bias_;
   bool shared_pull_;
 };
+
+// Writes the rows  Σ_k C[q, k] φ_k  of the query's candidates;  C's column k holds the p̄ of step k.
+template <typename scalar_t>
+MULTIVERSION void write_query_rows(const Query<scalar_t>& query, int64_t begin,
+                                   const Layout<scalar_t>& layout, const scalar_t* grad_scores,
+                                   int64_t column_stride, const scalar_t* path, int64_t steps,
+                                   Arena<scalar_t>& arena, Gradients<scalar_t>& gradients) {
+  if (query.num_entries == 0) return;
+  for (int64_t j = 0; j < query.group; ++j) {
+    scalar_t* first = gradients.query_row(begin, j);
+    if (first == nullptr) return;
+    const int64_t row_stride = j == 0 ? layout.dim : (query.group - 1) * layout.dim;
+    write_rows<scalar_t>(layout, {grad_scores + j, query.group, column_stride}, query.num_entries,
+                         path, steps, arena, first, row_stride);
+  }
+}
 
 }  // namespace metarec_fast::cpu

@@ -24,18 +24,18 @@ Form cheapest_form(const InnerLoop<scalar_t>& loop, const Layout<scalar_t>& layo
   const double normal = S * P * P + K * P * P + (adjoint ? K * P * P + 4 * K * S * P : 0);
   const bool gram_is_exact = loop.preconditioner == nullptr || loop.prior_pull.values == nullptr;
   if (gram_is_exact && size <= kLargestGram && gram < std::min(direct, normal)) return Form::kGram;
-  return !loop.logistic && normal < direct ? Form::kNormal : Form::kDirect;
+  return loop.loss == Loss::kSquared && normal < direct ? Form::kNormal : Form::kDirect;
 }
 
 template <typename scalar_t>
 class InnerSolver {
  public:
   // φ_K of the task, valid until the arena is reset. With `keep_path` every φ_k is kept, for
-  // `fast_weights(k)`.
+  // `path`.
   const scalar_t* forward(const Task<scalar_t>& task, Arena<scalar_t>& arena, bool backward,
                           bool keep_path = false) {
     if (task.size == 0) {
-      form_ = Form::kAuto;
+      if (keep_path) stay(task, arena);
       return task.start;
     }
     if (task.loop.exact()) {
@@ -50,12 +50,11 @@ class InnerSolver {
       return fast;
     }
     step_forward(task, arena, form_ == Form::kNormal, steps_);
-    return fast_weights(task, task.loop.steps);
+    return steps_.fast + task.loop.steps * task.layout.stride;
   }
 
-  const scalar_t* fast_weights(const Task<scalar_t>& task, int64_t step) const {
-    return task.size == 0 ? task.start : steps_.fast + step * task.layout.stride;
-  }
+  // φ_0 … φ_K [K + 1, layout.stride], if they were kept.
+  const scalar_t* path() const { return steps_.fast; }
 
   // From φ̄_K, or from φ̄_0 … φ̄_K where `whole_path`, to everything the task began with.
   void adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena, const scalar_t* grad_fast,
@@ -75,6 +74,14 @@ class InnerSolver {
   }
 
  private:
+  // The path of a task without support: its start, again and again.
+  void stay(const Task<scalar_t>& task, Arena<scalar_t>& arena) {
+    const int64_t stride = task.layout.stride, count = task.loop.steps + 1;
+    steps_.fast = arena.take(count * stride);
+    for (int64_t k = 0; k < count; ++k)
+      std::copy(task.start, task.start + stride, steps_.fast + k * stride);
+  }
+
   Form form_ = Form::kAuto;
   GramPath<scalar_t> gram_{};
   StepPath<scalar_t> steps_{};

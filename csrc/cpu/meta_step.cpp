@@ -2,39 +2,149 @@
 // adapted, judged and undone.
 //
 //   L = Σ_t ω_t L_Q,t / Σ_t ω_t,   L_Q,t = Σ_k κ_k Σ_q v_q ℓ_out(p_q(φ_k), y_q) / Σ_q v_q
+#include "full_form.h"
 #include "gradients.h"
 #include "inner_solver.h"
+#include "query_loss.h"
 
 namespace metarec_fast::cpu {
 namespace {
 
-// What the query of a task is judged by.
+// What the tasks of a batch are adapted on and judged by.
 template <typename scalar_t>
-struct Judge {
-  OuterLoss loss;
-  const scalar_t* targets;  // y [n]
-  const scalar_t* weights;  // v [n], or nullptr: ones
+struct Batch {
+  const TaskReader<scalar_t>& reader;
+  const EntryData<scalar_t> queries;
+  QueryLoss<scalar_t> outer;
+  const scalar_t* task_weight;  // ω [T], or nullptr: ones
+  const scalar_t* step_weight;  // κ [K + 1], or nullptr: only the last step counts
+  scalar_t normaliser = 0;      // 1 / Σ ω over tasks with a query
 
-  // Σ_q v_q of the entries [begin, end).
-  scalar_t total(int64_t begin, int64_t end) const {
-    if (weights == nullptr) return static_cast<scalar_t>(end - begin);
-    scalar_t sum = 0;
-    for (int64_t q = begin; q < end; ++q) sum += weights[q];
-    return sum;
+  Batch(const TaskReader<scalar_t>& reader_in, const RaggedItems& query,
+        const QueryLoss<scalar_t>& outer_in, const scalar_t* task_weight_in,
+        const scalar_t* step_weight_in)
+      : reader(reader_in),
+        queries(query),
+        outer(outer_in),
+        task_weight(task_weight_in),
+        step_weight(step_weight_in) {
+    outer.log_q = queries.log_q;
+    double total = 0;
+    for (int64_t t = 0; t < query.num_tasks; ++t)
+      if (queries.size(t) > 0) total += task_weight == nullptr ? 1 : task_weight[t];
+    if (total > 0) normaliser = static_cast<scalar_t>(1 / total);
   }
 
-  // share · Σ_q v_q ℓ(p_q, y_q), and its derivatives in the scores.
-  scalar_t judge(const scalar_t* scores, int64_t begin, int64_t size, scalar_t share,
-                 scalar_t* grad_scores) const {
-    scalar_t sum = 0;
-    for (int64_t q = 0; q < size; ++q) {
-      const scalar_t weight = weights == nullptr ? share : share * weights[begin + q];
-      sum += weight * loss.value(scores[q], targets[begin + q]);
-      grad_scores[q] = weight * loss.derivative(scores[q], targets[begin + q]);
-    }
-    return sum;
+  bool whole_path() const { return step_weight != nullptr; }
+  int64_t num_judged() const { return whole_path() ? reader.loop.steps + 1 : 1; }
+
+  // How much the loss of point k of the path counts for each unit of query weight.
+  scalar_t share(int64_t t, int64_t k) const {
+    if (queries.size(t) == 0) return 0;
+    const scalar_t weight = normaliser * (task_weight == nullptr ? 1 : task_weight[t]);
+    const scalar_t kappa = whole_path() ? step_weight[k] : scalar_t{1};
+    return kappa * weight / outer.total(queries.begin(t), queries.begin(t + 1));
+  }
+
+  scalar_t judge(const Query<scalar_t>& asked, int64_t t, int64_t k, const scalar_t* scores,
+                 Arena<scalar_t>& arena, scalar_t* grad_scores) const {
+    return judge_query(outer, scores, queries.begin(t), asked.num_entries, asked.group, share(t, k),
+                       arena, grad_scores);
   }
 };
+
+template <typename scalar_t>
+void adapt_users(const Batch<scalar_t>& batch, const TaskBlocks& blocks, Wanted wanted,
+                 Gradients<scalar_t>& gradients) {
+  const TaskReader<scalar_t>& reader = batch.reader;
+  const Layout<scalar_t>& layout = reader.layout;
+  const bool whole_path = batch.whole_path();
+  const int64_t judged = batch.num_judged();
+  const auto make_solver = [] { return InnerSolver<scalar_t>(); };
+  blocks.run(make_solver, [&](int64_t block, int64_t first, int64_t last, auto& solver) {
+    Arena<scalar_t>& arena = thread_arena<scalar_t>();
+    for (int64_t t = first; t < last; ++t) {
+      arena.reset();
+      const Task<scalar_t> task = reader.read(t, arena);
+      const Query<scalar_t> asked = read_query(reader, batch.queries, t, arena);
+      if (t + 1 < last) reader.prefetch(t + 1, batch.queries);
+      const scalar_t* fast = solver.forward(task, arena, wanted.any(), whole_path);
+      if (whole_path) fast = solver.path();
+
+      const int64_t begin = batch.queries.begin(t), room = padded<scalar_t>(asked.size());
+      scalar_t* scores = arena.take(asked.size());
+      scalar_t* grad_scores = arena.take_zeros(judged * room);
+      scalar_t* grad_path = arena.take_zeros(judged * layout.stride);
+      for (int64_t k = 0; k < judged && asked.size() > 0; ++k) {
+        score_query(asked, fast + k * layout.stride, scores);
+        gradients.add_loss(block, batch.judge(asked, t, k, scores, arena, grad_scores + k * room));
+        if (wanted.any())
+          query_adjoint(asked, grad_scores + k * room, grad_path + k * layout.stride);
+      }
+      if (!wanted.any()) continue;
+      write_query_rows(asked, begin, layout, grad_scores, room, fast, judged, arena, gradients);
+      for (int64_t k = 1; k < judged; ++k)
+        for (int64_t q = 0; q < asked.size(); ++q) grad_scores[q] += grad_scores[k * room + q];
+
+      const int64_t support_begin = reader.support.begin(t);
+      const TaskGradients<scalar_t> grads = gradients.of_task(block, task, support_begin, arena);
+      solver.adjoint(task, arena, grad_path, whole_path, grads);
+      gradients.add_task(block, task, grads, support_begin, grad_scores, asked, begin);
+    }
+  });
+}
+
+template <typename scalar_t>
+void adapt_items_too(const Batch<scalar_t>& batch, const TaskBlocks& blocks, Wanted wanted,
+                     Gradients<scalar_t>& gradients) {
+  const TaskReader<scalar_t>& reader = batch.reader;
+  const Layout<scalar_t>& layout = reader.layout;
+  const int64_t K = reader.loop.steps, judged = batch.num_judged(), first_judged = K + 1 - judged;
+  const auto make_items = [] { return FullItems(); };
+  blocks.run(make_items, [&](int64_t block, int64_t first, int64_t last, auto& items) {
+    Arena<scalar_t>& arena = thread_arena<scalar_t>();
+    for (int64_t t = first; t < last; ++t) {
+      arena.reset();
+      const Task<scalar_t> task = reader.read(t, arena);
+      const Query<scalar_t> asked = read_query(reader, batch.queries, t, arena);
+      if (t + 1 < last) reader.prefetch(t + 1, batch.queries);
+      items.find(reader.support, batch.queries, t);
+      const int64_t* place = items.query.data();
+
+      const int64_t begin = batch.queries.begin(t), room = padded<scalar_t>(asked.size());
+      scalar_t* scores = arena.take(asked.size());
+      scalar_t* grad_scores = arena.take_zeros(judged * room);
+      FullPath<scalar_t> path;
+      start_full(task, items.index, arena, path);
+      for (int64_t k = 0; k <= K; ++k) {
+        if (k >= first_judged && asked.size() > 0) {
+          const int64_t j = k - first_judged;
+          score_full(asked, place, path, path.fast + k * layout.stride, scores);
+          gradients.add_loss(block,
+                             batch.judge(asked, t, j, scores, arena, grad_scores + j * room));
+        }
+        if (k < K) step_full(task, items.index, k, arena, path);
+      }
+      if (!wanted.any()) continue;
+
+      const int64_t support_begin = reader.support.begin(t);
+      FullGradients<scalar_t> grads =
+          gradients.of_full_task(block, path.items, support_begin, arena);
+      for (int64_t k = K; k >= 0; --k) {
+        if (k < K) undo_full(task, items.index, k, arena, path, grads);
+        if (k >= first_judged && asked.size() > 0)
+          add_query_full(asked, place, layout, path, path.fast + k * layout.stride, arena,
+                         grad_scores + (k - first_judged) * room, grads);
+      }
+      write_query_rows(asked, begin, layout, grad_scores, room,
+                       path.fast + first_judged * layout.stride, judged, arena, gradients);
+      for (int64_t k = 1; k < judged; ++k)
+        for (int64_t q = 0; q < asked.size(); ++q) grad_scores[q] += grad_scores[k * room + q];
+      gradients.add_full_task(block, task, grads, items.index, support_begin, grad_scores, asked,
+                              begin);
+    }
+  });
+}
 
 using MetaStepTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                                  Tensor, Tensor, Tensor>;
@@ -43,101 +153,66 @@ MetaStepTuple meta_step_cpu(const Tensor& user_init, const Tensor& user_bias_ini
                             const Tensor& item_table, const Tensor& item_bias, const Tensor& offset,
                             const Tensor& support_items, const Tensor& support_targets,
                             const Tensor& support_offsets, const OptionalTensor& support_weights,
-                            const Tensor& query_items, const Tensor& query_targets_in,
-                            const Tensor& query_offsets, const OptionalTensor& query_weights_in,
+                            const OptionalTensor& support_negatives,
+                            const OptionalTensor& support_log_q, const Tensor& query_items,
+                            const OptionalTensor& query_targets_in, const Tensor& query_offsets,
+                            const OptionalTensor& query_weights_in,
+                            const OptionalTensor& query_negatives,
+                            const OptionalTensor& query_log_q,
                             const OptionalTensor& task_weights_in, const Tensor& inner_lr,
                             const OptionalTensor& preconditioner, const OptionalTensor& prior_pull,
                             const OptionalTensor& momentum, double extra_count, int64_t inner_steps,
                             const std::string& loss_name, bool first_order, const std::string& form,
-                            double outer_squared, double outer_logistic, double outer_absolute,
+                            const std::string& adapt, double outer_squared, double outer_logistic,
+                            double outer_absolute, double outer_bpr, double outer_softmax,
                             const OptionalTensor& step_weights_in, int64_t wanted_bits) {
   const Inputs inputs(user_init, user_bias_init, item_table, item_bias, offset, support_items,
-                      support_targets, support_offsets, support_weights);
+                      support_targets, support_offsets, support_weights, support_negatives,
+                      support_log_q);
   const LoopArguments loop(inputs, inner_lr, preconditioner, prior_pull, momentum, extra_count,
-                           inner_steps, loss_name, first_order, form);
-  const RaggedItems query("query", query_items, query_offsets, item_table);
+                           inner_steps, loss_name, first_order, form, adapt);
+  const RaggedItems query("query", query_items, query_offsets, item_table, query_negatives,
+                          query_log_q);
   const int64_t T = inputs.T();
   check_query(query, inputs);
   const auto contiguous = [&](const char* name, const OptionalTensor& tensor, int64_t size) {
     if (!tensor) return OptionalTensor();
-    check_tensor(name, *tensor, item_table.scalar_type(), item_table);
+    check_tensor(name, *tensor, inputs.dtype(), item_bias);
     check_size(name, *tensor, size);
     return OptionalTensor(as_contiguous(*tensor));
   };
-  const Tensor query_targets = *contiguous("query_targets", query_targets_in, query.size());
+  const OptionalTensor query_targets = contiguous("query_targets", query_targets_in, query.size());
   const OptionalTensor query_weights = contiguous("query_weights", query_weights_in, query.size());
   const OptionalTensor task_weights = contiguous("task_weights", task_weights_in, T);
   const OptionalTensor step_weights = contiguous("step_weights", step_weights_in, inner_steps + 1);
   STD_TORCH_CHECK(!step_weights || inner_steps != kExact,
                   "step_weights: 'exact' has no steps to weigh");
+  const OuterLoss outer_loss{outer_squared, outer_logistic, outer_absolute, outer_bpr,
+                             outer_softmax};
+  STD_TORCH_CHECK(query_targets || !outer_loss.pointwise(),
+                  "query_targets: needed by the outer losses squared, logistic and absolute");
+  STD_TORCH_CHECK(query_negatives || !outer_loss.pairwise(),
+                  "query_negatives: needed by the outer losses bpr and softmax");
+  if (query.log_q) check_tensor("query_log_q", *query.log_q, inputs.dtype(), item_bias);
   const Wanted wanted{wanted_bits};
 
-  Tensor loss = torch::stable::new_zeros(item_table, {});
+  Tensor loss = empty(item_bias, inputs.dtype(), {});
   GradientTuple grads;
-  dispatch_floating(item_table.scalar_type(), "meta_step", [&](auto zero) {
+  dispatch_floating(inputs.dtype(), "meta_step", [&](auto zero) {
     using scalar_t = decltype(zero);
     const auto data = [](const OptionalTensor& tensor) {
       return tensor ? tensor->const_data_ptr<scalar_t>() : nullptr;
     };
     const TaskReader<scalar_t> reader(inputs, loop);
-    const Layout<scalar_t>& layout = reader.layout;
-    const int64_t* items = query.items.const_data_ptr<int64_t>();
-    const int64_t* offsets = query.offsets.const_data_ptr<int64_t>();
-    const Judge<scalar_t> judge{{outer_squared, outer_logistic, outer_absolute},
-                                query_targets.const_data_ptr<scalar_t>(),
-                                data(query_weights)};
-    const scalar_t* task_weight = data(task_weights);
-    const scalar_t* step_weight = data(step_weights);
-    const int64_t first_step = step_weight == nullptr ? 0 : -loop.steps;  // relative to the last
-
-    double total_weight = 0;
-    for (int64_t t = 0; t < T; ++t)
-      if (offsets[t + 1] > offsets[t]) total_weight += task_weight == nullptr ? 1 : task_weight[t];
-    const scalar_t normaliser = static_cast<scalar_t>(total_weight > 0 ? 1 / total_weight : 0);
-
-    const TaskBlocks blocks(T, reader.support_offsets, offsets);
-    Gradients<scalar_t> gradients(inputs, loop, wanted, query.size(), blocks.size());
-    const auto make_solver = [] { return InnerSolver<scalar_t>(); };
-    blocks.run(make_solver, [&](int64_t block, int64_t first, int64_t last, auto& solver) {
-      Arena<scalar_t>& arena = thread_arena<scalar_t>();
-      for (int64_t t = first; t < last; ++t) {
-        arena.reset();
-        const Task<scalar_t> task = reader.read(t, arena);
-        if (t + 1 < last) reader.prefetch(t + 1, items, offsets);
-        const bool whole_path = step_weight != nullptr;
-        const scalar_t* fast = solver.forward(task, arena, wanted.any(), whole_path);
-
-        const int64_t begin = offsets[t], size = offsets[t + 1] - begin;
-        const Query<scalar_t> entries(reader, items + begin, size, arena);
-        scalar_t* query_rows = gradients.zeroed_query_rows(begin, size);
-        scalar_t* scores = arena.take(size);
-        scalar_t* grad_scores = arena.take(size);
-        scalar_t* sum_scores = arena.take_zeros(size);
-        scalar_t* grad_path = arena.take_zeros((1 - first_step) * layout.stride);
-        const scalar_t weight = normaliser * (task_weight == nullptr ? 1 : task_weight[t]);
-        const scalar_t share = size == 0 ? 0 : weight / judge.total(begin, begin + size);
-        for (int64_t k = first_step; k <= 0 && size > 0; ++k) {
-          const scalar_t kappa = whole_path ? step_weight[loop.steps + k] : scalar_t{1};
-          if (kappa == 0) continue;
-          const scalar_t* now = whole_path ? solver.fast_weights(task, loop.steps + k) : fast;
-          score_query(entries, layout, now, scores);
-          gradients.add_loss(block, judge.judge(scores, begin, size, kappa * share, grad_scores));
-          if (!wanted.any()) continue;
-          query_adjoint(entries, layout, now, grad_scores, arena,
-                        grad_path + (k - first_step) * layout.stride, query_rows);
-          for (int64_t q = 0; q < size; ++q) sum_scores[q] += grad_scores[q];
-        }
-        if (!wanted.any()) continue;
-
-        const int64_t support_begin = reader.support_offsets[t];
-        scalar_t* start = arena.take(layout.stride);
-        scalar_t* base = arena.take_zeros(task.size);
-        solver.adjoint(task, arena, grad_path, whole_path,
-                       gradients.of_task(block, support_begin, start, base));
-        gradients.add_task(block, t, start, base, support_begin, task.size, sum_scores, begin,
-                           size);
-      }
-    });
+    const Batch<scalar_t> batch(reader, query,
+                                {outer_loss, data(query_targets), data(query_weights), nullptr},
+                                data(task_weights), data(step_weights));
+    const TaskBlocks blocks(T, reader.support.offsets, batch.queries.offsets);
+    Gradients<scalar_t> gradients(inputs, loop, wanted, query, blocks.size());
+    if (loop.adapts_items)
+      adapt_items_too(batch, blocks, wanted, gradients);
+    else
+      adapt_users(batch, blocks, wanted, gradients);
     *loss.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(gradients.finish());
     grads = gradients.tuple();
   });

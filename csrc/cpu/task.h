@@ -1,31 +1,34 @@
-// One task as the inner loop sees it: its rows gathered into fast vectors, and where its gradients
-// go.
+// One task as the inner loop sees it: rows gathered into scratch, and where its gradients go.
 #pragma once
 
 #include "../inner_loop.h"
-#include "vector.h"
+#include "vector_math.h"
 
 namespace metarec_fast::cpu {
 
-// The support set of one task, everything within reach.
+// The support set of one task, everything within reach. A row is what one score is taken of: an
+// item for pointwise losses, the difference of an item and a negative for bpr, and each of an
+// entry's candidates for softmax. What belongs to rows is padded to whole registers.
 template <typename scalar_t>
 struct Task {
   Layout<scalar_t> layout;
   const InnerLoop<scalar_t>& loop;
   int64_t index;            // t
-  int64_t size;             // S
-  const scalar_t* rows;     // X [S, stride], bias 1
-  const scalar_t* base;     // m + b_s [S]
-  const scalar_t* targets;  // [S]
-  const scalar_t* weights;  // [S]
+  int64_t num_entries;      // S
+  int64_t group;            // rows of an entry
+  int64_t size;             // R = S · group
+  Rows<scalar_t> rows;      // X [R, width]
+  const scalar_t* base;     // score of a fast vector 0 [R]
+  const scalar_t* targets;  // [R]; softmax: 1 for the entry's own item, else 0
+  const scalar_t* weights;  // [R], padded with 0
   const scalar_t* start;    // φ_0 [stride]
   const scalar_t* scale;    // A [stride], ones where there is no preconditioner
 
-  scalar_t mean() const {  // 1/(S + n0)
-    const scalar_t count = static_cast<scalar_t>(size) + loop.extra_count;
-    return size == 0 ? scalar_t{0} : 1 / count;
+  ALWAYS_INLINE scalar_t mean() const {  // 1/(S + n0)
+    const scalar_t count = static_cast<scalar_t>(num_entries) + loop.extra_count;
+    return num_entries == 0 ? scalar_t{0} : 1 / count;
   }
-  scalar_t pull() const { return loop.prior_pull[index]; }
+  ALWAYS_INLINE scalar_t pull() const { return loop.prior_pull[index]; }
 };
 
 // A sum by index, or over all of them where stride is 0; not wanted where values is nullptr.
@@ -41,10 +44,10 @@ struct PerIndexSum {
 // Where the gradients of one task go; nullptr where one is not wanted.
 template <typename scalar_t>
 struct TaskGradients {
-  scalar_t* start;    // [stride], overwritten
-  scalar_t* rows;     // [S, D], overwritten
-  scalar_t* base;     // [S], overwritten: the gradient of m + b_s
-  scalar_t* weights;  // [S], overwritten
+  scalar_t* start;    // φ̄_0 [stride], overwritten
+  scalar_t* rows;     // X̄ [R, D] anywhere, overwritten; not with first_order, where it is zero
+  scalar_t* base;     // [R], overwritten: the gradient of `base`
+  scalar_t* weights;  // [R], overwritten
   scalar_t* scale;    // [stride], added to
   PerIndexSum<scalar_t> inner_lr, momentum, prior_pull;  // added to
 };
@@ -53,57 +56,112 @@ struct TaskGradients {
 template <typename scalar_t>
 ALWAYS_INLINE void pack(const scalar_t* vector, scalar_t bias, const Layout<scalar_t>& layout,
                         scalar_t* result) {
-  std::memcpy(result, vector, layout.dim * sizeof(scalar_t));
-  std::fill(result + layout.dim, result + layout.stride, scalar_t{0});
+  copy_in(vector, layout.dim, result);
+  store(result + layout.width) = Vector<scalar_t>{};
   result[layout.width] = bias;
 }
 
-// The rows of `items` as fast vectors [count, stride] with bias 1, and offset + item_bias [count].
+// scores[r] = base[r] + x_r · φ
 template <typename scalar_t>
-ALWAYS_INLINE void gather(const int64_t* items, int64_t count, const scalar_t* table,
-                          const scalar_t* item_bias, scalar_t offset,
-                          const Layout<scalar_t>& layout, scalar_t* rows, scalar_t* base) {
-  for (int64_t i = 0; i < count; ++i) {
-    pack(table + items[i] * layout.dim, scalar_t{1}, layout, rows + i * layout.stride);
-    base[i] = offset + item_bias[items[i]];
+ALWAYS_INLINE void score_rows(const Rows<scalar_t>& rows, const scalar_t* base,
+                              const scalar_t* fast, scalar_t* scores) {
+  dots(fast, rows, rows.bias * fast[rows.width], scores);
+  for (int64_t r = 0; r < rows.count; r += kLanes<scalar_t>) store(scores + r) += load(base + r);
+}
+
+// π = softmax of `scores` in every group of rows.
+template <typename scalar_t>
+ALWAYS_INLINE void group_softmax(const scalar_t* scores, int64_t count, int64_t group,
+                                 scalar_t* probabilities) {
+  store(probabilities + padded<scalar_t>(count) - kLanes<scalar_t>) = Vector<scalar_t>{};
+  for (int64_t first = 0; first < count; first += group) {
+    scalar_t most = scores[first];
+    for (int64_t j = 1; j < group; ++j) most = std::max(most, scores[first + j]);
+    for (int64_t j = 0; j < group; ++j) probabilities[first + j] = scores[first + j] - most;
+  }
+  for (int64_t r = 0; r < count; r += kLanes<scalar_t>)
+    store(probabilities + r) = exp_of_negative<scalar_t>(load(probabilities + r));
+  for (int64_t first = 0; first < count; first += group) {
+    scalar_t total = 0;
+    for (int64_t j = 0; j < group; ++j) total += probabilities[first + j];
+    for (int64_t j = 0; j < group; ++j) probabilities[first + j] /= total;
   }
 }
 
-// derivative = ℓ'/(S + n0),  curvature = w ℓ''/(S + n0)  of every support entry at `scores`.
+// push = w ∘ ℓ'/(S + n0) at `scores`, and what `bend` needs to know of ℓ'': w ℓ''/(S + n0), for
+// softmax π.
 template <typename scalar_t>
-ALWAYS_INLINE void differentiate(const Task<scalar_t>& task, const scalar_t* scores,
-                                 scalar_t* derivative, scalar_t* curvature) {
+ALWAYS_INLINE void differentiate(const Task<scalar_t>& task, const scalar_t* scores, scalar_t* push,
+                                 scalar_t* curvature) {
   const scalar_t mean = task.mean();
-  if (task.loop.logistic) {
-    for (int64_t s = 0; s < task.size; ++s) {
-      const scalar_t probability = LogisticLoss::sigmoid(scores[s]);
-      derivative[s] = mean * (probability - task.targets[s]);
-      curvature[s] = mean * task.weights[s] * probability * (1 - probability);
+  const int64_t size = task.size;
+  constexpr int64_t kLane = kLanes<scalar_t>;
+  if (task.loop.loss == Loss::kSquared) {
+    for (int64_t r = 0; r < size; r += kLane) {
+      const Vector<scalar_t> twice = 2 * mean * load(task.weights + r);
+      store(push + r) = twice * (load(scores + r) - load(task.targets + r));
+      store(curvature + r) = twice;
     }
+  } else if (task.loop.loss == Loss::kSoftmax) {
+    group_softmax(scores, size, task.group, curvature);
+    for (int64_t r = 0; r < size; r += kLane)
+      store(push + r) =
+          mean * load(task.weights + r) * (load(curvature + r) - load(task.targets + r));
   } else {
-    for (int64_t s = 0; s < task.size; ++s) {
-      derivative[s] = mean * SquaredLoss::derivative(scores[s], task.targets[s]);
-      curvature[s] = mean * task.weights[s] * SquaredLoss::curvature(scores[s], task.targets[s]);
+    for (int64_t r = 0; r < size; r += kLane) {
+      const Vector<scalar_t> probability = sigmoid<scalar_t>(load(scores + r)),
+                             share = mean * load(task.weights + r);
+      store(push + r) = share * (probability - load(task.targets + r));
+      store(curvature + r) = share * probability * (1 - probability);
     }
   }
 }
 
-// Writes  Σ_j C[s, j] basis[j]  to rows[s] of [S, D], for every support entry s.
+// result = −rate w/(S + n0) ∘ H along,  H the Hessian of ℓ in the scores.
 template <typename scalar_t>
-ALWAYS_INLINE void write_rows(const Task<scalar_t>& task,
-                              const Coefficients<scalar_t>& coefficients, const scalar_t* basis,
-                              int64_t count, Arena<scalar_t>& arena, scalar_t* rows) {
+ALWAYS_INLINE void bend(const Task<scalar_t>& task, const scalar_t* curvature, scalar_t rate,
+                        const scalar_t* along, scalar_t* result) {
+  if (task.loop.loss != Loss::kSoftmax) {
+    for (int64_t r = 0; r < task.size; r += kLanes<scalar_t>)
+      store(result + r) = -rate * load(curvature + r) * load(along + r);
+    return;
+  }
+  store(result + padded<scalar_t>(task.size) - kLanes<scalar_t>) = Vector<scalar_t>{};
+  const scalar_t share = -rate * task.mean();
+  for (int64_t first = 0; first < task.size; first += task.group) {  // (diag(π) − ππᵀ) along
+    scalar_t average = 0;
+    for (int64_t r = first; r < first + task.group; ++r) average += curvature[r] * along[r];
+    for (int64_t r = first; r < first + task.group; ++r)
+      result[r] = share * task.weights[r] * curvature[r] * (along[r] - average);
+  }
+}
+
+// w̄ −= rate ℓ'/(S + n0) ∘ along
+template <typename scalar_t>
+ALWAYS_INLINE void add_weight_gradient(const Task<scalar_t>& task, const scalar_t* push,
+                                       scalar_t rate, const scalar_t* along, scalar_t* grad) {
+  for (int64_t r = 0; r < task.size; ++r) grad[r] -= rate * push[r] / task.weights[r] * along[r];
+}
+
+// Writes  Σ_j C[r, j] basis[j]  to rows + r · row_stride, D numbers each, which may lie anywhere.
+template <typename scalar_t>
+ALWAYS_INLINE void write_rows(const Layout<scalar_t>& layout,
+                              const Coefficients<scalar_t>& coefficients, int64_t count,
+                              const scalar_t* basis, int64_t basis_size, Arena<scalar_t>& arena,
+                              scalar_t* rows, int64_t row_stride) {
+  if (layout.dim == layout.width) {
+    multiply(coefficients, count, basis, layout.stride, basis_size, layout.width, rows, row_stride);
+    return;
+  }
   constexpr int64_t kRows = 4;
-  const Layout<scalar_t>& layout = task.layout;
   scalar_t* wide = arena.take(kRows * layout.width);
-  for (int64_t s = 0; s < task.size; s += kRows) {
-    const int64_t block = std::min(kRows, task.size - s);
-    multiply<scalar_t>({coefficients.values + s * coefficients.row_stride, coefficients.row_stride,
+  for (int64_t r = 0; r < count; r += kRows) {
+    const int64_t block = std::min(kRows, count - r);
+    multiply<scalar_t>({coefficients.values + r * coefficients.row_stride, coefficients.row_stride,
                         coefficients.column_stride},
-                       block, basis, layout.stride, count, layout.width, wide, layout.width);
-    for (int64_t r = 0; r < block; ++r)
-      std::memcpy(rows + (s + r) * layout.dim, wide + r * layout.width,
-                  layout.dim * sizeof(scalar_t));
+                       block, basis, layout.stride, basis_size, layout.width, wide, layout.width);
+    for (int64_t i = 0; i < block; ++i)
+      copy_out(wide + i * layout.width, layout.dim, rows + (r + i) * row_stride);
   }
 }
 

@@ -14,17 +14,70 @@ Arena<scalar_t>& thread_arena() {
   return arena;
 }
 
+// The entries of all tasks as plain pointers.
+template <typename scalar_t>
+struct EntryData {
+  const int64_t* items;
+  const int64_t* offsets;
+  const int64_t* negatives;  // [n, num_negatives]
+  int64_t num_negatives;
+  const scalar_t* log_q;  // [n, 1 + num_negatives], or nullptr
+
+  explicit EntryData(const RaggedItems& entries)
+      : items(entries.items.const_data_ptr<int64_t>()),
+        offsets(entries.offsets.const_data_ptr<int64_t>()),
+        negatives(entries.negatives ? entries.negatives->const_data_ptr<int64_t>() : nullptr),
+        num_negatives(entries.num_negatives()),
+        log_q(entries.log_q ? entries.log_q->const_data_ptr<scalar_t>() : nullptr) {}
+
+  int64_t begin(int64_t task) const { return offsets[task]; }
+  int64_t size(int64_t task) const { return offsets[task + 1] - offsets[task]; }
+  // Candidate 0 of an entry is its item, the others are its negatives.
+  ALWAYS_INLINE int64_t candidate(int64_t entry, int64_t j) const {
+    return j == 0 ? items[entry] : negatives[entry * num_negatives + j - 1];
+  }
+};
+
+// Rows of the item table, which may be stored as bfloat16.
+template <typename scalar_t>
+class ItemTable {
+ public:
+  ItemTable(const Tensor& table, int64_t dim)
+      : data_(static_cast<const std::byte*>(table.const_data_ptr())),
+        dim_(dim),
+        row_bytes_(dim * table.element_size()),
+        narrow_(table.scalar_type() == ScalarType::BFloat16) {}
+
+  // A row, its last register filled up with zeros.
+  ALWAYS_INLINE void read(int64_t item, scalar_t* result) const {
+    const std::byte* row = data_ + item * row_bytes_;
+    if constexpr (std::is_same_v<scalar_t, float>)
+      if (narrow_) return widen_in(reinterpret_cast<const uint16_t*>(row), dim_, result);
+    copy_in(reinterpret_cast<const scalar_t*>(row), dim_, result);
+  }
+
+  void prefetch(int64_t item) const {
+    constexpr int64_t kLine = 64;
+    const std::byte* row = data_ + item * row_bytes_;
+    for (int64_t at = 0; at < row_bytes_; at += kLine) __builtin_prefetch(row + at);
+  }
+
+ private:
+  const std::byte* data_;
+  int64_t dim_, row_bytes_;
+  bool narrow_;
+};
+
 template <typename scalar_t>
 class TaskReader {
  public:
   TaskReader(const Inputs& inputs, const LoopArguments& arguments)
       : layout(inputs.D()),
         loop(arguments.view<scalar_t>()),
-        support_items(inputs.support.items.const_data_ptr<int64_t>()),
-        support_offsets(inputs.support.offsets.const_data_ptr<int64_t>()),
+        support(inputs.support),
         user_init_(inputs.user_init.const_data_ptr<scalar_t>()),
         user_bias_init_(inputs.user_bias_init.const_data_ptr<scalar_t>()),
-        item_table_(inputs.item_table.const_data_ptr<scalar_t>()),
+        item_table_(inputs.item_table, inputs.D()),
         item_bias_(inputs.item_bias.const_data_ptr<scalar_t>()),
         offset_(*inputs.offset.const_data_ptr<scalar_t>()),
         targets_(inputs.targets.const_data_ptr<scalar_t>()),
@@ -44,50 +97,106 @@ class TaskReader {
       std::fill(scale_, scale_ + layout.stride, scalar_t{1});
   }
 
-  // Task t, its rows gathered into the arena.
-  Task<scalar_t> read(int64_t t, Arena<scalar_t>& arena) const {
-    const int64_t begin = support_offsets[t], size = support_offsets[t + 1] - begin;
-    scalar_t* rows = arena.take(size * layout.stride);
-    scalar_t* base = arena.take(size);
-    scalar_t* start = arena.take(layout.stride);
-    read_rows(support_items + begin, size, rows, base);
-    pack(user_init_ + t * user_stride_, user_bias_init_[t * bias_stride_], layout, start);
-    const scalar_t* weights = weights_ == nullptr ? nullptr : weights_ + begin;
-    if (weights == nullptr) {
-      scalar_t* ones = arena.take(size);
-      std::fill(ones, ones + size, scalar_t{1});
-      weights = ones;
-    }
-    return {layout, loop, t, size, rows, base, targets_ + begin, weights, start, scale_};
+  // Rows of an entry: one, a difference for each negative, or all candidates.
+  int64_t group() const {
+    if (loop.loss == Loss::kBpr) return support.num_negatives;
+    return loop.loss == Loss::kSoftmax ? 1 + support.num_negatives : 1;
   }
 
-  void read_rows(const int64_t* items, int64_t count, scalar_t* rows, scalar_t* base) const {
-    gather(items, count, item_table_, item_bias_, offset_, layout, rows, base);
+  // Task t, its rows gathered into the arena.
+  MULTIVERSION Task<scalar_t> read(int64_t t, Arena<scalar_t>& arena) const {
+    const int64_t begin = support.begin(t), size = support.size(t), group = this->group(),
+                  count = size * group;
+    scalar_t* rows = arena.take(count * layout.width);
+    scalar_t* base = arena.take(count);
+    scalar_t* targets = arena.take(count);
+    scalar_t* weights = arena.take(count);
+    scalar_t* start = arena.take(layout.stride);
+    pack(user_init_ + t * user_stride_, user_bias_init_[t * bias_stride_], layout, start);
+    scalar_t bias = 1;
+    if (loop.loss == Loss::kBpr) {
+      bias = 0;
+      read_differences(begin, size, arena.take(layout.width), rows, base);
+      std::fill(targets, targets + count, scalar_t{1});
+    } else {
+      read_rows(support, begin, size, group, rows, base);
+      if (loop.loss == Loss::kSoftmax)
+        for (int64_t r = 0; r < count; ++r) targets[r] = r % group == 0 ? 1 : 0;
+      else
+        copy_in(targets_ + begin, size, targets);
+    }
+    if (weights_ == nullptr)
+      std::fill(weights, weights + count, entry_share());
+    else if (group == 1)
+      copy_in(weights_ + begin, size, weights);
+    else
+      for (int64_t r = 0; r < count; ++r) weights[r] = weights_[begin + r / group] * entry_share();
+    return {layout, loop,    t,       size,  group, count, {rows, count, layout.width, bias},
+            base,   targets, weights, start, scale_};
+  }
+
+  // How much of an entry's weight falls on each of its rows: bpr is the mean over the negatives.
+  scalar_t entry_share() const {
+    return loop.loss == Loss::kBpr ? scalar_t{1} / static_cast<scalar_t>(support.num_negatives)
+                                   : scalar_t{1};
+  }
+
+  // The first `group` candidates of every entry, and their scores at a fast vector 0, less log_q.
+  ALWAYS_INLINE void read_rows(const EntryData<scalar_t>& entries, int64_t begin, int64_t size,
+                               int64_t group, scalar_t* rows, scalar_t* base) const {
+    for (int64_t s = 0, r = 0; s < size; ++s)
+      for (int64_t j = 0; j < group; ++j, ++r) {
+        const int64_t item = entries.candidate(begin + s, j);
+        item_table_.read(item, rows + r * layout.width);
+        base[r] = offset_ + item_bias_[item];
+        if (entries.log_q != nullptr && &entries == &support)
+          base[r] -= entries.log_q[(begin + s) * group + j];
+      }
   }
 
   // Asks for the rows of task `t`, while the one before it is computed: they lie all over the
   // table.
-  void prefetch(int64_t t, const int64_t* query_items, const int64_t* query_offsets) const {
-    prefetch_rows(support_items, support_offsets[t], support_offsets[t + 1]);
-    prefetch_rows(query_items, query_offsets[t], query_offsets[t + 1]);
+  void prefetch(int64_t t) const { prefetch_rows(support, t); }
+  void prefetch(int64_t t, const EntryData<scalar_t>& query) const {
+    prefetch_rows(support, t);
+    prefetch_rows(query, t);
   }
 
   const Layout<scalar_t> layout;
   const InnerLoop<scalar_t> loop;
-  const int64_t* const support_items;
-  const int64_t* const support_offsets;
+  const EntryData<scalar_t> support;
 
  private:
-  void prefetch_rows(const int64_t* items, int64_t begin, int64_t end) const {
-    constexpr int64_t kLine = 64 / sizeof(scalar_t);  // numbers in a cache line
-    for (int64_t i = begin; i < end; ++i) {
-      const scalar_t* row = item_table_ + items[i] * layout.dim;
-      for (int64_t d = 0; d < layout.dim; d += kLine) __builtin_prefetch(row + d);
-      __builtin_prefetch(item_bias_ + items[i]);
-    }
+  ALWAYS_INLINE void read_differences(int64_t begin, int64_t size, scalar_t* less, scalar_t* rows,
+                                      scalar_t* base) const {
+    const int64_t M = support.num_negatives, width = layout.width;
+    scalar_t* row = rows;
+    for (int64_t s = begin; s < begin + size; ++s)
+      for (int64_t m = 0; m < M; ++m, row += width) {
+        const int64_t chosen = support.items[s], other = support.negatives[s * M + m];
+        item_table_.read(chosen, row);
+        item_table_.read(other, less);
+        for (int64_t i = 0; i < width; i += kLanes<scalar_t>) store(row + i) -= load(less + i);
+        *base++ = item_bias_[chosen] - item_bias_[other];
+      }
   }
 
-  const scalar_t *user_init_, *user_bias_init_, *item_table_, *item_bias_;
+  void prefetch_rows(const EntryData<scalar_t>& entries, int64_t t) const {
+    const int64_t end = entries.offsets[t + 1];
+    for (int64_t i = entries.offsets[t]; i < end; ++i) prefetch_row(entries.items[i]);
+    for (int64_t i = entries.offsets[t] * entries.num_negatives; i < end * entries.num_negatives;
+         ++i)
+      prefetch_row(entries.negatives[i]);
+  }
+
+  void prefetch_row(int64_t item) const {
+    item_table_.prefetch(item);
+    __builtin_prefetch(item_bias_ + item);
+  }
+
+  const scalar_t *user_init_, *user_bias_init_;
+  const ItemTable<scalar_t> item_table_;
+  const scalar_t* item_bias_;
   scalar_t offset_;
   const scalar_t *targets_, *weights_;
   int64_t user_stride_, bias_stride_;
@@ -95,45 +204,40 @@ class TaskReader {
   scalar_t* scale_;
 };
 
-// The query entries of one task.
+// The query entries of one task; with negatives, all candidates of each, entry by entry.
 template <typename scalar_t>
 struct Query {
-  int64_t size;          // Q
-  const scalar_t* rows;  // [Q, stride], bias 1
-  const scalar_t* base;  // m + b_q [Q]
+  int64_t num_entries;   // Q
+  int64_t group;         // candidates of an entry
+  Rows<scalar_t> rows;   // [Q · group, width]
+  const scalar_t* base;  // m + b [Q · group]
 
-  Query(const TaskReader<scalar_t>& reader, const int64_t* items, int64_t size_in,
-        Arena<scalar_t>& arena)
-      : size(size_in) {
-    scalar_t* gathered = arena.take(size * reader.layout.stride);
-    scalar_t* bases = arena.take(size);
-    reader.read_rows(items, size, gathered, bases);
-    rows = gathered;
-    base = bases;
-  }
+  int64_t size() const { return rows.count; }
 };
 
-// scores[q] = m + b_q + c + u·e_q
 template <typename scalar_t>
-MULTIVERSION void score_query(const Query<scalar_t>& query, const Layout<scalar_t>& layout,
-                              const scalar_t* fast, scalar_t* scores) {
-  dots(fast, query.rows, query.size, layout, scores);
-  for (int64_t q = 0; q < query.size; ++q) scores[q] += query.base[q];
+MULTIVERSION Query<scalar_t> read_query(const TaskReader<scalar_t>& reader,
+                                        const EntryData<scalar_t>& entries, int64_t t,
+                                        Arena<scalar_t>& arena) {
+  const int64_t size = entries.size(t), group = 1 + entries.num_negatives;
+  scalar_t* rows = arena.take(size * group * reader.layout.width);
+  scalar_t* base = arena.take(size * group);
+  reader.read_rows(entries, entries.begin(t), size, group, rows, base);
+  return {size, group, {rows, size * group, reader.layout.width, 1}, base};
 }
 
-// From p̄ of the query to φ̄ = Σ_q p̄_q (e_q, 1), added to grad_fast, and ē_q = p̄_q u, added to
-// grad_rows [Q, D].
+// scores[q] = m + b_q + c + u·e_q, padded
 template <typename scalar_t>
-MULTIVERSION void query_adjoint(const Query<scalar_t>& query, const Layout<scalar_t>& layout,
-                                const scalar_t* fast, const scalar_t* grad_scores,
-                                Arena<scalar_t>& arena, scalar_t* grad_fast, scalar_t* grad_rows) {
-  scalar_t* sum = arena.take(layout.stride);
-  combine(grad_scores, query.rows, query.size, layout, sum);
-  for (int64_t d = 0; d < layout.stride; ++d) grad_fast[d] += sum[d];
-  if (grad_rows == nullptr) return;
-  for (int64_t q = 0; q < query.size; ++q)
-    for (int64_t d = 0; d < layout.dim; ++d)
-      grad_rows[q * layout.dim + d] += grad_scores[q] * fast[d];
+MULTIVERSION void score_query(const Query<scalar_t>& query, const scalar_t* fast,
+                              scalar_t* scores) {
+  score_rows(query.rows, query.base, fast, scores);
+}
+
+// φ̄ = Σ_q p̄_q (e_q, 1), from p̄ padded with zeros
+template <typename scalar_t>
+MULTIVERSION void query_adjoint(const Query<scalar_t>& query, const scalar_t* grad_scores,
+                                scalar_t* grad_fast) {
+  combine(grad_scores, query.rows, grad_fast);
 }
 
 }  // namespace metarec_fast::cpu

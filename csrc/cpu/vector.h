@@ -2,10 +2,9 @@
 // they live in.
 //
 // A fast vector (u, c) of D + 1 numbers is stored as  u[0 … D) 0 … 0 | c 0 … 0 : u padded to whole
-// registers
-// (`width`), then one more register whose first number is the bias (`stride` in all). An item row
-// is a fast vector with bias 1, so that row · (u, c) = e·u + c. Padding is zero and stays zero
-// under everything done here.
+// registers (`width`), then one more register whose first number is the bias (`stride` in all).
+// Item rows are `width` numbers each; the entry that c multiplies is the same for all of them.
+// Padding is zero and stays zero under everything done here.
 #pragma once
 
 #include <algorithm>
@@ -34,9 +33,14 @@ constexpr int64_t kLanes = kRegisterBytes / static_cast<int64_t>(sizeof(scalar_t
 template <typename scalar_t>
 struct Register {
   typedef scalar_t type __attribute__((vector_size(kRegisterBytes), may_alias));
+  typedef scalar_t unaligned
+      __attribute__((vector_size(kRegisterBytes), may_alias, aligned(sizeof(scalar_t))));
+  typedef scalar_t quad __attribute__((vector_size(4 * sizeof(scalar_t)), may_alias));
 };
 template <typename scalar_t>
 using Vector = typename Register<scalar_t>::type;
+template <typename scalar_t>
+using Quad = typename Register<scalar_t>::quad;  // four numbers
 
 template <typename scalar_t>
 constexpr int64_t padded(int64_t count) {
@@ -59,18 +63,19 @@ template <typename scalar_t>
 class Arena {
  public:
   // Uninitialised, except for the padding after the last of `count` numbers.
-  scalar_t* take(int64_t count) {
+  ALWAYS_INLINE scalar_t* take(int64_t count) {
     const int64_t size = std::max(padded<scalar_t>(count), kLanes<scalar_t>);
     if (used_ + size > capacity_) grow(size);
     scalar_t* result = data_ + used_;
     used_ += size;
-    std::fill(result + std::max<int64_t>(size - kLanes<scalar_t>, 0), result + size, scalar_t{0});
+    *reinterpret_cast<Vector<scalar_t>*>(result + size - kLanes<scalar_t>) = Vector<scalar_t>{};
     return result;
   }
 
-  scalar_t* take_zeros(int64_t count) {
+  ALWAYS_INLINE scalar_t* take_zeros(int64_t count) {
     scalar_t* result = take(count);
-    std::fill(result, result + count, scalar_t{0});
+    for (int64_t i = 0; i < count; i += kLanes<scalar_t>)
+      *reinterpret_cast<Vector<scalar_t>*>(result + i) = Vector<scalar_t>{};
     return result;
   }
 
@@ -86,7 +91,7 @@ class Arena {
   }
 
  private:
-  void grow(int64_t size) {
+  __attribute__((noinline)) void grow(int64_t size) {
     const int64_t count = std::max(size, 2 * total_);
     blocks_.emplace_back(new std::byte[count * sizeof(scalar_t) + kRegisterBytes]);
     const auto address = reinterpret_cast<uintptr_t>(blocks_.back().get());
@@ -112,22 +117,89 @@ ALWAYS_INLINE Vector<scalar_t>& store(scalar_t* address) {
   return *reinterpret_cast<Vector<scalar_t>*>(address);
 }
 
-// Halves the vector until one number is left: always the same order of additions, on every machine.
+template <typename scalar_t>
+ALWAYS_INLINE Vector<scalar_t> broadcast(scalar_t value) {
+  return Vector<scalar_t>{} + value;
+}
+
+// `count` numbers from anywhere into scratch, the last register filled up with zeros.
+template <typename scalar_t>
+ALWAYS_INLINE void copy_in(const scalar_t* source, int64_t count, scalar_t* result) {
+  constexpr int64_t kLane = kLanes<scalar_t>;
+  int64_t i = 0;
+  for (; i + kLane <= count; i += kLane)
+    store(result + i) =
+        *reinterpret_cast<const typename Register<scalar_t>::unaligned*>(source + i);
+  if (i == count) return;
+  store(result + i) = Vector<scalar_t>{};
+  for (; i < count; ++i) result[i] = source[i];
+}
+
+// The same from bfloat16, the upper halves of float32.
+ALWAYS_INLINE void widen_in(const uint16_t* source, int64_t count, float* result) {
+  typedef uint16_t Narrow __attribute__((vector_size(32), may_alias, aligned(2)));
+  typedef uint32_t Wide __attribute__((vector_size(64), may_alias));
+  constexpr int64_t kLane = kLanes<float>;
+  int64_t i = 0;
+  for (; i + kLane <= count; i += kLane)
+    *reinterpret_cast<Wide*>(result + i) =
+        __builtin_convertvector(*reinterpret_cast<const Narrow*>(source + i), Wide) << 16;
+  if (i == count) return;
+  store(result + i) = Vector<float>{};
+  for (; i < count; ++i) {
+    const uint32_t bits = uint32_t{source[i]} << 16;
+    std::memcpy(result + i, &bits, sizeof(bits));
+  }
+}
+
+// `count` numbers from scratch to anywhere.
+template <typename scalar_t>
+ALWAYS_INLINE void copy_out(const scalar_t* source, int64_t count, scalar_t* result) {
+  constexpr int64_t kLane = kLanes<scalar_t>;
+  int64_t i = 0;
+  for (; i + kLane <= count; i += kLane)
+    *reinterpret_cast<typename Register<scalar_t>::unaligned*>(result + i) = load(source + i);
+  for (; i < count; ++i) result[i] = source[i];
+}
+
+// Lane i of the result is the sum of all lanes whose number is i modulo 4.
+ALWAYS_INLINE Quad<float> fold(const Vector<float>& v) {
+  const auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                    __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  return __builtin_shufflevector(half, half, 0, 1, 2, 3) +
+         __builtin_shufflevector(half, half, 4, 5, 6, 7);
+}
+ALWAYS_INLINE Quad<double> fold(const Vector<double>& v) {
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+}
+
+// Σ of all lanes: always the same order of additions, on every machine.
 template <typename scalar_t>
 ALWAYS_INLINE scalar_t sum_lanes(const Vector<scalar_t>& vector) {
-  typedef scalar_t Half __attribute__((vector_size(kRegisterBytes / 2)));
-  typedef scalar_t Quarter __attribute__((vector_size(kRegisterBytes / 4)));
-  Half halves[2];
-  std::memcpy(halves, &vector, sizeof(halves));
-  const Half half = halves[0] + halves[1];
-  Quarter quarters[2];
-  std::memcpy(quarters, &half, sizeof(quarters));
-  const Quarter quarter = quarters[0] + quarters[1];
-  if constexpr (sizeof(scalar_t) == 4)
-    return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
-  else
-    return quarter[0] + quarter[1];
+  const Quad<scalar_t> quad = fold(vector);
+  return (quad[0] + quad[2]) + (quad[1] + quad[3]);
 }
+
+// The sums of four vectors at once, in that same order.
+template <typename scalar_t>
+ALWAYS_INLINE Quad<scalar_t> sum_lanes(const Vector<scalar_t>* vectors) {
+  const Quad<scalar_t> a = fold(vectors[0]), b = fold(vectors[1]), c = fold(vectors[2]),
+                       d = fold(vectors[3]);
+  const Quad<scalar_t> ab =
+      __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Quad<scalar_t> cd =
+      __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+}
+
+// Rows of `width` numbers, one after the other. Each also has an entry `bias` that a fast vector's
+// bias multiplies: 1 for items, 0 for differences of two.
+template <typename scalar_t>
+struct Rows {
+  const scalar_t* values;  // [count, width]
+  int64_t count, width;
+  scalar_t bias;
+};
 
 // Σ a_i b_i over `width` numbers, a multiple of a register.
 template <typename scalar_t>
@@ -137,27 +209,23 @@ ALWAYS_INLINE scalar_t dot(const scalar_t* a, const scalar_t* b, int64_t width) 
   return sum_lanes<scalar_t>(sum);
 }
 
+// result[j] = left · row_j + shift,  j < count;  the last register is filled up with zeros.
 template <typename scalar_t>
-ALWAYS_INLINE scalar_t dot(const scalar_t* a, const scalar_t* b, const Layout<scalar_t>& layout) {
-  return dot(a, b, layout.width) + a[layout.width] * b[layout.width];
-}
-
-// result[j] = left · rows[j],  j < count
-template <typename scalar_t>
-ALWAYS_INLINE void dots(const scalar_t* left, const scalar_t* rows, int64_t count,
-                        const Layout<scalar_t>& layout, scalar_t* result) {
+ALWAYS_INLINE void dots(const scalar_t* left, const Rows<scalar_t>& rows, scalar_t shift,
+                        scalar_t* result) {
   constexpr int64_t kRows = 4;  // as many sums at once hide the latency of an addition
-  const int64_t width = layout.width, stride = layout.stride;
-  int64_t j = 0;
-  for (; j + kRows <= count; j += kRows) {
-    const scalar_t* row = rows + j * stride;
+  const int64_t width = rows.width, last = rows.count - 1;
+  if (rows.count == 0) return;
+  store(result + padded<scalar_t>(rows.count) - kLanes<scalar_t>) = Vector<scalar_t>{};
+  for (int64_t j = 0; j < rows.count; j += kRows) {
+    const scalar_t* row[kRows];  // beyond the end: the last row again
+    for (int64_t r = 0; r < kRows; ++r) row[r] = rows.values + std::min(j + r, last) * width;
     Vector<scalar_t> sums[kRows] = {};
     for (int64_t i = 0; i < width; i += kLanes<scalar_t>)
-      for (int64_t r = 0; r < kRows; ++r) sums[r] += load(left + i) * load(row + r * stride + i);
-    for (int64_t r = 0; r < kRows; ++r)
-      result[j + r] = sum_lanes<scalar_t>(sums[r]) + left[width] * row[r * stride + width];
+      for (int64_t r = 0; r < kRows; ++r) sums[r] += load(left + i) * load(row[r] + i);
+    *reinterpret_cast<Quad<scalar_t>*>(result + j) = sum_lanes<scalar_t>(sums) + shift;
   }
-  for (; j < count; ++j) result[j] = dot(left, rows + j * stride, layout);
+  for (int64_t j = rows.count; j % kRows != 0; ++j) result[j] = 0;
 }
 
 // A matrix by its strides.
@@ -185,11 +253,12 @@ ALWAYS_INLINE void multiply_block(const Coefficients<scalar_t>& coefficients, in
     }
   for (int64_t r = 0; r < kRows; ++r)
     for (int64_t v = 0; v < kVectors; ++v)
-      store(result + r * result_stride + v * kLanes<scalar_t>) = sums[r][v];
+      *reinterpret_cast<typename Register<scalar_t>::unaligned*>(result + r * result_stride +
+                                                                 v * kLanes<scalar_t>) = sums[r][v];
 }
 
 // result[m] = Σ_j C[m, j] basis[j],  m < rows, j < count, over `width` numbers, a multiple of a
-// register.
+// register; result may lie anywhere.
 template <typename scalar_t>
 ALWAYS_INLINE void multiply(const Coefficients<scalar_t>& coefficients, int64_t rows,
                             const scalar_t* basis, int64_t basis_stride, int64_t count,
@@ -216,17 +285,46 @@ ALWAYS_INLINE void multiply(const Coefficients<scalar_t>& coefficients, int64_t 
   }
 }
 
-// result = Σ_j coefficients[j] rows[j], a fast vector
+// Σ of `count` numbers whose last register is filled up with zeros.
 template <typename scalar_t>
-ALWAYS_INLINE void combine(const scalar_t* coefficients, const scalar_t* rows, int64_t count,
-                           const Layout<scalar_t>& layout, scalar_t* result) {
-  multiply<scalar_t>({coefficients, 0, 1}, 1, rows, layout.stride, count, layout.width, result,
-                     layout.stride);
-  scalar_t bias = 0;
-  for (int64_t j = 0; j < count; ++j)
-    bias += coefficients[j] * rows[j * layout.stride + layout.width];
-  std::fill(result + layout.width, result + layout.stride, scalar_t{0});
-  result[layout.width] = bias;
+ALWAYS_INLINE scalar_t sum(const scalar_t* values, int64_t count) {
+  Vector<scalar_t> total = {};
+  for (int64_t i = 0; i < count; i += kLanes<scalar_t>) total += load(values + i);
+  return sum_lanes<scalar_t>(total);
+}
+
+// kVectors registers of  Σ_j coefficients[j] rows[j], even and odd j apart: two chains of
+// additions.
+template <int64_t kVectors, typename scalar_t>
+ALWAYS_INLINE void combine_block(const scalar_t* coefficients, const scalar_t* rows, int64_t width,
+                                 int64_t count, scalar_t* result) {
+  Vector<scalar_t> even[kVectors] = {}, odd[kVectors] = {};
+  int64_t j = 0;
+  for (; j + 2 <= count; j += 2)
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const scalar_t* at = rows + j * width + v * kLanes<scalar_t>;
+      even[v] += coefficients[j] * load(at);
+      odd[v] += coefficients[j + 1] * load(at + width);
+    }
+  if (j < count)
+    for (int64_t v = 0; v < kVectors; ++v)
+      even[v] += coefficients[j] * load(rows + j * width + v * kLanes<scalar_t>);
+  for (int64_t v = 0; v < kVectors; ++v) store(result + v * kLanes<scalar_t>) = even[v] + odd[v];
+}
+
+// result = Σ_j coefficients[j] (row_j, bias), a fast vector; the coefficients' last register is
+// filled up with zeros.
+template <typename scalar_t>
+ALWAYS_INLINE void combine(const scalar_t* coefficients, const Rows<scalar_t>& rows,
+                           scalar_t* result) {
+  constexpr int64_t kLane = kLanes<scalar_t>;
+  int64_t i = 0;
+  for (; i + 4 * kLane <= rows.width; i += 4 * kLane)
+    combine_block<4>(coefficients, rows.values + i, rows.width, rows.count, result + i);
+  for (; i < rows.width; i += kLane)
+    combine_block<1>(coefficients, rows.values + i, rows.width, rows.count, result + i);
+  store(result + rows.width) = Vector<scalar_t>{};
+  result[rows.width] = rows.bias * sum(coefficients, rows.count);
 }
 
 }  // namespace metarec_fast::cpu

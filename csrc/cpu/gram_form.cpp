@@ -1,0 +1,178 @@
+#include "gram_form.h"
+
+namespace metarec_fast::cpu {
+namespace {
+
+// result = G x, which is symmetric
+template <typename scalar_t>
+ALWAYS_INLINE void apply_gram(const GramPath<scalar_t>& path, int64_t size, const scalar_t* x,
+                              scalar_t* result) {
+  multiply<scalar_t>({x, 0, 1}, 1, path.gram, path.stride, size, path.stride, result, path.stride);
+}
+
+}  // namespace
+
+template <typename scalar_t>
+MULTIVERSION void gram_forward(const Task<scalar_t>& task, Arena<scalar_t>& arena,
+                               GramPath<scalar_t>& path, scalar_t* fast) {
+  const int64_t R = task.size, K = task.loop.steps, stride = padded<scalar_t>(R);
+  const int64_t width = task.layout.width;
+  constexpr int64_t kLane = kLanes<scalar_t>;
+  path.stride = stride;
+  path.scaled = task.rows;
+  scalar_t bias_square = task.rows.bias * task.rows.bias;
+  if (task.loop.preconditioner != nullptr) {
+    scalar_t* scaled = arena.take(R * width);
+    for (int64_t r = 0; r < R; ++r)
+      for (int64_t i = 0; i < width; i += kLane)
+        store(scaled + r * width + i) =
+            load(task.scale + i) * load(task.rows.values + r * width + i);
+    path.scaled.values = scaled;
+    path.scaled.bias *= task.scale[width];
+    bias_square *= task.scale[width];
+  }
+  path.gram = arena.take(R * stride);
+  path.coefficients = arena.take((K + 1) * stride);
+  path.pushes = arena.take(K * stride);
+  path.curvatures = arena.take(K * stride);
+  scalar_t* first_scores = arena.take(stride);
+  scalar_t* scores = arena.take(stride);
+
+  score_rows(task.rows, task.base, task.start, first_scores);
+  for (int64_t r = 0; r < R; ++r) {
+    // The lower half, in whole registers; the rest of them is garbage above the diagonal.
+    scalar_t* row = path.gram + r * stride;
+    dots<scalar_t>(path.scaled.values + r * width, {task.rows.values, r + 1, width, task.rows.bias},
+                   bias_square, row);
+    for (int64_t j = 0; j < r; ++j) path.gram[j * stride + r] = row[j];
+  }
+  for (int64_t r = 0; r < R; ++r)
+    for (int64_t j = R; j < stride; ++j) path.gram[r * stride + j] = 0;
+
+  for (int64_t i = 0; i < stride; i += kLane) store(path.coefficients + i) = Vector<scalar_t>{};
+  for (int64_t k = 0; k < K; ++k) {
+    const scalar_t* now = path.coefficients + k * stride;
+    const scalar_t* before = k == 0 ? now : now - stride;
+    scalar_t* next = path.coefficients + (k + 1) * stride;
+    scalar_t* push = path.pushes + k * stride;
+    apply_gram(path, R, now, scores);
+    for (int64_t i = 0; i < stride; i += kLane) store(scores + i) += load(first_scores + i);
+    differentiate(task, scores, push, path.curvatures + k * stride);
+    const scalar_t rate = task.loop.inner_lr[k], momentum = task.loop.momentum[k];
+    const scalar_t keep = 1 - rate * task.pull() + momentum;
+    for (int64_t i = 0; i < stride; i += kLane)
+      store(next + i) = keep * load(now + i) - rate * load(push + i) - momentum * load(before + i);
+  }
+
+  combine(path.coefficients + K * stride, path.scaled, fast);
+  for (int64_t i = 0; i < task.layout.stride; i += kLane) store(fast + i) += load(task.start + i);
+}
+
+template <typename scalar_t>
+MULTIVERSION void gram_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
+                               const GramPath<scalar_t>& path,
+                               const scalar_t* grad_fast,  // φ̄ [layout.stride]
+                               const TaskGradients<scalar_t>& grads) {
+  const Layout<scalar_t>& layout = task.layout;
+  const int64_t R = task.size, K = task.loop.steps, stride = path.stride, width = layout.width;
+  constexpr int64_t kLane = kLanes<scalar_t>;
+  const bool second_order = !task.loop.first_order;
+  scalar_t* adjoint = arena.take(stride);        // ā_{k+1}
+  scalar_t* later = arena.take_zeros(stride);    // ā_{k+2}
+  scalar_t* earlier = arena.take_zeros(stride);  // ā_k
+  scalar_t* bends = arena.take(K * stride);      // h_k
+  scalar_t* grad_base = arena.take_zeros(stride);
+  if (grads.weights != nullptr) std::fill(grads.weights, grads.weights + R, scalar_t{0});
+
+  dots(grad_fast, path.scaled, path.scaled.bias * grad_fast[width], adjoint);
+  for (int64_t k = K - 1; k >= 0; --k) {
+    const scalar_t* now = path.coefficients + k * stride;
+    const scalar_t* before = k == 0 ? now : now - stride;
+    const scalar_t* push = path.pushes + k * stride;
+    const scalar_t rate = task.loop.inner_lr[k], momentum = task.loop.momentum[k];
+    const scalar_t pull = task.pull();
+    Vector<scalar_t> lr_sum = {}, pull_sum = {}, momentum_sum = {};
+    for (int64_t i = 0; i < stride; i += kLane) {
+      lr_sum += load(adjoint + i) * load(push + i);
+      pull_sum += load(adjoint + i) * load(now + i);
+      momentum_sum += load(adjoint + i) * (load(now + i) - load(before + i));
+    }
+    const scalar_t pulled = sum_lanes<scalar_t>(pull_sum);
+    if (grads.inner_lr) grads.inner_lr.add(k, -(sum_lanes<scalar_t>(lr_sum) + pull * pulled));
+    if (grads.prior_pull) grads.prior_pull.add(task.index, -rate * pulled);
+    if (grads.momentum) grads.momentum.add(k, sum_lanes<scalar_t>(momentum_sum));
+
+    const scalar_t keep = 1 - rate * pull + momentum;
+    const scalar_t momentum_after = k + 1 < K ? task.loop.momentum[k + 1] : scalar_t{0};
+    if (second_order) {
+      scalar_t* h = bends + k * stride;
+      bend(task, path.curvatures + k * stride, rate, adjoint, h);
+      for (int64_t i = 0; i < stride; i += kLane) store(grad_base + i) += load(h + i);
+      if (grads.weights != nullptr) add_weight_gradient(task, push, rate, adjoint, grads.weights);
+      apply_gram(path, R, h, earlier);
+    } else {
+      for (int64_t i = 0; i < stride; i += kLane) store(earlier + i) = Vector<scalar_t>{};
+    }
+    for (int64_t i = 0; i < stride; i += kLane)
+      store(earlier + i) += keep * load(adjoint + i) - momentum_after * load(later + i);
+    std::swap(later, adjoint);  // later ← ā_{k+1}
+    std::swap(adjoint, earlier);
+  }
+
+  combine(grad_base, task.rows, grads.start);
+  for (int64_t i = 0; i < layout.stride; i += kLane) store(grads.start + i) += load(grad_fast + i);
+  if (grads.base != nullptr) copy_out(grad_base, R, grads.base);
+  const scalar_t* last = path.coefficients + K * stride;
+
+  // C = Ḡ + Ḡᵀ with Ḡ = Σ_k h_k a_kᵀ, then two more columns: X̄ = C X diag(A) + p̄ φ_0ᵀ + a_K (A ∘
+  // φ̄)ᵀ.
+  const bool wants_rows = grads.rows != nullptr && second_order;
+  if (!wants_rows && grads.scale == nullptr) return;
+  scalar_t* grad_gram = arena.take_zeros(R * stride);  // Ḡ
+  if (second_order)
+    multiply<scalar_t>({bends, 1, stride}, R, path.coefficients, stride, K, stride, grad_gram,
+                       stride);
+  if (grads.scale != nullptr) {  // Ā = φ̄ ∘ Xᵀ a_K + diag(Xᵀ Ḡ X)
+    scalar_t* row = arena.take(layout.stride);
+    combine(last, task.rows, row);
+    for (int64_t i = 0; i < layout.stride; i += kLane)
+      store(grads.scale + i) += load(grad_fast + i) * load(row + i);
+    for (int64_t r = 0; r < R; ++r) {
+      combine(grad_gram + r * stride, task.rows, row);
+      for (int64_t i = 0; i < width; i += kLane)
+        store(grads.scale + i) += load(task.rows.values + r * width + i) * load(row + i);
+      grads.scale[width] += task.rows.bias * row[width];
+    }
+  }
+  if (!wants_rows) return;
+  scalar_t* basis = arena.take((R + 2) * layout.stride);
+  for (int64_t r = 0; r < R; ++r)
+    for (int64_t i = 0; i < width; i += kLane)
+      store(basis + r * layout.stride + i) = load(path.scaled.values + r * width + i);
+  for (int64_t i = 0; i < width; i += kLane) {
+    store(basis + R * layout.stride + i) = load(task.start + i);
+    store(basis + (R + 1) * layout.stride + i) = load(task.scale + i) * load(grad_fast + i);
+  }
+  scalar_t* coefficients = arena.take(R * (R + 2));
+  for (int64_t r = 0; r < R; ++r) {
+    for (int64_t j = 0; j < R; ++j)
+      coefficients[r * (R + 2) + j] = grad_gram[r * stride + j] + grad_gram[j * stride + r];
+    coefficients[r * (R + 2) + R] = grad_base[r];
+    coefficients[r * (R + 2) + R + 1] = last[r];
+  }
+  write_rows<scalar_t>(layout, {coefficients, R + 2, 1}, R, basis, R + 2, arena, grads.rows,
+                       layout.dim);
+}
+
+template void gram_forward<float>(const Task<float>& task, Arena<float>& arena,
+                                  GramPath<float>& path, float* fast);
+template void gram_forward<double>(const Task<double>& task, Arena<double>& arena,
+                                   GramPath<double>& path, double* fast);
+template void gram_adjoint<float>(const Task<float>& task, Arena<float>& arena,
+                                  const GramPath<float>& path, const float* grad_fast,
+                                  const TaskGradients<float>& grads);
+template void gram_adjoint<double>(const Task<double>& task, Arena<double>& arena,
+                                   const GramPath<double>& path, const double* grad_fast,
+                                   const TaskGradients<double>& grads);
+
+}  // namespace metarec_fast::cpu
