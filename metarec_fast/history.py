@@ -24,7 +24,8 @@ class History:
     """The epochs of one `fit`.
 
     Attributes:
-        metric: What the validation figure is, lower is better: "rmse", or "log_loss" for the logistic loss.
+        metric: What the validation figure is, lower is better: "rmse"; "log_loss" for the logistic loss; "bpr" or
+            "softmax", the loss itself.
         epochs: In order, number 0 first.
         stopped_early: Whether patience ran out before the last epoch.
     """

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer, SparseAdam
 
 from metarec_fast import checkpoint, functional, serving, training
-from metarec_fast._arguments import check_entries, check_outer_loss
+from metarec_fast._arguments import PAIRWISE, check_entries, check_outer_loss
 from metarec_fast.data import Interactions
 from metarec_fast.functional import Steps
 from metarec_fast.models import DotRecommender
-from metarec_fast.reference import pointwise_loss
+from metarec_fast.negatives import draw_negatives
+from metarec_fast.reference import entry_losses
 from metarec_fast.results import FastWeights
 from metarec_fast.tasks import Entries, TaskBatch
 
@@ -43,6 +44,8 @@ class Learner(nn.Module):
 
     name: str
     default_outer_lr = 1e-2
+    num_negatives = 4
+    """Negatives for each item that a user adapts on, drawn where a loss compares with them and a batch has none."""
 
     fit = training.fit
     adapt = serving.adapt
@@ -199,12 +202,18 @@ class Learner(nn.Module):
             raise TypeError(f"batch: expected a TaskBatch, got {type(batch).__name__}")
         if query is not None and batch.query is None:
             raise ValueError("batch.query: expected Entries, got None")
-        table, targets = self.model.item_embedding.weight, batch.support.targets
-        if batch.support.items.device != table.device or (targets is not None and targets.dtype != table.dtype):
-            batch = batch.to(table.device, table.dtype)
-        check_entries("support", batch.support, table, targets=True, loss=self.model.loss)
+        item_bias, targets = self.model.item_bias.weight[:, 0], batch.support.targets
+        if batch.support.items.device != item_bias.device or (targets is not None and targets.dtype != item_bias.dtype):
+            batch = batch.to(item_bias.device, item_bias.dtype)
+        if query != "targets" and self.model.loss in PAIRWISE and batch.support.negatives is None:
+            support = draw_negatives(batch.support, self.model.num_items, self.num_negatives)
+            batch = TaskBatch(support, batch.query, batch.users, batch.weights)
+        if self.model.loss not in PAIRWISE and any(loss in PAIRWISE for loss in self.outer_loss):
+            pointwise = batch.support.with_items(batch.support.items)  # a sampler draws negatives for both parts
+            batch = TaskBatch(pointwise, batch.query, batch.users, batch.weights)
+        check_entries("support", batch.support, item_bias, (self.model.loss,))
         if query is not None and batch.query is not None:
-            check_entries("query", batch.query, table, targets=query == "targets", loss=self.model.loss)
+            check_entries("query", batch.query, item_bias, self.outer_loss if query == "targets" else ())
         return batch
 
     def _check(self) -> None:
@@ -319,19 +328,22 @@ class MetaSGD(Learner):
 def mean_task_loss(
     losses: Mapping[str, float], scores: Tensor, entries: Entries, task_weights: Tensor | None
 ) -> Tensor:
-    """Σ_t ω_t L_t / Σ_t ω_t over tasks that have entries, L_t = Σ_i v_i ℓ(p_i, y_i) / Σ_i v_i; 0 without entries."""
-    assert entries.targets is not None
-    errors = torch.zeros_like(scores)
+    """Σ_t ω_t L_t / Σ_t ω_t over tasks that have entries, L_t = Σ_i v_i ℓ_i / Σ_i v_i; 0 without entries.
+
+    Scores are [n], or [n, 1 + M] where entries have negatives.
+    """
+    candidates = scores if scores.dim() == 2 else scores[:, None]
+    errors = torch.zeros_like(candidates[:, 0])
     for name, share in losses.items():
-        errors = errors + share * pointwise_loss(name, scores, entries.targets)
-    weights = torch.ones_like(scores) if entries.weights is None else entries.weights
-    zeros = scores.new_zeros(entries.num_tasks)
+        errors = errors + share * entry_losses(name, candidates, entries)
+    weights = torch.ones_like(errors) if entries.weights is None else entries.weights
+    zeros = errors.new_zeros(entries.num_tasks)
     tasks = entries.task_ids()
     totals, counts = zeros.index_add(0, tasks, weights * errors), zeros.index_add(0, tasks, weights)
     present = counts > 0
-    importance = present.to(scores.dtype) if task_weights is None else present * task_weights
+    importance = present.to(errors.dtype) if task_weights is None else present * task_weights
     means = totals / torch.where(present, counts, 1.0)
-    return (importance * means).sum() / importance.sum().clamp(min=torch.finfo(scores.dtype).tiny)
+    return (importance * means).sum() / importance.sum().clamp(min=torch.finfo(errors.dtype).tiny)
 
 
 def _select(groups: Iterable[dict[str, Any]], wanted: Any) -> list[dict[str, Any]]:

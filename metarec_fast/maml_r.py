@@ -119,10 +119,7 @@ class MAMLR(Learner):
         weights = self.log_weight(items).squeeze(1).exp()
         if support.weights is not None:
             weights = weights * support.weights
-        return Entries.unchecked(
-            support.items, support.targets, support.offsets, weights,
-            max_size=support.max_size, max_item=support.max_item,
-        )  # fmt: skip
+        return support.with_weights(weights)
 
     @torch.no_grad()
     def initialize(self, log: Interactions, seed: int = 0) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metarec_fast._arguments import INNER_LOSSES
+from metarec_fast._arguments import INNER_LOSSES, PAIRWISE
 
 if TYPE_CHECKING:
     from metarec_fast.data import Interactions
@@ -23,7 +23,8 @@ class DotRecommender(nn.Module):
     Args:
         num_items: N, size of the catalogue.
         dim: D, width of user and item vectors.
-        loss: How scores are compared with targets: "squared" (ratings) or "logistic" (y in [0, 1]).
+        loss: How scores are compared with targets: "squared" (ratings) or "logistic" (y in [0, 1]); or with those of
+            items that were not chosen: "bpr" (Rendle et al. 2009) or "softmax" (over the item and its negatives).
         sparse: Give the item embeddings sparse gradients, which cost what a batch touches, not what the catalogue
             holds; they need an optimiser that takes them (`torch.optim.SparseAdam`, `SGD`).
 
@@ -62,10 +63,17 @@ class DotRecommender(nn.Module):
     def initialize(self, log: Interactions) -> None:
         """Sets offset and item biases to damped averages of the log: of ratings, or for "logistic" their log-odds.
 
+        For losses that compare items, biases are the logarithms of how often items were chosen, which is what they
+        would become if users did not differ.
+
         Raises:
             ValueError: The log has no ratings, another number of items, or targets that do not fit the loss.
         """
         self.check_log(log)
+        if self.loss in PAIRWISE:
+            popularity = np.log(np.bincount(log.items, minlength=self.num_items) + 1.0)
+            self._set_biases(0.0, popularity - popularity.mean())
+            return
         ratings = log.ratings.astype(np.float64)
         mean = float(ratings.mean())
         sums = np.bincount(log.items, ratings, minlength=self.num_items)
@@ -73,8 +81,11 @@ class DotRecommender(nn.Module):
         item_means = (sums + _DAMPING * mean) / (counts + _DAMPING)
         if self.loss == "logistic":
             item_means, mean = _log_odds(item_means), float(_log_odds(np.array(mean)))
-        self.offset.fill_(mean)
-        self.item_bias.weight.copy_(torch.from_numpy(item_means - mean)[:, None])
+        self._set_biases(mean, item_means - mean)
+
+    def _set_biases(self, offset: float, item_biases: np.ndarray[Any, Any]) -> None:
+        self.offset.fill_(offset)
+        self.item_bias.weight.copy_(torch.from_numpy(item_biases)[:, None])
         self.initialized.fill_(True)
 
     def check_log(self, log: Interactions) -> None:

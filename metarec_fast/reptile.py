@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from metarec_fast import functional
+from metarec_fast._arguments import PAIRWISE
 from metarec_fast.functional import Steps
 from metarec_fast.learners import Learner, mean_task_loss
 from metarec_fast.models import DotRecommender
@@ -39,6 +40,8 @@ class Reptile(Learner):
     def __init__(
         self, model: DotRecommender, *, inner_lr: float = 0.1, inner_steps: Steps = 5, adapt: str = "all"
     ) -> None:
+        if model.loss in PAIRWISE:
+            raise ValueError(f"model: Reptile adapts on a loss of single scores, got loss={model.loss!r}")
         super().__init__(
             model, inner_lr=inner_lr, inner_steps=inner_steps, first_order=True, adapt=adapt, outer_loss=None
         )

@@ -150,8 +150,9 @@ def adapt(learner: Learner, items: Any, ratings: Any) -> AdaptedUser:
 
     Args:
         items: What he rated, by original ids, [n]. Items that the learner does not know are ignored, with one warning.
-        ratings: How much, finite numbers, [n]; in [0, 1] for the logistic loss. Outside the range seen in training is
-            fine. No ratings give the user with whom adaptation starts.
+        ratings: How much, finite numbers, [n]; in [0, 1] for the logistic loss; not looked at by losses that compare
+            items with others ("bpr", "softmax"). Outside the range seen in training is fine. No ratings give the user
+            with whom adaptation starts.
 
     Returns:
         The adapted user.

@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
+from metarec_fast._arguments import PAIRWISE
 from metarec_fast.checkpoint import replace_file
 from metarec_fast.history import Epoch, History
 from metarec_fast.reference import pointwise_loss
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "training.pt"
 _WARM_UP = 50  # steps, or a tenth of all if that is less
+_METRICS = {"squared": "rmse", "logistic": "log_loss"}  # by which validation judges; else the loss itself
 _FINAL_RATE = 0.02  # of the outer learning rate, at the end of its decay
 
 
@@ -38,6 +40,7 @@ def fit(
     support: Size = (3, 90),
     query: Size = "rest",
     order: Literal["random", "time"] = "random",
+    negatives: int | None = None,
     epochs: int = 30,
     patience: int | None = 3,
     batch_size: int | None = None,
@@ -63,6 +66,8 @@ def fit(
         valid: Ratings of other users. None for no validation: all epochs are run, the last weights stay.
         support, query: Entries of a task, drawn anew each epoch: a number, (low, high), or "rest".
         order: "random", or "time" for the oldest ratings as support.
+        negatives: Items that a user did not choose, for each that he chose; by default the learner's `num_negatives`
+            where its losses compare with them ("bpr", "softmax"), else none.
         epochs: At most this many passes over the training users.
         patience: None never stops early.
         batch_size: Tasks a step; by default a sixteenth of the training users, between 16 and 256.
@@ -77,8 +82,8 @@ def fit(
         tensorboard: Directory for TensorBoard event files (needs the extra `tensorboard`).
 
     Returns:
-        The training loss, the validation figure (RMSE, or log-loss for the logistic loss), the rate and the seconds
-        of each epoch.
+        The training loss, the validation figure (RMSE; for other losses than the squared one, that loss), the rate
+        and the seconds of each epoch.
 
     Raises:
         ValueError: An argument does not fit, or the checkpoint to resume was made with others; the message names it.
@@ -97,7 +102,13 @@ def fit(
     learner.model.check_log(train)
     if batch_size is None:
         batch_size = min(256, max(16, train.num_users // 16))
-    tasks: dict[str, Any] = {"support": support, "query": query, "order": order, "batch_size": batch_size, "seed": seed}
+    if negatives is None:
+        compares = any(loss in PAIRWISE for loss in (learner.model.loss, *learner.outer_loss))
+        negatives = learner.num_negatives if compares else 0
+    tasks: dict[str, Any] = {
+        "support": support, "query": query, "order": order, "negatives": negatives, "batch_size": batch_size,
+        "seed": seed,
+    }  # fmt: skip
     train_tasks = TaskSampler(train, **tasks)
     valid_tasks = None if valid is None else TaskSampler(valid, **tasks, shuffle=False)
     learner.rating_range = float(train.ratings.min()), float(train.ratings.max())
@@ -152,7 +163,7 @@ class _Training:
         self.rates = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in optimizers]
         self.total_steps = epochs * len(train)
         self.step = 0
-        self.history = History("log_loss" if learner.model.loss == "logistic" else "rmse")
+        self.history = History(_METRICS.get(learner.model.loss, learner.model.loss))
         self.best: dict[str, Tensor] | None = None
 
     @property
@@ -277,14 +288,20 @@ def _rate_factor(step: int, total: int) -> float:
 
 @torch.no_grad()
 def _validate(learner: Learner, tasks: TaskSampler) -> float:
-    """Error of the query scores, over all query entries of the tasks, which are the same every time."""
+    """Error of the query scores, over all query entries of the tasks, which are the same every time; for losses that
+    compare items, the mean over tasks."""
     learner.eval()
     tasks.set_epoch(0)
     total, count = 0.0, 0
     for batch in tasks:
+        if learner.model.loss in PAIRWISE:
+            total, count = total + float(learner(batch)) * batch.num_tasks, count + batch.num_tasks
+            continue
         assert batch.query is not None
         assert batch.query.targets is not None
         scores = learner.predict(batch).double().cpu()
+        if batch.query.negatives is not None:
+            scores = scores[:, 0]
         targets = batch.query.targets.double()
         if learner.model.loss == "squared" and learner.rating_range is not None:
             scores = scores.clamp(*learner.rating_range)
