@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as nn
 
 from metarec_fast._arguments import InnerLoop, Model, differentiable
+from metarec_fast._known_gradients import KnownGradients
 from metarec_fast.results import AdaptedItems, FastWeights, MetaStep, SparseRows, TopK
 from metarec_fast.tasks import Entries, TaskBatch
 
@@ -169,7 +168,7 @@ def meta_step(
         assert isinstance(rows, Tensor)
         grads[name] = SparseRows(ids, rows[ids] if loop.adapt == "all" else rows)
     originals = (value for value in leaves.values() if value is not None)
-    return MetaStep(_KnownGradients.apply(loss.detach(), slopes, *originals), grads)
+    return MetaStep(KnownGradients.apply("meta_step", loss.detach(), slopes, *originals), grads)
 
 
 def score_top_k(
@@ -199,18 +198,37 @@ def coalesce_rows(gradient: SparseRows) -> SparseRows:
     return SparseRows(ids, SparseRows(place, gradient.rows).to_dense(ids.numel()))
 
 
-class _KnownGradients(torch.autograd.Function):
-    """A loss whose gradients are known already."""
+def sparse_adam(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    gradient: SparseRows,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+) -> None:
+    """m ← β1 m + (1 − β1) g,  v ← β2 v + (1 − β2) g²,  p ← p − lr √(1 − β2ᵗ)/(1 − β1ᵗ) · m / (√v + ε), rows with g."""
+    ids, g = coalesce_rows(gradient)
+    exp_avg[ids] = mean = beta1 * exp_avg[ids] + (1 - beta1) * g
+    exp_avg_sq[ids] = square = beta2 * exp_avg_sq[ids] + (1 - beta2) * g**2
+    rate = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+    param[ids] -= rate * mean / (square.sqrt() + eps)
 
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor], *inputs: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return loss.clone()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(grad_loss * gradient for gradient in ctx.gradients)
+def sparse_adagrad(param: Tensor, sum: Tensor, gradient: SparseRows, *, lr: float, eps: float) -> None:
+    """s ← s + g²,  p ← p − lr g / (√s + ε), rows with a gradient."""
+    ids, g = coalesce_rows(gradient)
+    sum[ids] += g**2
+    param[ids] -= lr * g / (sum[ids].sqrt() + eps)
+
+
+def sparse_sgd(param: Tensor, gradient: SparseRows, *, lr: float) -> None:
+    """p ← p − lr g, rows with a gradient."""
+    ids, g = coalesce_rows(gradient)
+    param[ids] -= lr * g
 
 
 @dataclass(frozen=True)
