@@ -23,6 +23,6 @@ __version__ = "0.1.0"
 __all__ = [
     "BASELINES", "FOMAML", "MAML", "MAMLR", "AdaptedUser", "DotRecommender", "Entries", "FactorModel",
     "FastWeights", "History", "Interactions", "Learner", "MetaSGD", "MetaStep", "Report", "Reptile",
-    "SparseAdagrad", "SparseAdam", "SparseRows", "SparseSGD", "TaskBatch", "TaskSampler", "TopK", "UserSplit", "evaluate", "functional", "load",
-    "load_movielens_small", "split_users",
+    "SparseAdagrad", "SparseAdam", "SparseRows", "SparseSGD", "TaskBatch", "TaskSampler", "TopK", "UserSplit",
+    "evaluate", "functional", "load", "load_movielens_small", "split_users",
 ]  # fmt: skip

@@ -32,9 +32,7 @@ class KnownGradients(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, name: str, loss: Tensor, gradients: Sequence[Tensor | SparseRows], *inputs: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, name: str, loss: Tensor, gradients: Sequence[Tensor | SparseRows], *inputs: Tensor) -> Tensor:
         ctx.name, ctx.gradients = name, list(gradients)
         ctx.save_for_backward(*inputs)
         return loss.clone()

@@ -193,8 +193,7 @@ void use_huge_pages_cpu(const Tensor& table) {
   constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1
   const auto address = reinterpret_cast<uintptr_t>(table.data_ptr());
   const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end =
-      (address + table.numel() * table.element_size()) / kHugePage * kHugePage;
+  const uintptr_t end = (address + table.numel() * table.element_size()) / kHugePage * kHugePage;
   if (begin >= end) return;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
   madvise(reinterpret_cast<void*>(begin), end - begin, kCollapse);

@@ -8,32 +8,31 @@ namespace {
 constexpr int64_t kEntriesPerChunk = 1024;
 constexpr int64_t kAhead = 8;  // entries whose rows are under way
 
-// For each id whose entries begin in places [first, last):  sums[i] = Σ its rows, ids[i] = it, with
-// i from `at` on.
+// sums[i] = Σ rows of the id, ids[i] = it: for each id whose entries begin in places [first, last),
+// with i from `at` on.
 template <typename scalar_t, typename Entries>
 MULTIVERSION void sum_distinct(const Entries& entries, int64_t first, int64_t last, int64_t at,
                                const scalar_t* rows, int64_t width, int64_t* ids, scalar_t* sums) {
   for (int64_t place = first, end; place < last; place = end) {
     end = entries.end_of(place);
     if (!entries.begins(place)) continue;
-    if (place + kAhead < entries.size())
-      prefetch_row<false>(rows + entries.entry(place + kAhead) * width, width);
+    for (int64_t soon = place + kAhead; soon < std::min(end + kAhead, entries.size()); ++soon)
+      prefetch_row<false>(rows + entries.entry(soon) * width, width);
     ids[at] = entries.id(place);
     sum_group(entries, place, end, rows, width, sums + at * width);
     ++at;
   }
 }
 
-// For each id whose entries begin in places [first, last): sums[id] = Σ its rows; and zeros for the
-// ids between the one before and it.
+// sums[id] = Σ rows of the id, for the same ids; and zeros for those between the one before and it.
 template <typename scalar_t, typename Entries>
 MULTIVERSION void sum_all(const Entries& entries, int64_t first, int64_t last, const scalar_t* rows,
                           int64_t width, scalar_t* sums) {
   for (int64_t place = first, end; place < last; place = end) {
     end = entries.end_of(place);
     if (!entries.begins(place)) continue;
-    if (place + kAhead < entries.size())
-      prefetch_row<false>(rows + entries.entry(place + kAhead) * width, width);
+    for (int64_t soon = place + kAhead; soon < std::min(end + kAhead, entries.size()); ++soon)
+      prefetch_row<false>(rows + entries.entry(soon) * width, width);
     const int64_t id = entries.id(place), before = place == 0 ? -1 : entries.id(place - 1);
     std::fill(sums + (before + 1) * width, sums + id * width, scalar_t{0});
     sum_group(entries, place, end, rows, width, sums + id * width);
