@@ -50,11 +50,11 @@ STABLE_TORCH_LIBRARY(metarec_fast, m) {
   m.def("coalesce_rows(Tensor ids, Tensor rows) -> (Tensor, Tensor)");
   m.def("sum_rows(Tensor ids, Tensor rows, int num_rows) -> Tensor");
   m.def(
-      "sparse_adam(Tensor(a!) param, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor ids, "
-      "Tensor rows, float lr, float beta1, float beta2, float eps, int step) -> ()");
+      "sparse_adam(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor ids, Tensor[] rows, float lr, float beta1, float beta2, float eps, int step) -> ()");
   m.def(
-      "sparse_adagrad(Tensor(a!) param, Tensor(b!) sum, Tensor ids, Tensor rows, float lr, "
+      "sparse_adagrad(Tensor(a!)[] params, Tensor(b!)[] sums, Tensor ids, Tensor[] rows, float lr, "
       "float eps) -> ()");
-  m.def("sparse_sgd(Tensor(a!) param, Tensor ids, Tensor rows, float lr) -> ()");
+  m.def("sparse_sgd(Tensor(a!)[] params, Tensor ids, Tensor[] rows, float lr) -> ()");
   m.def("use_huge_pages(Tensor table) -> ()");
 }

@@ -39,20 +39,20 @@ class KnownGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        no_name, no_loss, no_gradients, *needed = ctx.needs_input_grad
+        needed = ctx.needs_input_grad[3:]
 
         def scale(grad_loss: Tensor, *inputs: Tensor) -> tuple[Tensor | None, ...]:
+            # On the CPU looking at the number costs nothing, elsewhere it would wait for the device.
+            factor = None if grad_loss.device.type == "cpu" and float(grad_loss) == 1 else grad_loss
             return tuple(
-                _scaled(ctx, place, grad_loss, value.shape) if needed[place] else None
+                _scaled(ctx, place, factor, value.shape) if needed[place] else None
                 for place, value in enumerate(inputs)
             )
 
         no_name, no_loss, no_gradients = None, None, None
         if torch.is_grad_enabled():  # somebody wants to differentiate what we return
-            scaled = Once.apply(ctx.name, scale, grad_loss, *ctx.saved_tensors)
-        else:
-            scaled = scale(grad_loss, *ctx.saved_tensors)
-        return no_name, no_loss, no_gradients, *scaled
+            return no_name, no_loss, no_gradients, *Once.apply(ctx.name, scale, grad_loss, *ctx.saved_tensors)
+        return no_name, no_loss, no_gradients, *scale(grad_loss, *ctx.saved_tensors)
 
 
 def sparse_tensor(gradient: SparseRows, shape: torch.Size, *, is_coalesced: bool = False) -> Tensor:
@@ -63,13 +63,14 @@ def sparse_tensor(gradient: SparseRows, shape: torch.Size, *, is_coalesced: bool
     )  # fmt: skip
 
 
-def _scaled(ctx: Any, place: int, factor: Tensor, shape: torch.Size) -> Tensor:
+def _scaled(ctx: Any, place: int, factor: Tensor | None, shape: torch.Size) -> Tensor:
+    """The gradient of an input, times the factor; None stands for 1."""
     gradient = ctx.gradients[place]
     if isinstance(gradient, Tensor):
-        return factor * gradient
+        return gradient.clone() if factor is None else factor * gradient
     if gradient is None:
         raise RuntimeError(f"{ctx.name}: an earlier backward has given the rows of this loss away; compute it again")
     ctx.gradients[place] = None
-    if factor.device.type != "cpu" or factor != 1:  # looking at it costs nothing on the CPU only
+    if factor is not None:
         gradient.rows.mul_(factor)
     return sparse_tensor(gradient, shape)

@@ -7,8 +7,8 @@ for any number of threads. Rows without a gradient, and their moments, stay as t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, overload
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -25,8 +25,16 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, T
 _HUGE = 1 << 22  # bytes from which a table is worth huge pages
 
 
+class _Part(NamedTuple):
+    """One parameter, what the rule keeps of it, and its gradient."""
+
+    table: Tensor  # [N, …]
+    state: dict[str, Any]
+    gradient: SparseRows
+
+
 class _SparseOptimizer(Optimizer):
-    """Walks over the parameters and their rows; a subclass says in `_update` what happens to them."""
+    """Walks over the parameters and their rows; a subclass says what it keeps of each, and what happens to them."""
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -46,32 +54,46 @@ class _SparseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for number, group in enumerate(self.param_groups):
+        for group in self.param_groups:
+            together: dict[Any, list[_Part]] = {}  # parts whose gradients have the same ids
             for place, parameter in enumerate(group["params"]):
-                if parameter.grad is None:
+                gradient = parameter.grad
+                if gradient is None:
                     continue
-                rows = self._rows_of(parameter, number, place)
-                self._update(parameter.detach(), rows, self.state[parameter], group)
+                if gradient.layout is not torch.sparse_coo or gradient.sparse_dim() != 1:
+                    raise TypeError(f"{self._name_of(parameter, place, group)}: {self._refusal(gradient)}")
+                rows = SparseRows(gradient._indices()[0], gradient._values())
+                part = _Part(parameter.detach(), self.state[parameter], rows)
+                self._count(part, group)
+                ids = rows.ids.data_ptr(), rows.ids.numel()
+                key = ids, part.table.dtype, part.state.get("step"), _can_run(part.table, rows.rows)
+                together.setdefault(key, []).append(part)
                 torch.autograd.graph.increment_version(parameter)
+            for (*_, can_run), parts in together.items():
+                self._update(parts, group, can_run)
         return loss
 
-    def _update(self, table: Tensor, gradient: SparseRows, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+    def _count(self, part: _Part, group: Mapping[str, Any]) -> None:
+        """Makes the state of a parameter that has none, and counts the step in it."""
+
+    def _update(self, parts: Sequence[_Part], group: Mapping[str, Any], can_run: bool) -> None:
+        """One step on parameters that share ids, with the kernels or without."""
         raise NotImplementedError
 
-    def _rows_of(self, parameter: Tensor, number: int, place: int) -> SparseRows:
-        gradient = parameter.grad
-        assert gradient is not None
-        if gradient.layout is not torch.sparse_coo or gradient.sparse_dim() != 1:
-            names = self.param_groups[number].get("param_names")
-            name = f"param_groups[{number}]['params'][{place}]" if names is None else names[place]
-            found = "a dense one" if gradient.layout is torch.strided else f"layout {gradient.layout}"
-            if gradient.layout is torch.sparse_coo:
-                found = f"{gradient.sparse_dim()} sparse dimensions"
-            raise TypeError(
-                f"{name}: {type(self).__name__} expects a gradient sparse in its first dimension, as "
-                f"nn.Embedding(sparse=True) gives, got {found}"
-            )
-        return SparseRows(gradient._indices()[0], gradient._values())
+    def _name_of(self, parameter: Tensor, place: int, group: Mapping[str, Any]) -> str:
+        if "param_names" in group:
+            return str(group["param_names"][place])
+        number = next(n for n, each in enumerate(self.param_groups) if each is group)
+        return f"param_groups[{number}]['params'][{place}]"
+
+    def _refusal(self, gradient: Tensor) -> str:
+        found = "a dense one" if gradient.layout is torch.strided else f"layout {gradient.layout}"
+        if gradient.layout is torch.sparse_coo:
+            found = f"{gradient.sparse_dim()} sparse dimensions"
+        return (
+            f"{type(self).__name__} expects a gradient sparse in its first dimension, as nn.Embedding(sparse=True) "
+            f"gives, got {found}"
+        )
 
 
 class SparseAdam(_SparseOptimizer):
@@ -104,16 +126,17 @@ class SparseAdam(_SparseOptimizer):
                 raise ValueError(f"betas[{place}]: must be in [0, 1), got {beta}")
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps})
 
-    def _update(self, table: Tensor, gradient: SparseRows, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+    def _count(self, part: _Part, group: Mapping[str, Any]) -> None:
+        state = part.state
         if not state:
-            state["step"], state["exp_avg"], state["exp_avg_sq"] = 0, _new_state(table), _new_state(table)
-        state["step"] += 1
-        (beta1, beta2), lr, eps = group["betas"], float(group["lr"]), group["eps"]
-        tables = (table, state["exp_avg"], state["exp_avg_sq"])
-        if _can_run(*tables):
-            torch.ops.metarec_fast.sparse_adam(*tables, *gradient, lr, beta1, beta2, eps, int(state["step"]))
-        else:
-            reference.sparse_adam(*tables, gradient, lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=int(state["step"]))
+            state.update(step=0, exp_avg=_new_state(part.table), exp_avg_sq=_new_state(part.table))
+        state["step"] = int(state["step"]) + 1
+
+    def _update(self, parts: Sequence[_Part], group: Mapping[str, Any], can_run: bool) -> None:
+        (beta1, beta2), step = group["betas"], parts[0].state["step"]
+        numbers = {"lr": float(group["lr"]), "beta1": beta1, "beta2": beta2, "eps": group["eps"], "step": step}
+        states = [[part.state[name] for part in parts] for name in ("exp_avg", "exp_avg_sq")]
+        _run("sparse_adam", parts, states, numbers, can_run)
 
 
 class SparseAdagrad(_SparseOptimizer):
@@ -139,14 +162,13 @@ class SparseAdagrad(_SparseOptimizer):
             raise ValueError(f"initial_accumulator_value: must be ≥ 0 and finite, got {initial_accumulator_value}")
         super().__init__(params, {"lr": lr, "initial_accumulator_value": initial_accumulator_value, "eps": eps})
 
-    def _update(self, table: Tensor, gradient: SparseRows, state: dict[str, Any], group: Mapping[str, Any]) -> None:
-        if not state:
-            state["sum"] = _new_state(table, group["initial_accumulator_value"])
-        lr, eps = float(group["lr"]), group["eps"]
-        if _can_run(table, state["sum"]):
-            torch.ops.metarec_fast.sparse_adagrad(table, state["sum"], *gradient, lr, eps)
-        else:
-            reference.sparse_adagrad(table, state["sum"], gradient, lr=lr, eps=eps)
+    def _count(self, part: _Part, group: Mapping[str, Any]) -> None:
+        if not part.state:
+            part.state["sum"] = _new_state(part.table, group["initial_accumulator_value"])
+
+    def _update(self, parts: Sequence[_Part], group: Mapping[str, Any], can_run: bool) -> None:
+        numbers = {"lr": float(group["lr"]), "eps": group["eps"]}
+        _run("sparse_adagrad", parts, [[part.state["sum"] for part in parts]], numbers, can_run)
 
 
 class SparseSGD(_SparseOptimizer):
@@ -164,12 +186,8 @@ class SparseSGD(_SparseOptimizer):
         _check_positive(lr=lr)
         super().__init__(params, {"lr": lr})
 
-    def _update(self, table: Tensor, gradient: SparseRows, state: dict[str, Any], group: Mapping[str, Any]) -> None:
-        lr = float(group["lr"])
-        if _can_run(table):
-            torch.ops.metarec_fast.sparse_sgd(table, *gradient, lr)
-        else:
-            reference.sparse_sgd(table, gradient, lr=lr)
+    def _update(self, parts: Sequence[_Part], group: Mapping[str, Any], can_run: bool) -> None:
+        _run("sparse_sgd", parts, [], {"lr": float(group["lr"])}, can_run)
 
 
 @torch.no_grad()
@@ -217,12 +235,26 @@ def _new_state(table: Tensor, value: float = 0.0) -> Tensor:
     return state.fill_(value)
 
 
-def _can_run(*tables: Tensor) -> bool:
-    """Whether the kernels can change these tables in place."""
-    return _library.cpu.loaded and all(
-        table.device.type == "cpu" and table.dtype in DTYPES and table.dim() <= 2 and table.is_contiguous()
-        for table in tables
+def _can_run(table: Tensor, rows: Tensor) -> bool:
+    """Whether the kernels can change this table in place."""
+    return (
+        _library.cpu.loaded
+        and table.device.type == "cpu"
+        and table.dtype in DTYPES
+        and table.dtype == rows.dtype
+        and table.dim() <= 2
+        and table.is_contiguous()
     )
+
+
+def _run(name: str, parts: Sequence[_Part], states: list[list[Tensor]], numbers: dict[str, Any], can_run: bool) -> None:
+    """Applies an operator to all parts at once, or its reference to one after the other."""
+    if can_run:
+        tables, rows = [part.table for part in parts], [part.gradient.rows for part in parts]
+        getattr(torch.ops.metarec_fast, name)(tables, *states, parts[0].gradient.ids, rows, *numbers.values())
+        return
+    for part, *kept in zip(parts, *states, strict=True):
+        getattr(reference, name)(part.table, *kept, part.gradient, **numbers)
 
 
 def _check_positive(**values: float) -> None:

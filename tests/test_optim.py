@@ -40,11 +40,16 @@ def make_rows(n, shape, dtype=torch.float64, seed=1, num_rows=NUM_ROWS):
     return SparseRows(torch.randint(num_rows, (n,), generator=draw.generator), draw.normal(n, *shape))
 
 
+def arguments(name, tables, gradient):
+    """Those of the operator, for one parameter and its states."""
+    return (*([table] for table in tables), gradient.ids, [gradient.rows], *RULES[name][1].values())
+
+
 def run(name, tables, gradient):
     """What the operator and the reference make of the tables."""
     _, numbers = RULES[name]
     results = [[table.clone() for table in tables] for _ in range(2)]
-    getattr(ops, name)(*results[0], *gradient, *numbers.values())
+    getattr(ops, name)(*arguments(name, results[0], gradient))
     getattr(reference, name)(*results[1], gradient, **numbers)
     return results
 
@@ -95,7 +100,7 @@ def test_the_same_bits_for_any_number_of_threads(name):
         for count in (1, 2, 4, 1):
             torch.set_num_threads(count)
             results = [table.clone() for table in tables]
-            getattr(ops, name)(*results, *gradient, *RULES[name][1].values())
+            getattr(ops, name)(*arguments(name, results, gradient))
             seen.append([*results, *F.coalesce_rows(gradient), ops.sum_rows(*gradient, num_rows)])
     finally:
         torch.set_num_threads(threads)
@@ -106,7 +111,7 @@ def test_the_same_bits_for_any_number_of_threads(name):
 @pytest.mark.parametrize("name", RULES)
 def test_opcheck_finds_nothing(name):
     tables = make_tables(RULES[name][0], (NUM_ROWS, 4))
-    opcheck(getattr(ops, name), (*tables, *make_rows(20, (4,)), *RULES[name][1].values()))
+    opcheck(getattr(ops, name), arguments(name, tables, make_rows(20, (4,))))
 
 
 @pytest.mark.parametrize(
@@ -125,14 +130,41 @@ def test_opcheck_finds_nothing(name):
 def test_bad_arguments_of_an_operator_are_named(change, message):
     good = {"param": make_tables(1, (NUM_ROWS, 4))[0], "state": torch.zeros(NUM_ROWS, 4).double(),
             "ids": torch.tensor([0, 1]), "rows": torch.zeros(2, 4).double()}  # fmt: skip
+    param, state, ids, rows = {**good, **change}.values()
     with pytest.raises(RuntimeError, match=message):
-        ops.sparse_adagrad(*{**good, **change}.values(), 0.1, 1e-8)
+        ops.sparse_adagrad([param], [state], ids, [rows], 0.1, 1e-8)
+
+
+def test_as_many_states_and_rows_as_parameters_are_expected():
+    (param,), (ids, rows) = make_tables(1, (NUM_ROWS, 4)), make_rows(2, (4,))
+    with pytest.raises(RuntimeError, match="rows: expected 1, one per parameter"):
+        ops.sparse_sgd([param], ids, [rows, rows], 0.1)
+    with pytest.raises(RuntimeError, match="sum: expected 1, one per parameter"):
+        ops.sparse_adagrad([param], [], ids, [rows], 0.1, 1e-8)
+    with pytest.raises(RuntimeError, match="param: expected dtype Double, got Float"):
+        ops.sparse_sgd([param, param.float()], ids, [rows, rows.float()], 0.1)
+    ops.sparse_sgd([], ids, [], 0.1)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_parameters_that_share_ids_are_updated_as_each_alone(name):
+    count = RULES[name][0]
+    shapes = (NUM_ROWS, 6), (NUM_ROWS + 2, 1), (NUM_ROWS,)
+    tables = [make_tables(count, shape) for shape in shapes]
+    gradients = [make_rows(50, shape[1:]) for shape in shapes]
+    together = [[table.clone() for table in part] for part in tables]
+    rows = [gradient.rows for gradient in gradients]
+    getattr(ops, name)(*map(list, zip(*together, strict=True)), gradients[0].ids, rows, *RULES[name][1].values())
+    for part, gradient, results in zip(tables, gradients, together, strict=True):
+        alone, _ = run(name, part, gradient)
+        assert all(torch.equal(one, other) for one, other in zip(alone, results, strict=True))
 
 
 def test_steps_count_from_one():
     tables = make_tables(3, (NUM_ROWS, 4))
     with pytest.raises(RuntimeError, match="step: must be ≥ 1, got 0"):
-        ops.sparse_adam(*tables, *make_rows(2, (4,)), 0.1, 0.9, 0.99, 1e-8, 0)
+        ops.sparse_adam(*([table] for table in tables), torch.tensor([0]), [torch.zeros(1, 4).double()],
+                        0.1, 0.9, 0.99, 1e-8, 0)  # fmt: skip
 
 
 @pytest.mark.parametrize("ids", [[], [7], [3, 3, 3], [5, 0, 5, 2, 0], [2**62, 1, 2**62, 2**40]])
@@ -200,7 +232,7 @@ def test_adagrad_can_start_its_sums_above_zero():
 def test_where_no_binary_loads_the_reference_gives_the_same(pair, monkeypatch):
     fast, slow = make_model(), make_model()
     train(fast, PAIRS[pair][0](fast.parameters(), lr=0.05), range(3))
-    monkeypatch.setattr("metarec_fast.optim._can_run", lambda *tables: False)
+    monkeypatch.setattr("metarec_fast.optim._can_run", lambda table, rows: False)
     train(slow, PAIRS[pair][0](slow.parameters(), lr=0.05), range(3))
     torch.testing.assert_close(fast[0].weight, slow[0].weight)
 
