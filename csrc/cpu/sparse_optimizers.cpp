@@ -6,13 +6,10 @@
 // nothing else goes through memory. Parameters whose gradients have the same ids, such as item
 // vectors and biases, share the sorting of the ids. Threads share out distinct ids, whose updates
 // do not meet: the same bits for any number of threads.
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <cmath>
 
 #include "../arguments.h"
+#include "huge_pages.h"
 #include "sorted_entries.h"
 
 namespace metarec_fast::cpu {
@@ -218,20 +215,8 @@ void sparse_sgd_cpu(const Tensors& params, const Tensor& ids, const Tensors& row
   update_rows<Sgd>("sparse_sgd", params, {}, ids, rows, lr);
 }
 
-// Asks for the memory of a large table to be in huge pages, what it holds already included, so that
-// scattered rows cost fewer page walks. A wish: where the system has none, nothing changes.
-void use_huge_pages_cpu(const Tensor& table) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
-  constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1
-  const auto address = reinterpret_cast<uintptr_t>(table.data_ptr());
-  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (address + table.numel() * table.element_size()) / kHugePage * kHugePage;
-  if (begin >= end) return;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-  madvise(reinterpret_cast<void*>(begin), end - begin, kCollapse);
-#endif
-}
+// For a table that is in use already.
+void use_huge_pages_cpu(const Tensor& table) { prefer_huge_pages(table, /*collapse=*/true); }
 
 }  // namespace
 
