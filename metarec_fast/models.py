@@ -25,7 +25,7 @@ class DotRecommender(nn.Module):
         dim: D, width of user and item vectors.
         loss: How scores are compared with targets: "squared" (ratings) or "logistic" (y in [0, 1]).
         sparse: Give the item embeddings sparse gradients, which cost what a batch touches, not what the catalogue
-            holds; they need an optimiser that takes them (`torch.optim.SparseAdam`, `SGD`).
+            holds; they need an optimiser that takes them, such as `metarec_fast.SparseAdam`.
 
     Raises:
         ValueError: A size is below 1, or the loss is unknown.
