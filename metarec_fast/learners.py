@@ -130,14 +130,12 @@ class Learner(nn.Module):
 
     def default_optimizers(self, outer_lr: float | None = None) -> list[Optimizer]:
         """What `fit` uses unless told otherwise: Adam, and `optim.SparseAdam` for embeddings with sparse gradients."""
-        groups = self.parameter_groups(outer_lr)
-        modules = (module for module in self.modules() if isinstance(module, nn.Embedding) and module.sparse)
-        sparse = {module.weight for module in modules}
+        dense, sparse = self._split_groups(outer_lr)
         optimizers: list[Optimizer] = []
-        if dense_groups := _select(groups, lambda parameter: parameter not in sparse):
-            optimizers.append(Adam(dense_groups, betas=(0.9, 0.99), fused=True))
-        if sparse_groups := _select(groups, lambda parameter: parameter in sparse):
-            optimizers.append(SparseAdam(sparse_groups, betas=(0.9, 0.99)))
+        if dense:
+            optimizers.append(Adam(dense, betas=(0.9, 0.99), fused=True))
+        if sparse:
+            optimizers.append(SparseAdam(sparse, betas=(0.9, 0.99)))
         return optimizers
 
     @torch.no_grad()
@@ -247,6 +245,16 @@ class Learner(nn.Module):
         nothing = torch.empty(0, dtype=torch.int64)
         batch = TaskBatch(Entries(nothing, torch.empty(0), torch.zeros(1, dtype=torch.int64)))
         self.fast_weights(batch)
+
+    def _split_groups(self, outer_lr: float | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """`parameter_groups`, apart for those with dense and those with sparse gradients."""
+        groups = self.parameter_groups(outer_lr)
+        modules = (module for module in self.modules() if isinstance(module, nn.Embedding) and module.sparse)
+        sparse = {module.weight for module in modules}
+        return (
+            _select(groups, lambda parameter: parameter not in sparse),
+            _select(groups, lambda parameter: parameter in sparse),
+        )
 
     def _outer_lr(self, outer_lr: float | None) -> float:
         if outer_lr is None:

@@ -11,6 +11,7 @@ from metarec_fast._known_gradients import KnownGradients
 from metarec_fast.functional import Steps
 from metarec_fast.learners import Learner, mean_task_loss
 from metarec_fast.models import DotRecommender
+from metarec_fast.optim import SparseSGD
 from metarec_fast.results import FastWeights
 from metarec_fast.tasks import Entries, TaskBatch
 
@@ -66,8 +67,9 @@ class Reptile(Learner):
         return result
 
     def default_optimizers(self, outer_lr: float | None = None) -> list[Optimizer]:
-        """SGD with rate ε = `outer_lr`."""
-        return [SGD(self.parameter_groups(outer_lr))]
+        """SGD with rate ε = `outer_lr`, `optim.SparseSGD` for embeddings with sparse gradients."""
+        dense, sparse = self._split_groups(outer_lr)
+        return [SGD(dense), SparseSGD(sparse)] if sparse else [SGD(dense)]
 
 
 def _support_scores(fast: FastWeights, support: Entries, rows: Tensor, biases: Tensor) -> Tensor:
