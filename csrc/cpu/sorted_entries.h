@@ -7,9 +7,11 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <limits>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "../tensor.h"
@@ -105,6 +107,20 @@ void with_sorted_entries(const int64_t* ids, int64_t count, int64_t largest, con
     body(Narrow(ids, count, largest));
   else
     body(SortedEntries<unsigned __int128>(ids, count, largest));
+}
+
+constexpr int64_t kEntriesPerRange = 1024;
+
+// Calls body(first, last) for ranges of `count` places, whichever thread is free; a range owns the
+// ids that begin in it.
+template <typename Body>
+void for_ranges(int64_t count, const Body& body) {
+  const int64_t ranges = (count + kEntriesPerRange - 1) / kEntriesPerRange;
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, ranges, 1, [&](int64_t, int64_t) {
+    for (int64_t range; (range = next.fetch_add(1)) < ranges;)
+      body(range * kEntriesPerRange, std::min((range + 1) * kEntriesPerRange, count));
+  });
 }
 
 // Throws unless ids is int64 [n] and rows [n] or [n, D]; returns D, which is 1 for [n].

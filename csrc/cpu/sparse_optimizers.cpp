@@ -15,8 +15,7 @@
 namespace metarec_fast::cpu {
 namespace {
 
-constexpr int64_t kEntriesPerThread = 256;  // at least
-constexpr int64_t kAhead = 8;               // entries whose rows are under way
+constexpr int64_t kAhead = 8;  // entries whose rows are under way
 
 // m ← m + (1 − β1)(g − m),  v ← v + (1 − β2)(g² − v),  p ← p − η m / (√v + ε),
 // η = lr √(1 − β2ᵗ) / (1 − β1ᵗ)
@@ -189,7 +188,7 @@ void update_rows(const char* op, const Tensors& params,
       widest = std::max(widest, width);
     }
     with_sorted_entries(id, count, std::max<int64_t>(num_ids - 1, 0), [&](const auto& entries) {
-      torch::stable::parallel_for(0, count, kEntriesPerThread, [&](int64_t first, int64_t last) {
+      for_ranges(count, [&](int64_t first, int64_t last) {
         const std::unique_ptr<scalar_t[]> sum(new scalar_t[widest]);
         update_range(parts, entries, first, last, sum.get());
       });

@@ -6,7 +6,6 @@
 namespace metarec_fast::cpu {
 namespace {
 
-constexpr int64_t kEntriesPerChunk = 1024;
 constexpr int64_t kAhead = 8;  // entries whose rows are under way
 
 // sums[i] = Σ rows of the id, ids[i] = it: for each id whose entries begin in places [first, last),
@@ -56,26 +55,24 @@ std::tuple<Tensor, Tensor> coalesce_rows_cpu(const Tensor& ids_in, const Tensor&
 
   Tensor result_ids, result;
   with_sorted_entries(id, count, largest, [&](const auto& entries) {
-    const int64_t chunks = (count + kEntriesPerChunk - 1) / kEntriesPerChunk;
-    std::vector<int64_t> begins(chunks + 1);  // where a chunk's distinct ids begin in the result
-    const auto end = [&](int64_t chunk) { return std::min((chunk + 1) * kEntriesPerChunk, count); };
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      begins[chunk + 1] = begins[chunk];
-      for (int64_t place = chunk * kEntriesPerChunk; place < end(chunk); ++place)
-        begins[chunk + 1] += entries.begins(place);
+    std::vector<int64_t> begins{0};  // where a range's distinct ids begin in the result
+    for (int64_t first = 0; first < count; first += kEntriesPerRange) {
+      const int64_t last = std::min(first + kEntriesPerRange, count);
+      int64_t distinct = 0;
+      for (int64_t place = first; place < last; ++place) distinct += entries.begins(place);
+      begins.push_back(begins.back() + distinct);
     }
-    result_ids = torch::stable::new_empty(ids, {begins[chunks]});
-    result = empty_rows(rows, begins[chunks]);
+    result_ids = torch::stable::new_empty(ids, {begins.back()});
+    result = empty_rows(rows, begins.back());
 
     dispatch_floating(rows.scalar_type(), "coalesce_rows", [&](auto zero) {
       using scalar_t = decltype(zero);
       const scalar_t* row = rows.const_data_ptr<scalar_t>();
       int64_t* distinct = result_ids.mutable_data_ptr<int64_t>();
       scalar_t* sums = result.mutable_data_ptr<scalar_t>();
-      torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
-        for (int64_t chunk = first; chunk < last; ++chunk)
-          sum_distinct(entries, chunk * kEntriesPerChunk, end(chunk), begins[chunk], row, width,
-                       distinct, sums);
+      for_ranges(count, [&](int64_t first, int64_t last) {
+        sum_distinct(entries, first, last, begins[first / kEntriesPerRange], row, width, distinct,
+                     sums);
       });
     });
   });
@@ -98,7 +95,7 @@ Tensor sum_rows(const Tensor& ids_in, const Tensor& rows_in, int64_t num_rows) {
       using scalar_t = decltype(zero);
       const scalar_t* row = rows.const_data_ptr<scalar_t>();
       scalar_t* sums = result.mutable_data_ptr<scalar_t>();
-      torch::stable::parallel_for(0, count, kEntriesPerChunk, [&](int64_t first, int64_t last) {
+      for_ranges(count, [&](int64_t first, int64_t last) {
         sum_all(entries, first, last, row, width, sums);
       });
       const int64_t after = count == 0 ? 0 : entries.id(count - 1) + 1;
