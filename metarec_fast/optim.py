@@ -54,19 +54,14 @@ class _SparseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        rows = [self._rows_of(group) for group in self.param_groups]
+        for group, gradients in zip(self.param_groups, rows, strict=True):
             together: dict[Any, list[_Part]] = {}  # parts whose gradients have the same ids
-            for place, parameter in enumerate(group["params"]):
-                gradient = parameter.grad
-                if gradient is None:
-                    continue
-                if gradient.layout is not torch.sparse_coo or gradient.sparse_dim() != 1:
-                    raise TypeError(f"{self._name_of(parameter, place, group)}: {self._refusal(gradient)}")
-                rows = SparseRows(gradient._indices()[0], gradient._values())
-                part = _Part(parameter.detach(), self.state[parameter], rows)
+            for parameter, gradient in gradients:
+                part = _Part(parameter.detach(), self.state[parameter], gradient)
                 self._count(part, group)
-                ids = rows.ids.data_ptr(), rows.ids.numel()
-                key = ids, part.table.dtype, part.state.get("step"), _can_run(part.table, rows.rows)
+                ids = gradient.ids.data_ptr(), gradient.ids.numel(), gradient.ids.stride(0)
+                key = ids, part.table.dtype, part.state.get("step"), _can_run(part.table, gradient.rows)
                 together.setdefault(key, []).append(part)
                 torch.autograd.graph.increment_version(parameter)
             for (*_, can_run), parts in together.items():
@@ -80,7 +75,19 @@ class _SparseOptimizer(Optimizer):
         """One step on parameters that share ids, with the kernels or without."""
         raise NotImplementedError
 
-    def _name_of(self, parameter: Tensor, place: int, group: Mapping[str, Any]) -> str:
+    def _rows_of(self, group: Mapping[str, Any]) -> list[tuple[Tensor, SparseRows]]:
+        """The parameters of a group that have a gradient, and its rows."""
+        found = []
+        for place, parameter in enumerate(group["params"]):
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if gradient.layout is not torch.sparse_coo or gradient.sparse_dim() != 1:
+                raise TypeError(f"{self._name_of(place, group)}: {self._refusal(gradient)}")
+            found.append((parameter, SparseRows(gradient._indices()[0], gradient._values())))
+        return found
+
+    def _name_of(self, place: int, group: Mapping[str, Any]) -> str:
         if "param_names" in group:
             return str(group["param_names"][place])
         number = next(n for n, each in enumerate(self.param_groups) if each is group)

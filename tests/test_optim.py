@@ -333,6 +333,13 @@ def test_dense_gradients_are_refused_by_the_parameters_name(pair):
         ours([parameter]).step()
     with pytest.raises(TypeError, match=f"table: {expected}"):
         ours([("table", parameter)]).step()
+    model = make_model()
+    optimizer = ours([*model.parameters(), parameter])
+    backward(model, 0)
+    with pytest.raises(TypeError, match=expected):
+        optimizer.step()
+    assert same(model, make_model())  # nothing was changed before the refusal
+    assert not optimizer.state
     parameter.grad = torch.eye(3, 2).to_sparse()
     with pytest.raises(TypeError, match="got 2 sparse dimensions"):
         ours([parameter]).step()
