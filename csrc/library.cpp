@@ -47,4 +47,12 @@ STABLE_TORCH_LIBRARY(metarec_fast, m) {
       "Tensor? exclude_items, Tensor? exclude_offsets) -> (Tensor, Tensor)");
   m.def("coalesce_rows(Tensor ids, Tensor rows) -> (Tensor, Tensor)");
   m.def("sum_rows(Tensor ids, Tensor rows, int num_rows) -> Tensor");
+  m.def(
+      "sparse_adam(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor ids, Tensor[] rows, float lr, float beta1, float beta2, float eps, int step) -> ()");
+  m.def(
+      "sparse_adagrad(Tensor(a!)[] params, Tensor(b!)[] sums, Tensor ids, Tensor[] rows, float lr, "
+      "float eps) -> ()");
+  m.def("sparse_sgd(Tensor(a!)[] params, Tensor ids, Tensor[] rows, float lr) -> ()");
+  m.def("use_huge_pages(Tensor table) -> ()");
 }

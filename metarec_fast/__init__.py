@@ -10,6 +10,7 @@ from metarec_fast.history import History
 from metarec_fast.learners import FOMAML, MAML, Learner, MetaSGD
 from metarec_fast.maml_r import MAMLR
 from metarec_fast.models import DotRecommender
+from metarec_fast.optim import SparseAdagrad, SparseAdam, SparseSGD
 from metarec_fast.report import Report
 from metarec_fast.reptile import Reptile
 from metarec_fast.results import FastWeights, MetaStep, SparseRows, TopK
@@ -22,6 +23,6 @@ __version__ = "0.1.0"
 __all__ = [
     "BASELINES", "FOMAML", "MAML", "MAMLR", "AdaptedUser", "DotRecommender", "Entries", "FactorModel",
     "FastWeights", "History", "Interactions", "Learner", "MetaSGD", "MetaStep", "Report", "Reptile",
-    "SparseRows", "TaskBatch", "TaskSampler", "TopK", "UserSplit", "evaluate", "functional", "load",
-    "load_movielens_small", "split_users",
+    "SparseAdagrad", "SparseAdam", "SparseRows", "SparseSGD", "TaskBatch", "TaskSampler", "TopK", "UserSplit",
+    "evaluate", "functional", "load", "load_movielens_small", "split_users",
 ]  # fmt: skip

@@ -17,8 +17,9 @@ INNER_LOSSES = ("squared", "logistic", "bpr", "softmax")
 OUTER_LOSSES = ("squared", "logistic", "absolute", "bpr", "softmax")
 PAIRWISE = ("bpr", "softmax")
 """Losses that compare an entry's item with its negatives; the others compare its score with its target."""
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-"""Of the item table. A bfloat16 table is only stored so: arithmetic and all else are float32."""
+DTYPES = (torch.float32, torch.float64)
+TABLE_DTYPES = (*DTYPES, torch.bfloat16)
+"""Of an item table that is read only. A bfloat16 one is just stored so: arithmetic and all else are float32."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def check_model(
     """The five meta-parameters as tensors of one dtype and device."""
     if not isinstance(item_table, Tensor) or item_table.dim() != 2:
         raise ValueError(f"item_table: expected a tensor [N, D], got {_describe(item_table)}")
-    if item_table.dtype not in DTYPES:
+    if item_table.dtype not in TABLE_DTYPES:
         raise TypeError(f"item_table: expected dtype float32, float64 or bfloat16, got {item_table.dtype}")
     num_items, dim = item_table.shape
     like = item_table if item_table.dtype != torch.bfloat16 else item_table.new_empty(0, dtype=torch.float32)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 
+from metarec_fast._known_gradients import Once
+
 ops = torch.ops.metarec_fast
 
 # Which gradients are wanted, as bits; the same numbers stand in csrc/inner_loop.h.
@@ -40,19 +42,6 @@ def places(loop_start: int) -> dict[str, int]:
 
 
 ADAPT, ADAPT_AND_SCORE, META_STEP = places(INPUTS), places(INPUTS + QUERY), places(INPUTS + JUDGED_QUERY)
-
-
-class _Once(torch.autograd.Function):
-    """Gradients that can be computed but not differentiated: silent zeros would be wrong."""
-
-    @staticmethod
-    def forward(ctx: Any, name: str, compute: Callable[..., tuple[Tensor, ...]], *inputs: Any) -> tuple[Tensor, ...]:
-        ctx.name = name
-        return compute(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(f"{ctx.name} cannot be differentiated twice")
 
 
 def _adapted(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
@@ -134,6 +123,10 @@ def _fake_sum_rows(ids: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     return rows.new_empty((num_rows, *rows.shape[1:]))
 
 
+def _fake_update(*args: Any) -> None:
+    """An operator that returns nothing."""
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     tensors = [value if isinstance(value, Tensor) else None for value in inputs]
     ctx.save_for_backward(*tensors)
@@ -161,14 +154,14 @@ def _wanted(ctx: Any, where: dict[str, int]) -> int:
 
 def _adapt_and_score_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     wanted = _wanted(ctx, ADAPT_AND_SCORE)
-    gradients = _Once.apply("adapt_and_score", ops.adapt_and_score_backward, *grads, *_restore(ctx), wanted)
+    gradients = Once.apply("adapt_and_score", ops.adapt_and_score_backward, *grads, *_restore(ctx), wanted)
     return _at_places(ctx, gradients, ADAPT_AND_SCORE)
 
 
 def _adapt_backward(ctx: Any, grad_user: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:
     args, wanted = _restore(ctx), _wanted(ctx, ADAPT)
     no_items, no_offsets = args[SUPPORT_ITEMS].new_empty((0,)), torch.zeros_like(args[SUPPORT_OFFSETS])
-    gradients = _Once.apply(
+    gradients = Once.apply(
         "adapt", ops.adapt_and_score_backward, grad_user, grad_bias, grad_bias.new_empty((0,)),
         *args[:INPUTS], no_items, no_offsets, *args[INPUTS:], wanted,
     )  # fmt: skip
@@ -192,7 +185,7 @@ def _meta_step_backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[T
         dense = [ops.sum_rows(torch.cat(ids), rows, num_rows) if rows.shape[0] else rows for rows in gradients[2:4]]
         return tuple(gradient * grad_loss for gradient in (*gradients[:2], *dense, *gradients[4:]))
 
-    scaled = _Once.apply("meta_step", scale, grad_loss, *inputs)
+    scaled = Once.apply("meta_step", scale, grad_loss, *inputs)
     return _at_places(ctx, scaled, META_STEP)
 
 
@@ -212,6 +205,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "score_top_k": _fake_score_top_k,
     "coalesce_rows": _fake_coalesce_rows,
     "sum_rows": _fake_sum_rows,
+    "sparse_adam": _fake_update,
+    "sparse_adagrad": _fake_update,
+    "sparse_sgd": _fake_update,
+    "use_huge_pages": _fake_update,
 }
 for _name, _fake in _FAKES.items():
     register_fake(f"metarec_fast::{_name}", _fake)

@@ -17,6 +17,7 @@ not depend on the number of threads, on the order of batches, or on which implem
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ def at(key: int | NDArray[np.uint64], index: int | NDArray[Any]) -> NDArray[np.u
     return bits ^ (bits >> np.uint64(31))
 
 
+@lru_cache(maxsize=64)  # asked for with every batch of an epoch
 def key_of(seed: int, *path: int) -> int:
     """The key at the end of a path of counters."""
     key = seed & _WORD

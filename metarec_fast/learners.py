@@ -2,7 +2,8 @@
 
     unique rows of the batch = model's nn.Embedding → functional.meta_step → loss, exact gradients on `backward()`
 
-so every optimiser, gradient clipping, sparse embeddings and DistributedDataParallel work as they do without us.
+so every optimiser, gradient clipping and DistributedDataParallel work as they do without us. Embeddings with sparse
+gradients are given them directly: `meta_step` reads the table itself, and what it returns is the gradient's rows.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer, SparseAdam
+from torch.optim import Adam, Optimizer
 
 from metarec_fast import checkpoint, functional, serving, training
 from metarec_fast._arguments import PAIRWISE, check_entries, check_outer_loss
+from metarec_fast._known_gradients import KnownGradients
 from metarec_fast.data import Interactions
 from metarec_fast.functional import Steps
 from metarec_fast.models import DotRecommender
 from metarec_fast.negatives import draw_negatives
+from metarec_fast.optim import SparseAdam
 from metarec_fast.reference import entry_losses
 from metarec_fast.results import FastWeights
 from metarec_fast.tasks import Entries, TaskBatch
@@ -91,6 +94,8 @@ class Learner(nn.Module):
             IndexError: An item id lies outside the model's table.
         """
         batch = self._prepare(batch, query="targets")
+        if torch.is_grad_enabled() and self._takes_rows():
+            return self._loss_with_rows(batch)
         unique, local = batch.localize()
         rows, biases = self.model.lookup(unique)
         support = self.weigh(local.support, batch.support.items)
@@ -127,15 +132,13 @@ class Learner(nn.Module):
         return [{"params": list(self.parameters()), "lr": self._outer_lr(outer_lr)}]
 
     def default_optimizers(self, outer_lr: float | None = None) -> list[Optimizer]:
-        """What `fit` uses unless told otherwise: Adam, and SparseAdam for embeddings with sparse gradients."""
-        groups = self.parameter_groups(outer_lr)
-        modules = (module for module in self.modules() if isinstance(module, nn.Embedding) and module.sparse)
-        sparse = {module.weight for module in modules}
+        """What `fit` uses unless told otherwise: Adam, and `optim.SparseAdam` for embeddings with sparse gradients."""
+        dense, sparse = self._split_groups(outer_lr)
         optimizers: list[Optimizer] = []
-        if dense_groups := _select(groups, lambda parameter: parameter not in sparse):
-            optimizers.append(Adam(dense_groups, betas=(0.9, 0.99), fused=True))
-        if sparse_groups := _select(groups, lambda parameter: parameter in sparse):
-            optimizers.append(SparseAdam(sparse_groups, betas=(0.9, 0.99)))
+        if dense:
+            optimizers.append(Adam(dense, betas=(0.9, 0.99), fused=True))
+        if sparse:
+            optimizers.append(SparseAdam(sparse, betas=(0.9, 0.99)))
         return optimizers
 
     @torch.no_grad()
@@ -190,6 +193,36 @@ class Learner(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters.items())
 
+    def _takes_rows(self) -> bool:
+        """Whether the gradients of both item tables may be deposited as rows, past the embeddings' forward."""
+        model = self.model
+        plain = type(model).lookup is DotRecommender.lookup and type(model).tables is DotRecommender.tables
+        embeddings = model.item_embedding, model.item_bias
+        return plain and self.adapted == "user" and all(map(_is_plain_and_sparse, embeddings))
+
+    def _loss_with_rows(self, batch: TaskBatch) -> Tensor:
+        """The outer loss, whose `backward` gives the item tables sparse gradients: a row per entry, uncoalesced."""
+        model = self.model
+        support = self.weigh(batch.support, batch.support.items)
+        batch = TaskBatch(support, batch.query, batch.users, batch.weights)
+        settings = self._settings(support)
+        with torch.no_grad():
+            table, item_bias = model.tables()
+            result = functional.meta_step(
+                model.user_init, table, item_bias, batch, outer_loss=self.outer_loss, **settings
+            )
+        given = {
+            "user_init": model.user_init,
+            "item_table": model.item_embedding.weight,
+            "item_bias": model.item_bias.weight,
+            "support_weights": support.weights,
+            **settings,
+        }
+        inputs = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.requires_grad}
+        gradients = [result.grads[name] for name in inputs]
+        loss: Tensor = KnownGradients.apply("meta_step", result.loss, gradients, *inputs.values())
+        return loss
+
     def _settings(self, support: Entries) -> dict[str, Any]:
         """The keyword arguments of a functional operator on this support, besides tables, start and batch."""
         model = self.model
@@ -221,6 +254,16 @@ class Learner(nn.Module):
         nothing = torch.empty(0, dtype=torch.int64)
         batch = TaskBatch(Entries(nothing, torch.empty(0), torch.zeros(1, dtype=torch.int64)))
         self.fast_weights(batch)
+
+    def _split_groups(self, outer_lr: float | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """`parameter_groups`, apart for those with dense and those with sparse gradients."""
+        groups = self.parameter_groups(outer_lr)
+        modules = (module for module in self.modules() if isinstance(module, nn.Embedding) and module.sparse)
+        sparse = {module.weight for module in modules}
+        return (
+            _select(groups, lambda parameter: parameter not in sparse),
+            _select(groups, lambda parameter: parameter in sparse),
+        )
 
     def _outer_lr(self, outer_lr: float | None) -> float:
         if outer_lr is None:
@@ -344,6 +387,19 @@ def mean_task_loss(
     importance = present.to(errors.dtype) if task_weights is None else present * task_weights
     means = totals / torch.where(present, counts, 1.0)
     return (importance * means).sum() / importance.sum().clamp(min=torch.finfo(errors.dtype).tiny)
+
+
+def _is_plain_and_sparse(embedding: nn.Embedding) -> bool:
+    """Whether looking rows up is all that the embedding does, and its gradient sparse."""
+    return (
+        type(embedding) is nn.Embedding
+        and embedding.sparse
+        and embedding.padding_idx is None
+        and embedding.max_norm is None
+        and not embedding.scale_grad_by_freq
+        and not embedding._forward_hooks
+        and not embedding._forward_pre_hooks
+    )
 
 
 def _select(groups: Iterable[dict[str, Any]], wanted: Any) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ class DotRecommender(nn.Module):
         loss: How scores are compared with targets: "squared" (ratings) or "logistic" (y in [0, 1]); or with those of
             items that were not chosen: "bpr" (Rendle et al. 2009) or "softmax" (over the item and its negatives).
         sparse: Give the item embeddings sparse gradients, which cost what a batch touches, not what the catalogue
-            holds; they need an optimiser that takes them (`torch.optim.SparseAdam`, `SGD`).
+            holds; they need an optimiser that takes them, such as `metarec_fast.SparseAdam`.
 
     Raises:
         ValueError: A size is below 1, or the loss is unknown.

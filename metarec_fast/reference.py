@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as nn
 
 from metarec_fast._arguments import InnerLoop, Model, differentiable
+from metarec_fast._known_gradients import KnownGradients
 from metarec_fast.results import AdaptedItems, FastWeights, MetaStep, SparseRows, TopK
 from metarec_fast.tasks import Entries, TaskBatch
 
@@ -159,7 +158,7 @@ def meta_step(
             query.with_items(places[2], None if query.negatives is None else places[3]),
             weights=batch.weights,
         )
-        table, item_bias = model.item_table[ids], model.item_bias[ids]
+        table, item_bias = _rows(model, ids), model.item_bias[ids]
 
     leaves = differentiable(replace(model, item_table=table, item_bias=item_bias), loop, support)
     given = {name: value.detach().requires_grad_() for name, value in leaves.items() if value is not None}
@@ -186,7 +185,7 @@ def meta_step(
         first = support_rows if loop.first_order and loop.adapt != "all" else 0
         grads[name] = SparseRows(ids[first:], rows[ids] if loop.adapt == "all" else rows[first:])
     originals = (value for value in leaves.values() if value is not None)
-    return MetaStep(_KnownGradients.apply(loss.detach(), slopes, *originals), grads)
+    return MetaStep(KnownGradients.apply("meta_step", loss.detach(), slopes, *originals), grads)
 
 
 def score_top_k(
@@ -216,18 +215,37 @@ def coalesce_rows(gradient: SparseRows) -> SparseRows:
     return SparseRows(ids, SparseRows(place, gradient.rows).to_dense(ids.numel()))
 
 
-class _KnownGradients(torch.autograd.Function):
-    """A loss whose gradients are known already."""
+def sparse_adam(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    gradient: SparseRows,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+) -> None:
+    """m ← β1 m + (1 − β1) g,  v ← β2 v + (1 − β2) g²,  p ← p − lr √(1 − β2ᵗ)/(1 − β1ᵗ) · m / (√v + ε), rows with g."""
+    ids, g = coalesce_rows(gradient)
+    exp_avg[ids] = mean = beta1 * exp_avg[ids] + (1 - beta1) * g
+    exp_avg_sq[ids] = square = beta2 * exp_avg_sq[ids] + (1 - beta2) * g**2
+    rate = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+    param[ids] -= rate * mean / (square.sqrt() + eps)
 
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor], *inputs: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return loss.clone()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(grad_loss * gradient for gradient in ctx.gradients)
+def sparse_adagrad(param: Tensor, sum: Tensor, gradient: SparseRows, *, lr: float, eps: float) -> None:
+    """s ← s + g²,  p ← p − lr g / (√s + ε), rows with a gradient."""
+    ids, g = coalesce_rows(gradient)
+    sum[ids] += g**2
+    param[ids] -= lr * g / (sum[ids].sqrt() + eps)
+
+
+def sparse_sgd(param: Tensor, gradient: SparseRows, *, lr: float) -> None:
+    """p ← p − lr g, rows with a gradient."""
+    ids, g = coalesce_rows(gradient)
+    param[ids] -= lr * g
 
 
 @dataclass(frozen=True)
@@ -256,12 +274,17 @@ def _split_tasks(entries: Entries) -> list[_Task]:
 def _start(model: Model, support: _Task, task: int) -> TaskWeights:
     user = model.user_init[task] if model.user_init.dim() == 2 else model.user_init
     bias = model.user_bias_init[task] if model.user_bias_init.dim() == 1 else model.user_bias_init
-    return TaskWeights(user, bias, model.item_table[support.distinct], model.item_bias[support.distinct])
+    return TaskWeights(user, bias, _rows(model, support.distinct), model.item_bias[support.distinct])
+
+
+def _rows(model: Model, items: Tensor) -> Tensor:
+    """e_i, of a bfloat16 table too in the dtype of everything else."""
+    return model.item_table[items].to(model.item_bias.dtype)
 
 
 def score(weights: TaskWeights, model: Model, items: Tensor, support: _Task | None) -> Tensor:
     """p_i = m + b_i + c + u·e_i for items of any shape; with `support`, its items by their adapted rows."""
-    rows, biases = model.item_table[items], model.item_bias[items]
+    rows, biases = _rows(model, items), model.item_bias[items]
     if support is not None and support.distinct.numel():
         place = torch.searchsorted(support.distinct, items).clamp(max=support.distinct.numel() - 1)
         adapted = support.distinct[place] == items
@@ -303,7 +326,7 @@ def _solve_ridge(
     count = support.items.numel()
     if count == 0:
         return start
-    rows = model.item_table[support.items]
+    rows = _rows(model, support.items)
     inputs = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
     residuals = support.targets - score(start, model, support.items, None)
     strength = pull * (count + extra_count) / 2

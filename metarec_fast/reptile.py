@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from metarec_fast import functional
 from metarec_fast._arguments import PAIRWISE
+from metarec_fast._known_gradients import KnownGradients
 from metarec_fast.functional import Steps
 from metarec_fast.learners import Learner, mean_task_loss
 from metarec_fast.models import DotRecommender
+from metarec_fast.optim import SparseSGD
 from metarec_fast.results import FastWeights
 from metarec_fast.tasks import Entries, TaskBatch
 
@@ -65,12 +65,14 @@ class Reptile(Learner):
             scores = self.model.offset + _support_scores(fast, local.support, rows, biases)
             loss = mean_task_loss(self.outer_loss, scores, local.support, local.weights)
             moves = _mean_moves(fast, local, *start[:4])
-        result: Tensor = _Deposit.apply(loss, (*moves, torch.zeros_like(self.model.offset)), *start)
+        gradients = (*moves, torch.zeros_like(self.model.offset))
+        result: Tensor = KnownGradients.apply("Reptile", loss, gradients, *start)
         return result
 
     def default_optimizers(self, outer_lr: float | None = None) -> list[Optimizer]:
-        """SGD with rate ε = `outer_lr`."""
-        return [SGD(self.parameter_groups(outer_lr))]
+        """SGD with rate ε = `outer_lr`, `optim.SparseSGD` for embeddings with sparse gradients."""
+        dense, sparse = self._split_groups(outer_lr)
+        return [SGD(dense), SparseSGD(sparse)] if sparse else [SGD(dense)]
 
 
 def _support_scores(fast: FastWeights, support: Entries, rows: Tensor, biases: Tensor) -> Tensor:
@@ -104,30 +106,3 @@ def _mean_moves(
     move_rows = torch.zeros_like(rows).index_add(0, items, share[:, None] * (rows[items] - fast.items.rows))
     move_biases = torch.zeros_like(biases).index_add(0, items, share * (biases[items] - fast.items.biases))
     return move_user, move_bias, move_rows, move_biases
-
-
-class _Deposit(torch.autograd.Function):
-    """A loss that has the given gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*gradients, *inputs)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        no_loss, no_gradients = None, None
-        return no_loss, no_gradients, *_DepositOnce.apply(grad_loss, *ctx.saved_tensors)
-
-
-class _DepositOnce(torch.autograd.Function):
-    """Those gradients, times what arrives; they have no derivative, and saying nothing would make it zero."""
-
-    @staticmethod
-    def forward(ctx: Any, grad_loss: Tensor, *gradients_and_inputs: Tensor) -> tuple[Tensor, ...]:
-        gradients = gradients_and_inputs[: len(gradients_and_inputs) // 2]
-        return tuple(grad_loss * gradient for gradient in gradients)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError("Reptile cannot be differentiated twice")

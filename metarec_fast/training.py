@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from metarec_fast._arguments import PAIRWISE
 from metarec_fast.checkpoint import replace_file
 from metarec_fast.history import Epoch, History
+from metarec_fast.optim import clip_grad_norm_
 from metarec_fast.reference import pointwise_loss
 from metarec_fast.sampler import Size, TaskSampler
 
@@ -75,7 +75,7 @@ def fit(
         seed: Of initialisation and sampling.
         optimizer: Your own (one, or several that share the parameters) instead of `learner.default_optimizers`; its
             learning rates are warmed up and decayed too.
-        clip: Largest norm of the whole gradient.
+        clip: Largest norm of the whole gradient, sparse ones coalesced.
         checkpoint: Directory for a file that is replaced after each epoch, and from which training can go on.
         resume: Go on from the checkpoint, if there is one, as if never interrupted, bit for bit.
         progress: Show a bar with the training loss and the validation figure.

@@ -9,6 +9,7 @@ from metarec_fast.data import Interactions
 from metarec_fast.learners import FOMAML, MAML, MetaSGD
 from metarec_fast.maml_r import MAMLR
 from metarec_fast.models import DotRecommender
+from metarec_fast.optim import SparseAdam, clip_grad_norm_
 from metarec_fast.reptile import Reptile
 from metarec_fast.tasks import Entries, TaskBatch
 
@@ -289,7 +290,7 @@ def test_the_loss_falls_under_other_peoples_optimisers(algorithm, sparse, make_o
 def test_sparse_tables_are_trained_by_sparse_adam_and_only_where_the_batch_touched_them():
     learner, batch = MAMLR(make_model(sparse=True)), make_batch()
     optimizers = learner.default_optimizers()
-    assert [type(optimizer) for optimizer in optimizers] == [torch.optim.Adam, torch.optim.SparseAdam]
+    assert [type(optimizer) for optimizer in optimizers] == [torch.optim.Adam, SparseAdam]
     before = learner.model.item_embedding.weight.detach().clone()
     learner(batch).backward()
     for optimizer in optimizers:
@@ -299,6 +300,109 @@ def test_sparse_tables_are_trained_by_sparse_adam_and_only_where_the_batch_touch
     changed = (learner.model.item_embedding.weight.detach() != before).any(1)
     assert torch.equal(changed, touched)
     assert not touched.all()
+
+
+def dense_of(grads):
+    return {name: gradient.to_dense() for name, gradient in grads.items()}
+
+
+def assert_same_gradients(actual, expected, factor=1.0):
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], factor * gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+@pytest.mark.parametrize("adapt", ["user", "all"])
+def test_sparse_gradients_are_the_dense_ones(algorithm, adapt):
+    if adapt == "all" and algorithm in (MetaSGD, MAMLR):
+        algorithm = MAML
+    batch = make_batch(query=(2, 0, 4))
+    weights = torch.tensor([1.0, 5.0, 3.0], dtype=torch.float64)
+    entry_weights = torch.rand(len(batch.support), dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1
+    support = Entries(batch.support.items, batch.support.targets, batch.support.offsets, entry_weights)
+    for each in (batch, TaskBatch(support, batch.query, weights=weights)):
+        results = [gradients(algorithm(make_model(sparse=sparse), adapt=adapt), each) for sparse in (False, True)]
+        (loss, dense), (same_loss, sparse) = results
+        torch.testing.assert_close(same_loss, loss)
+        assert_same_gradients(dense_of(sparse), dense)
+        assert sparse["model.item_embedding.weight"].is_sparse
+        assert sparse["model.item_bias.weight"].is_sparse
+
+
+def test_sparse_gradients_are_the_rows_of_meta_step_one_per_entry():
+    model, batch = make_model(sparse=True), make_batch()
+    _, grads = gradients(MAML(model, inner_lr=0.05), batch)
+    table, item_bias = (value.detach() for value in model.tables())
+    result = F.meta_step(
+        model.user_init.detach(), table, item_bias, batch, user_bias_init=model.user_bias_init.detach(),
+        offset=model.offset.detach(), inner_lr=0.05,
+    )  # fmt: skip
+    gradient = grads["model.item_embedding.weight"]
+    assert torch.equal(gradient._indices()[0], torch.cat([batch.support.items, batch.query.items]))
+    assert torch.equal(gradient._values(), result.grads["item_table"].rows)
+    assert not gradient.is_coalesced()
+
+
+def test_sparse_gradients_come_from_the_reference_where_no_binary_loads(monkeypatch):
+    _, expected = gradients(MAMLR(make_model(sparse=True)), make_batch())
+    expected = dense_of(expected)
+    monkeypatch.setattr("metarec_fast._library.loaded_for", lambda tensor: False)
+    _, grads = gradients(MAMLR(make_model(sparse=True)), make_batch())
+    assert grads["model.item_embedding.weight"].is_sparse
+    assert_same_gradients(dense_of(grads), expected)
+
+
+@pytest.mark.parametrize("algorithm", [MAML, MetaSGD, MAMLR])
+def test_sparse_gradients_are_scaled_and_accumulate(algorithm):
+    batches = make_batch(0), make_batch(1)
+    found = []
+    for sparse in (False, True):
+        learner = algorithm(make_model(sparse=sparse))
+        for batch in batches:
+            (learner(batch) / 2).backward()
+        (3 * learner(batches[0]) - learner(batches[1]).square()).backward()
+        found.append({name: parameter.grad.to_dense() for name, parameter in learner.named_parameters()})
+    assert_same_gradients(found[1], found[0])
+
+
+def test_clipping_sparse_gradients_is_clipping_dense_ones():
+    found = []
+    for sparse in (False, True):
+        learner = MAMLR(make_model(sparse=sparse))
+        learner(make_batch()).backward()
+        norm = clip_grad_norm_(learner.parameters(), 0.1)
+        found.append({name: parameter.grad.to_dense() for name, parameter in learner.named_parameters()})
+        found[-1]["norm"] = norm
+    assert_same_gradients(found[1], found[0])
+
+
+def test_sparse_tables_that_are_frozen_get_no_gradient():
+    learner = MAML(make_model(sparse=True))
+    learner.model.item_embedding.weight.requires_grad_(False)
+    _, grads = gradients(learner, make_batch())
+    assert grads["model.item_embedding.weight"] is None
+    assert grads["model.item_bias.weight"].is_sparse
+    assert grads["model.user_init"].any()
+
+
+def test_embeddings_that_do_more_than_look_up_are_asked_themselves():
+    seen = []
+    learner = MAML(make_model(sparse=True))
+    _, expected = gradients(learner, make_batch())
+    expected = dense_of(expected)
+    learner.model.item_embedding.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    _, grads = gradients(learner, make_batch())
+    assert seen
+    assert_same_gradients(dense_of(grads), expected)
+
+
+def test_the_rows_of_a_loss_are_given_away_once():
+    learner = MAML(make_model(sparse=True))
+    loss = learner(make_batch())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="meta_step: an earlier backward has given the rows of this loss away"):
+        loss.backward()
 
 
 def test_clipping_bounds_the_norm_of_the_gradient():
@@ -366,8 +470,18 @@ def test_bad_batches_are_named():
 
 
 def test_a_second_differentiation_is_refused():
-    for algorithm, message in ((MAML, "meta_step"), (Reptile, "Reptile")):
-        learner = algorithm(make_model())
+    for algorithm, sparse, message in (
+        (MAML, False, "meta_step"), (MAML, True, "meta_step"), (MAMLR, True, "meta_step"), (Reptile, False, "Reptile"),
+    ):  # fmt: skip
+        learner = algorithm(make_model(sparse=sparse))
         first = torch.autograd.grad(learner(make_batch()), learner.model.user_init, create_graph=True)[0]
         with pytest.raises(RuntimeError, match=f"{message} cannot be differentiated twice"):
             first.sum().backward()
+
+
+def test_a_second_differentiation_of_sparse_rows_is_refused():
+    learner = MAML(make_model(sparse=True))
+    table = learner.model.item_embedding.weight
+    rows = torch.autograd.grad(learner(make_batch()), table, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="meta_step cannot be differentiated twice"):
+        (rows.to_dense() * table).sum().backward()

@@ -143,6 +143,34 @@ def test_float32_agrees_with_float64():
     torch.testing.assert_close(single.grads["item_table"].rows, rows, rtol=1e-5, atol=6e-6 * float(rows.abs().max()))
 
 
+@pytest.mark.parametrize("dim", [7, 64])
+@pytest.mark.parametrize("adapt", ["user", "all"])
+def test_a_bfloat16_table_is_the_same_as_its_values_in_float32(adapt, dim):
+    draw = Draw(12, torch.float32)
+    model, batch = draw.model(dim=dim), draw.batch(weights=True)
+    narrow = model.item_table.bfloat16()
+    loop = InnerLoop(torch.tensor(0.1), 5, adapt=adapt)
+    stored, widened = (
+        _ops.meta_step(replace(model, item_table=table), batch, loop, {"squared": 1.0}, None)
+        for table in (narrow, narrow.float())
+    )
+    for name, gradient in widened.grads.items():
+        assert relative_error(stored.grads[name], gradient) == 0, name
+    assert stored.grads["item_table"].rows.dtype == torch.float32
+    slow = reference.meta_step(replace(model, item_table=narrow), batch, loop, {"squared": 1.0})
+    torch.testing.assert_close(stored.loss, slow.loss)
+
+
+def test_a_bfloat16_table_gets_dense_gradients_in_bfloat16():
+    draw = Draw(13, torch.float32)
+    model, batch = draw.model(), draw.batch()
+    tables = [model.item_table.bfloat16().requires_grad_(), model.item_table.bfloat16().float().requires_grad_()]
+    for table in tables:
+        scores = F.adapt_and_score(model.user_init, table, model.item_bias, batch)
+        scores.square().sum().backward()
+    assert torch.equal(tables[0].grad, tables[1].grad.bfloat16())
+
+
 def test_without_any_query_the_loss_is_zero_and_so_are_the_gradients():
     draw = Draw(0)
     model = draw.model()

@@ -29,9 +29,9 @@ def make_split(num_users=90, seed=0):
     return mf.split_users(log, valid=0.2, test=0.2, seed=seed)
 
 
-def make_learner(algorithm=mf.MAML, seed=0, loss="squared", **arguments):
+def make_learner(algorithm=mf.MAML, seed=0, loss="squared", sparse=False, **arguments):
     torch.manual_seed(seed)
-    return algorithm(mf.DotRecommender(NUM_ITEMS, 2, loss=loss), **arguments)
+    return algorithm(mf.DotRecommender(NUM_ITEMS, 2, loss=loss, sparse=sparse), **arguments)
 
 
 def fit(learner, split, **arguments):
@@ -138,10 +138,57 @@ def test_the_same_seed_gives_the_same_bits_whatever_the_threads():
 
 @pytest.mark.parametrize("algorithm", [mf.MAMLR, mf.Reptile])
 def test_sparse_tables_train_with_the_default_optimisers(algorithm):
-    torch.manual_seed(0)
-    learner = algorithm(mf.DotRecommender(NUM_ITEMS, 2, sparse=True))
-    history = fit(learner, make_split())
+    history = fit(make_learner(algorithm, sparse=True), make_split())
     assert len(history.epochs) > 1
+
+
+@pytest.mark.parametrize("algorithm", [mf.MAML, mf.MetaSGD, mf.MAMLR])
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_training_sparse_tables_by_sgd_is_training_dense_ones(algorithm, clip):
+    split, states = make_split(), []
+    for sparse in (False, True):
+        learner = make_learner(algorithm, sparse=sparse)
+        if sparse:
+            tables = [module.weight for module in learner.modules() if isinstance(module, torch.nn.Embedding)]
+            others = [value for value in learner.parameters() if all(value is not table for table in tables)]
+            optimizer = [torch.optim.SGD(others, lr=0.1), mf.SparseSGD(tables, lr=0.1)]
+        else:
+            optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
+        fit(learner, split, epochs=2, patience=None, optimizer=optimizer, clip=clip)
+        states.append(learner.state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("algorithm", [mf.MAML, mf.MAMLR])
+def test_the_default_optimisers_train_sparse_tables_as_torchs_do(algorithm):
+    split, states = make_split(), []
+    for replace in (False, True):
+        learner = make_learner(algorithm, sparse=True)
+        dense, sparse = learner.default_optimizers(1e-2)
+        assert type(sparse) is mf.SparseAdam
+        if replace:
+            groups = [{name: group[name] for name in ("params", "lr")} for group in sparse.param_groups]
+            sparse = torch.optim.SparseAdam(groups, betas=(0.9, 0.99))
+        fit(learner, split, epochs=2, patience=None, optimizer=[dense, sparse])
+        states.append(learner.state_dict())
+    for name, value in states[0].items():
+        # Adam divides gradients near 0 by their own size, so that what rounding they carry is seen in a step of 0.01.
+        torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("algorithm", [mf.MAML, mf.MAMLR])
+def test_sparse_training_gives_the_same_bits_whatever_the_threads(algorithm):
+    split = make_split()
+    one, other = make_learner(algorithm, sparse=True), make_learner(algorithm, sparse=True)
+    threads = torch.get_num_threads()
+    fit(one, split)
+    try:
+        torch.set_num_threads(2 if threads == 1 else 1)
+        fit(other, split)
+    finally:
+        torch.set_num_threads(threads)
+    assert same_weights(one, other)
 
 
 def test_an_own_optimiser_is_used_and_gradients_are_clipped():
@@ -185,7 +232,7 @@ import os, signal, sys
 sys.path.insert(0, {folder!r})
 from test_training import *
 
-split, learner = make_split(), make_learner(mf.{algorithm})
+split, learner = make_split(), make_learner(mf.{algorithm}, sparse={sparse})
 forward, steps = learner.forward, 0
 
 def forward_until_killed(batch):
@@ -200,21 +247,24 @@ fit(learner, split, epochs=4, patience=None, checkpoint={checkpoint!r})
 """
 
 
-def run_until_killed(tmp_path, steps, death, algorithm="MAML"):
+def run_until_killed(tmp_path, steps, death, algorithm="MAML", sparse=False):
     script = KILLED.format(
-        folder=str(Path(__file__).parent), steps=steps, death=death, checkpoint=str(tmp_path), algorithm=algorithm
-    )
+        folder=str(Path(__file__).parent), steps=steps, death=death, checkpoint=str(tmp_path), algorithm=algorithm,
+        sparse=sparse,
+    )  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True, timeout=120
     )
 
 
-def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path):
-    done = run_until_killed(tmp_path, steps=10, death="os.kill(os.getpid(), signal.SIGKILL)", algorithm="MAMLR")
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path, sparse):
+    death = "os.kill(os.getpid(), signal.SIGKILL)"
+    done = run_until_killed(tmp_path, steps=10, death=death, algorithm="MAMLR", sparse=sparse)
     assert done.returncode == -signal.SIGKILL, done.stderr
     split = make_split()
-    resumed, whole = make_learner(mf.MAMLR, seed=5), make_learner(mf.MAMLR)
+    resumed, whole = make_learner(mf.MAMLR, seed=5, sparse=sparse), make_learner(mf.MAMLR, sparse=sparse)
     history = fit(resumed, split, patience=None, checkpoint=tmp_path, resume=True)
     expected = fit(whole, split, patience=None)
     assert same_weights(resumed, whole)

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "full_form.h"
+#include "huge_pages.h"
 #include "task_reader.h"
 
 namespace metarec_fast::cpu {
@@ -65,6 +66,7 @@ class Gradients {
     item_rows = wanted.items() ? empty(like, inputs.dtype(), {rows, inputs.D()})
                                : empty(like, inputs.dtype(), {0});
     item_bias_rows = empty(like, inputs.dtype(), {rows});
+    prefer_huge_pages(item_rows);
 
     // A block's record: φ̄_0, Ā, s̄, β̄, ρ̄, m̄, loss; whole registers, so that no two blocks share a
     // cache line.

@@ -1,91 +1,80 @@
 #include "sum_rows.h"
 
-#include <algorithm>
-#include <cstring>
-#include <numeric>
-#include <vector>
-
-#include "vector.h"
+#include "huge_pages.h"
+#include "sorted_entries.h"
 
 namespace metarec_fast::cpu {
 namespace {
 
-constexpr int64_t kRowsPerChunk = 256;
+constexpr int64_t kAhead = 8;  // entries whose rows are under way
 
-int64_t row_width(const Tensor& ids, const Tensor& rows) {
-  STD_TORCH_CHECK(ids.dim() == 1 && ids.scalar_type() == ScalarType::Long,
-                  "ids: expected int64 [n]");
-  STD_TORCH_CHECK((rows.dim() == 1 || rows.dim() == 2) && rows.size(0) == ids.size(0),
-                  "rows: expected shape [n] or [n, D] with n = ", ids.size(0));
-  return rows.dim() == 2 ? rows.size(1) : 1;
-}
-
-// sums[i] = Σ rows[order[e]] over e in [begins[i], begins[i + 1]), first to last
-template <typename scalar_t>
-void sum_segments(const scalar_t* rows, int64_t width, const std::vector<int64_t>& order,
-                  const std::vector<int64_t>& begins, scalar_t* sums) {
-  const int64_t segments = static_cast<int64_t>(begins.size()) - 1;
-  torch::stable::parallel_for(0, segments, kRowsPerChunk, [&](int64_t first, int64_t last) {
-    for (int64_t segment = first; segment < last; ++segment) {
-      scalar_t* __restrict__ sum = sums + segment * width;
-      std::fill(sum, sum + width, scalar_t{0});
-      for (int64_t e = begins[segment]; e < begins[segment + 1]; ++e) {
-        const scalar_t* __restrict__ row = rows + order[e] * width;
-        for (int64_t d = 0; d < width; ++d) sum[d] += row[d];
-      }
-    }
-  });
-}
-
-// The entries in ascending order of their ids, entries of equal ids in their own order: a radix
-// sort by 11 bits.
-std::vector<int64_t> stable_order(const int64_t* ids, int64_t count) {
-  constexpr int kBits = 11;
-  std::vector<int64_t> order(count), next(count), begins(1 << kBits);
-  std::iota(order.begin(), order.end(), 0);
-  const int64_t largest = count == 0 ? 0 : *std::max_element(ids, ids + count);
-  for (int shift = 0; shift < 63 && largest >> shift != 0; shift += kBits) {
-    const auto digit = [&](int64_t e) { return (ids[e] >> shift) & ((1 << kBits) - 1); };
-    std::fill(begins.begin(), begins.end(), 0);
-    for (int64_t e = 0; e < count; ++e) ++begins[digit(e)];
-    std::exclusive_scan(begins.begin(), begins.end(), begins.begin(), int64_t{0});
-    for (const int64_t e : order) next[begins[digit(e)]++] = e;
-    order.swap(next);
+// sums[i] = Σ rows of the id, ids[i] = it: for each id whose entries begin in places [first, last),
+// with i from `at` on.
+template <typename scalar_t, typename Entries>
+MULTIVERSION void sum_distinct(const Entries& entries, int64_t first, int64_t last, int64_t at,
+                               const scalar_t* rows, int64_t width, int64_t* ids, scalar_t* sums) {
+  for (int64_t place = first, end; place < last; place = end) {
+    end = entries.end_of(place);
+    if (!entries.begins(place)) continue;
+    for (int64_t soon = place + kAhead; soon < std::min(end + kAhead, entries.size()); ++soon)
+      prefetch_row<false>(rows + entries.entry(soon) * width, width);
+    ids[at] = entries.id(place);
+    sum_group(entries, place, end, rows, width, sums + at * width);
+    ++at;
   }
-  return order;
 }
 
-void check_ids(const int64_t* ids, int64_t count, int64_t limit) {
-  for (int64_t e = 0; e < count; ++e)
-    STD_TORCH_CHECK(ids[e] >= 0 && ids[e] < limit, "ids: must be in [0, ", limit, "), got ", ids[e],
-                    " at position ", e);
+// sums[id] = Σ rows of the id, for the same ids; and zeros for those between the one before and it.
+template <typename scalar_t, typename Entries>
+MULTIVERSION void sum_all(const Entries& entries, int64_t first, int64_t last, const scalar_t* rows,
+                          int64_t width, scalar_t* sums) {
+  for (int64_t place = first, end; place < last; place = end) {
+    end = entries.end_of(place);
+    if (!entries.begins(place)) continue;
+    for (int64_t soon = place + kAhead; soon < std::min(end + kAhead, entries.size()); ++soon)
+      prefetch_row<false>(rows + entries.entry(soon) * width, width);
+    const int64_t id = entries.id(place), before = place == 0 ? -1 : entries.id(place - 1);
+    std::fill(sums + (before + 1) * width, sums + id * width, scalar_t{0});
+    sum_group(entries, place, end, rows, width, sums + id * width);
+  }
+}
+
+Tensor empty_rows(const Tensor& like, int64_t count) {
+  Tensor result = like.dim() == 2 ? torch::stable::new_empty(like, {count, like.size(1)})
+                                  : torch::stable::new_empty(like, {count});
+  prefer_huge_pages(result);
+  return result;
 }
 
 std::tuple<Tensor, Tensor> coalesce_rows_cpu(const Tensor& ids_in, const Tensor& rows_in) {
   const int64_t width = row_width(ids_in, rows_in), count = ids_in.size(0);
   const Tensor ids = as_contiguous(ids_in), rows = as_contiguous(rows_in);
   const int64_t* id = ids.const_data_ptr<int64_t>();
-  check_ids(id, count, std::numeric_limits<int64_t>::max());
+  check_ids("ids:", id, count, std::numeric_limits<int64_t>::max());
+  const int64_t largest = count == 0 ? 0 : *std::max_element(id, id + count);
 
-  const std::vector<int64_t> order = stable_order(id, count);
-  std::vector<int64_t> begins, distinct;
-  for (int64_t e = 0; e < count; ++e)
-    if (e == 0 || id[order[e]] != id[order[e - 1]]) {
-      begins.push_back(e);
-      distinct.push_back(id[order[e]]);
+  Tensor result_ids, result;
+  with_sorted_entries(id, count, largest, [&](const auto& entries) {
+    std::vector<int64_t> begins{0};  // where a range's distinct ids begin in the result
+    for (int64_t first = 0; first < count; first += kEntriesPerRange) {
+      const int64_t last = std::min(first + kEntriesPerRange, count);
+      int64_t distinct = 0;
+      for (int64_t place = first; place < last; ++place) distinct += entries.begins(place);
+      begins.push_back(begins.back() + distinct);
     }
-  const int64_t size = static_cast<int64_t>(distinct.size());
-  begins.push_back(count);
+    result_ids = torch::stable::new_empty(ids, {begins.back()});
+    result = empty_rows(rows, begins.back());
 
-  Tensor result_ids = torch::stable::new_empty(ids, {size});
-  Tensor result = rows.dim() == 2 ? torch::stable::new_empty(rows, {size, width})
-                                  : torch::stable::new_empty(rows, {size});
-  std::copy(distinct.begin(), distinct.end(), result_ids.mutable_data_ptr<int64_t>());
-
-  dispatch_floating(rows.scalar_type(), "coalesce_rows", [&](auto zero) {
-    using scalar_t = decltype(zero);
-    sum_segments(rows.const_data_ptr<scalar_t>(), width, order, begins,
-                 result.mutable_data_ptr<scalar_t>());
+    dispatch_floating(rows.scalar_type(), "coalesce_rows", [&](auto zero) {
+      using scalar_t = decltype(zero);
+      const scalar_t* row = rows.const_data_ptr<scalar_t>();
+      int64_t* distinct = result_ids.mutable_data_ptr<int64_t>();
+      scalar_t* sums = result.mutable_data_ptr<scalar_t>();
+      for_ranges(count, [&](int64_t first, int64_t last) {
+        sum_distinct(entries, first, last, begins[first / kEntriesPerRange], row, width, distinct,
+                     sums);
+      });
+    });
   });
   return {result_ids, result};
 }
@@ -97,21 +86,21 @@ Tensor sum_rows(const Tensor& ids_in, const Tensor& rows_in, int64_t num_rows) {
   const Tensor ids = as_contiguous(ids_in), rows = as_contiguous(rows_in);
   const int64_t* id = ids.const_data_ptr<int64_t>();
   STD_TORCH_CHECK(num_rows >= 0, "num_rows: must be ≥ 0, got ", num_rows);
-  check_ids(id, count, num_rows);
+  check_ids("ids:", id, count, num_rows);
 
-  Tensor result = rows.dim() == 2 ? torch::stable::new_empty(rows, {num_rows, width})
-                                  : torch::stable::new_empty(rows, {num_rows});
+  Tensor result = empty_rows(rows, num_rows);
 
-  std::vector<int64_t> begins(num_rows + 1), order(count);  // a counting sort
-  for (int64_t e = 0; e < count; ++e) ++begins[id[e] + 1];
-  std::partial_sum(begins.begin(), begins.end(), begins.begin());
-  std::vector<int64_t> next(begins.begin(), begins.end() - 1);
-  for (int64_t e = 0; e < count; ++e) order[next[id[e]]++] = e;
-
-  dispatch_floating(rows.scalar_type(), "sum_rows", [&](auto zero) {
-    using scalar_t = decltype(zero);
-    sum_segments(rows.const_data_ptr<scalar_t>(), width, order, begins,
-                 result.mutable_data_ptr<scalar_t>());
+  with_sorted_entries(id, count, std::max<int64_t>(num_rows - 1, 0), [&](const auto& entries) {
+    dispatch_floating(rows.scalar_type(), "sum_rows", [&](auto zero) {
+      using scalar_t = decltype(zero);
+      const scalar_t* row = rows.const_data_ptr<scalar_t>();
+      scalar_t* sums = result.mutable_data_ptr<scalar_t>();
+      for_ranges(count, [&](int64_t first, int64_t last) {
+        sum_all(entries, first, last, row, width, sums);
+      });
+      const int64_t after = count == 0 ? 0 : entries.id(count - 1) + 1;
+      std::fill(sums + after * width, sums + num_rows * width, scalar_t{0});
+    });
   });
   return result;
 }

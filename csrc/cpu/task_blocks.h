@@ -50,15 +50,15 @@ class TaskBlocks {
   std::vector<int64_t> bounds_;
 };
 
-// Throws unless every id is a row of the table.
-inline void check_ids(const char* name, const char* part, const int64_t* ids, int64_t count,
-                      int64_t num_rows) {
+// Throws unless all ids lie in [0, limit); the message begins with `subject`.
+inline void check_ids(const std::string& subject, const int64_t* ids, int64_t count,
+                      int64_t limit) {
   bool inside = true;  // one branch-free pass; the culprit is looked for only if there is one
   for (int64_t i = 0; i < count; ++i)
-    inside &= static_cast<uint64_t>(ids[i]) < static_cast<uint64_t>(num_rows);
+    inside &= static_cast<uint64_t>(ids[i]) < static_cast<uint64_t>(limit);
   for (int64_t i = 0; !inside && i < count; ++i)
-    STD_TORCH_CHECK(ids[i] >= 0 && ids[i] < num_rows, name, part, ": ids must be in [0, ", num_rows,
-                    "), got ", ids[i], " at position ", i);
+    STD_TORCH_CHECK(ids[i] >= 0 && ids[i] < limit, subject, " must be in [0, ", limit, "), got ",
+                    ids[i], " at position ", i);
 }
 
 // Throws unless every task owns a range of the entries and every id a row of the table.
@@ -72,9 +72,9 @@ inline void check_ragged(const char* name, const RaggedItems& entries, int64_t n
   for (int64_t t = 0; t < num_tasks; ++t)
     STD_TORCH_CHECK(offsets[t] <= offsets[t + 1], name, "_offsets: must not decrease, got ",
                     offsets[t], " then ", offsets[t + 1], " at position ", t);
-  check_ids(name, "_items", items, count, num_rows);
+  check_ids(std::string(name) + "_items: ids", items, count, num_rows);
   if (entries.negatives)
-    check_ids(name, "_negatives", entries.negatives->const_data_ptr<int64_t>(),
+    check_ids(std::string(name) + "_negatives: ids", entries.negatives->const_data_ptr<int64_t>(),
               entries.negatives->numel(), num_rows);
 }
 

@@ -35,9 +35,10 @@ class ItemSet {
     used_[item >> 12] = 0;
   }
 
-  // The members, ascending; `positions` works from here until the next change.
-  std::vector<int64_t> list() {
+  // The members, at most `most`, ascending; `positions` works from here until the next change.
+  std::vector<int64_t> list(int64_t most) {
     std::vector<int64_t> items;
+    items.reserve(most);
     for (size_t block = 0; block < used_.size(); ++block) {
       for (uint64_t used = used_[block]; used != 0; used &= used - 1) {
         const size_t word = block * 64 + std::countr_zero(used);

@@ -60,7 +60,8 @@ SampledBatch Sampler::sample(const int64_t* users, int64_t num_tasks, uint64_t e
   gather(support_rows, support);
   gather(query_rows, query);
 
-  batch.unique_items = in_batch_.list();
+  batch.unique_items =
+      in_batch_.list((support.items.size() + query.items.size()) * (1 + settings_.num_negatives));
   localize(support);
   localize(query);
   for (const int64_t item : batch.unique_items) in_batch_.clear_around(item);
