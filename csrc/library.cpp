@@ -20,7 +20,7 @@ const std::string kLoop =
 // user_init, user_bias_init, item_table, item_bias, offset, inner_lr, preconditioner, prior_pull,
 // momentum, support_weights
 const std::string kGradients =
-    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor";
 
 }  // namespace
 
@@ -31,7 +31,7 @@ STABLE_TORCH_LIBRARY(metarec_fast, m) {
             .c_str());
   m.def(("adapt_and_score_backward(Tensor grad_user, Tensor grad_bias, Tensor grad_scores, " +
          kInputs + "Tensor query_items, Tensor query_offsets, " + kLoop + ", int wanted) -> (" +
-         kGradients)
+         kGradients + ")")
             .c_str());
   m.def(("meta_step(" + kInputs +
          "Tensor query_items, Tensor? query_targets, Tensor query_offsets, Tensor? query_weights, "
@@ -39,7 +39,7 @@ STABLE_TORCH_LIBRARY(metarec_fast, m) {
          kLoop +
          ", float outer_squared, float outer_logistic, float outer_absolute, "
          "float outer_bpr, float outer_softmax, Tensor? step_weights, int wanted) -> (Tensor, " +
-         kGradients)
+         kGradients + ", Tensor item_ids)")
             .c_str());
   m.def(("adapt_all(" + kInputs + kLoop + ") -> (Tensor, Tensor, Tensor, Tensor)").c_str());
   m.def(

@@ -22,22 +22,32 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+// What the C interface wants to know of a contiguous tensor that is to be made.
+struct TensorLayout {
+  int64_t dim, numel = 1;
+  std::array<int64_t, 4> strides;
+  int32_t dtype, device_type, device_index;
+
+  TensorLayout(const Tensor& like, ScalarType dtype_in, std::initializer_list<int64_t> sizes)
+      : dim(static_cast<int64_t>(sizes.size())),
+        dtype(torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype_in))) {
+    for (int64_t i = dim - 1; i >= 0; --i) {
+      strides[i] = numel;
+      numel *= sizes.begin()[i];
+    }
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  }
+};
+
 // An uninitialised contiguous tensor on the device of `like`; torch::stable::new_empty() would look
 // the operator up by name and box its arguments.
 inline Tensor empty(const Tensor& like, ScalarType dtype, std::initializer_list<int64_t> sizes) {
-  std::array<int64_t, 4> strides;
-  int64_t stride = 1;
-  for (int64_t i = static_cast<int64_t>(sizes.size()) - 1; i >= 0; --i) {
-    strides[i] = stride;
-    stride *= sizes.begin()[i];
-  }
-  int32_t type, index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
-  const auto dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  const TensorLayout layout(like, dtype, sizes);
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      sizes.size(), sizes.begin(), strides.data(), dtype_code, type, index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(layout.dim, sizes.begin(), layout.strides.data(), layout.dtype,
+                               layout.device_type, layout.device_index, &handle));
   return Tensor(handle);
 }
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from metarec_fast.tasks import Entries, TaskBatch
 
@@ -230,10 +231,10 @@ def _tensor(name: str, value: Number, like: Tensor, shapes: tuple[tuple[int, ...
     if isinstance(value, (int, float)):
         if () not in shapes:
             raise ValueError(f"{name}: expected a tensor {expected}, got {value!r}")
-        return torch.full((), value, dtype=like.dtype, device=like.device)
+        return _scalar(value, like)
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {expected}, got {type(value).__name__}")
-    if tuple(value.shape) not in shapes:
+    if value.shape not in shapes:
         sizes = " or ".join(str(shape) for shape in shapes)
         raise ValueError(f"{name}: expected shape {expected} = {sizes}, got {tuple(value.shape)}")
     if value.dtype != like.dtype and value.is_floating_point() and torch.is_autocast_enabled(like.device.type):
@@ -243,6 +244,23 @@ def _tensor(name: str, value: Number, like: Tensor, shapes: tuple[tuple[int, ...
     if value.device != like.device:
         raise ValueError(f"{name}: expected to be on {like.device}, like item_table, got {value.device}")
     return value
+
+
+_scalars: dict[tuple[float, torch.dtype], Tensor] = {}
+_MOST_SCALARS = 1000
+
+
+def _scalar(value: float, like: Tensor) -> Tensor:
+    """The number as a tensor. Those on the CPU are kept: nobody writes to them, and a call has several."""
+    if like.device.type != "cpu" or type(like) not in (Tensor, Parameter) or torch.compiler.is_compiling():
+        return torch.full((), value, dtype=like.dtype, device=like.device)
+    scalar = _scalars.get((value, like.dtype))
+    if scalar is None:
+        if len(_scalars) >= _MOST_SCALARS:
+            _scalars.clear()
+        with torch.inference_mode(False):  # or later calls could not differentiate
+            scalar = _scalars[value, like.dtype] = torch.full((), value, dtype=like.dtype)
+    return scalar
 
 
 def _refuse(what: str, reasons: Mapping[str, bool]) -> None:

@@ -82,29 +82,19 @@ def _fake_meta_step(*args: Any) -> list[Tensor]:
     wanted, like = args[-1], args[ITEM_BIAS]
     gradients = _gradients(args, META_STEP, wanted)
     if wanted & WANT["item_table"]:
-        rows = sum(ids.numel() for ids in _row_ids(args))
+        rows = _num_rows(args)
         gradients[2:4] = [like.new_empty((rows, args[ITEM_TABLE].shape[1])), like.new_empty((rows,))]
-    return [like.new_empty(()), *gradients]
+    ids = args[INPUTS].new_empty((gradients[3].shape[0],))
+    return [like.new_empty(()), *gradients, ids]
 
 
-def row_ids(
-    support_items: Tensor,
-    support_negatives: Tensor | None,
-    query_items: Tensor,
-    query_negatives: Tensor | None,
-    without_support: bool,
-) -> list[Tensor]:
-    """The items, in pieces, of the gradient rows that meta_step returns."""
-    support = [] if without_support else [support_items, support_negatives]
-    return [ids.reshape(-1) for ids in (*support, query_items, query_negatives) if ids is not None]
-
-
-def _row_ids(args: tuple[Any, ...]) -> list[Tensor]:
-    """The same from the arguments of meta_step."""
+def _num_rows(args: tuple[Any, ...]) -> int:
+    """How many gradient rows meta_step returns; first order has none for the support, unless its items adapt."""
     loop = args[INPUTS + JUDGED_QUERY :]
     without_support = loop[FIRST_ORDER] and loop[ADAPT_WHAT] == "user"
-    query = args[INPUTS], args[INPUTS + QUERY_NEGATIVES]
-    return row_ids(args[SUPPORT_ITEMS], args[SUPPORT_NEGATIVES], *query, without_support)
+    support = () if without_support else (args[SUPPORT_ITEMS], args[SUPPORT_NEGATIVES])
+    pieces = (*support, args[INPUTS], args[INPUTS + QUERY_NEGATIVES])
+    return sum(ids.numel() for ids in pieces if ids is not None)
 
 
 def _fake_score_top_k(
@@ -169,20 +159,20 @@ def _adapt_backward(ctx: Any, grad_user: Tensor, grad_bias: Tensor) -> tuple[Ten
 
 
 def _meta_step_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, *gradients = output
-    ctx.mark_non_differentiable(*gradients)
+    _, *gradients, ids = output
+    ctx.mark_non_differentiable(*gradients, ids)
     ctx.num_rows = inputs[2].shape[0]
     inputs_with_gradients = [inputs[place] for place in META_STEP.values()]
-    ctx.save_for_backward(*gradients, *inputs_with_gradients, *_row_ids(inputs))
+    ctx.save_for_backward(*gradients, *inputs_with_gradients, ids)
 
 
 def _meta_step_backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
     saved, count = ctx.saved_tensors, len(WANT)
-    gradients, inputs, ids = saved[:count], saved[count : 2 * count], saved[2 * count :]
+    gradients, inputs, ids = saved[:count], saved[count : 2 * count], saved[2 * count]
     num_rows = ctx.num_rows
 
     def scale(grad_loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        dense = [ops.sum_rows(torch.cat(ids), rows, num_rows) if rows.shape[0] else rows for rows in gradients[2:4]]
+        dense = [ops.sum_rows(ids, rows, num_rows) if rows.shape[0] else rows for rows in gradients[2:4]]
         return tuple(gradient * grad_loss for gradient in (*gradients[:2], *dense, *gradients[4:]))
 
     scaled = Once.apply("meta_step", scale, grad_loss, *inputs)

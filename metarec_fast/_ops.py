@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -51,20 +52,28 @@ def meta_step(
     assert query is not None
     given = differentiable(model, loop, batch.support)
     wanted = sum({_autograd.WANT[name] for name, value in given.items() if value is not None})
-    loss, *gradients = ops.meta_step(
+    loss, *gradients, ids = _call(
+        ops.meta_step.default, given.values(),
         *_inputs(model, batch.support), *_query(batch), *_loop(loop),
         *(float(losses.get(name, 0.0)) for name in OUTER_LOSSES), step_weights, wanted,
     )  # fmt: skip
     grads: dict[str, Tensor | SparseRows] = {
         name: gradient for (name, value), gradient in zip(given.items(), gradients, strict=True) if value is not None
     }
-    pieces = (batch.support.items, batch.support.negatives, query.items, query.negatives)
-    ids = torch.cat(_autograd.row_ids(*pieces, loop.first_order and loop.adapt != "all"))
     for name in ("item_table", "item_bias"):
         rows = grads[name]
         assert isinstance(rows, Tensor)
         grads[name] = SparseRows(ids, rows)
     return MetaStep(loss, grads)
+
+
+def _call(op: Any, given: Iterable[Tensor | None], *args: Any) -> Any:
+    """The same as op(*args), without the detour through Python's autograd where none of `given` asks for gradients."""
+    wanted = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in given)
+    if wanted or torch.compiler.is_compiling():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def score_top_k(

@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapt_all_cpu(
     scalar_t* rows_out = rows.mutable_data_ptr<scalar_t>();
     scalar_t* biases_out = biases.mutable_data_ptr<scalar_t>();
 
-    const TaskBlocks blocks(T, reader.support.offsets, nullptr);
+    const TaskBlocks blocks(T, reader.support.offsets, nullptr, reader.entry_cost());
     const auto make_index = [] { return ItemIndex(); };
     blocks.run(make_index, [&](int64_t, int64_t first, int64_t last, auto& index) {
       Arena<scalar_t>& arena = thread_arena<scalar_t>();

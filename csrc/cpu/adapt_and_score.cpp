@@ -28,7 +28,8 @@ Adapted run_forward(const Inputs& inputs, const RaggedItems& query, const LoopAr
     scalar_t* scores = result.scores.mutable_data_ptr<scalar_t>();
     const Layout<scalar_t>& layout = reader.layout;
 
-    const TaskBlocks blocks(inputs.T(), reader.support.offsets, queries.offsets);
+    const TaskBlocks blocks(inputs.T(), reader.support.offsets, queries.offsets,
+                            reader.entry_cost());
     // fast and scores of task t, computed with a worker's state
     const auto put = [&](int64_t t, const scalar_t* fast, const scalar_t* own) {
       std::copy(fast, fast + layout.dim, user + t * layout.dim);
@@ -116,21 +117,6 @@ std::tuple<Tensor, Tensor, Tensor> adapt_and_score_cpu(
   return {adapted.user, adapted.bias, adapted.scores};
 }
 
-// The item of every gradient row.
-Tensor row_ids(const RaggedItems& support, const RaggedItems& query, const ItemRows& places) {
-  Tensor result = empty(query.items, ScalarType::Long, {places.size()});
-  int64_t* ids = result.mutable_data_ptr<int64_t>();
-  const auto append = [&](const Tensor& from) {
-    ids = std::copy_n(from.const_data_ptr<int64_t>(), from.numel(), ids);
-  };
-  if (places.support) {
-    append(support.items);
-    if (support.negatives) append(*support.negatives);
-  }
-  append(query.items);
-  return result;
-}
-
 GradientTuple adapt_and_score_backward_cpu(
     const Tensor& grad_user_in, const Tensor& grad_bias_in, const Tensor& grad_scores_in,
     const Tensor& user_init, const Tensor& user_bias_init, const Tensor& item_table,
@@ -170,7 +156,8 @@ GradientTuple adapt_and_score_backward_cpu(
     const scalar_t* from_user = grad_user.const_data_ptr<scalar_t>();
     const scalar_t* from_bias = grad_bias.const_data_ptr<scalar_t>();
     const scalar_t* from_scores = grad_scores.const_data_ptr<scalar_t>();
-    const TaskBlocks blocks(inputs.T(), reader.support.offsets, queries.offsets);
+    const TaskBlocks blocks(inputs.T(), reader.support.offsets, queries.offsets,
+                            reader.entry_cost());
     Gradients<scalar_t> gradients(inputs, loop, wanted, query, blocks.size());
 
     // p̄ of task t's query, and φ̄ as far as it comes from fast weights that were asked for.

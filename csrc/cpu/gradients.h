@@ -5,7 +5,7 @@
 #include <tuple>
 
 #include "full_form.h"
-#include "huge_pages.h"
+#include "result_memory.h"
 #include "task_reader.h"
 
 namespace metarec_fast::cpu {
@@ -30,6 +30,21 @@ struct ItemRows {
     return query_begin() + (j == 0 ? entry : query_entries + entry * query_negatives + j - 1);
   }
 };
+
+// The item of every gradient row.
+inline Tensor row_ids(const RaggedItems& support, const RaggedItems& query,
+                      const ItemRows& places) {
+  Tensor result = empty(query.items, ScalarType::Long, {places.size()});
+  int64_t* ids = result.mutable_data_ptr<int64_t>();
+  const auto append = [&](const Tensor& from) {
+    ids = std::copy_n(from.const_data_ptr<int64_t>(), from.numel(), ids);
+  };
+  if (places.support) append(support.items);
+  if (places.support && support.negatives) append(*support.negatives);
+  append(query.items);
+  if (query.negatives) append(*query.negatives);
+  return result;
+}
 
 template <typename scalar_t>
 class Gradients {
@@ -63,10 +78,9 @@ class Gradients {
     momentum = optional_zeros(wanted.momentum(), loop.momentum);
     support_weights = optional_zeros(wanted.support_weights(), inputs.weights);
     const int64_t rows = wanted.items() ? places.size() : 0;
-    item_rows = wanted.items() ? empty(like, inputs.dtype(), {rows, inputs.D()})
+    item_rows = wanted.items() ? empty_result(like, inputs.dtype(), {rows, inputs.D()})
                                : empty(like, inputs.dtype(), {0});
     item_bias_rows = empty(like, inputs.dtype(), {rows});
-    prefer_huge_pages(item_rows);
 
     // A block's record: φ̄_0, Ā, s̄, β̄, ρ̄, m̄, loss; whole registers, so that no two blocks share a
     // cache line.

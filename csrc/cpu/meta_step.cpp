@@ -147,7 +147,7 @@ void adapt_items_too(const Batch<scalar_t>& batch, const TaskBlocks& blocks, Wan
 }
 
 using MetaStepTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                                 Tensor, Tensor, Tensor>;
+                                 Tensor, Tensor, Tensor, Tensor>;
 
 MetaStepTuple meta_step_cpu(const Tensor& user_init, const Tensor& user_bias_init,
                             const Tensor& item_table, const Tensor& item_bias, const Tensor& offset,
@@ -197,6 +197,7 @@ MetaStepTuple meta_step_cpu(const Tensor& user_init, const Tensor& user_bias_ini
   const Wanted wanted{wanted_bits};
 
   Tensor loss = empty(item_bias, inputs.dtype(), {});
+  Tensor item_ids = empty(query.items, ScalarType::Long, {0});
   GradientTuple grads;
   dispatch_floating(inputs.dtype(), "meta_step", [&](auto zero) {
     using scalar_t = decltype(zero);
@@ -207,7 +208,7 @@ MetaStepTuple meta_step_cpu(const Tensor& user_init, const Tensor& user_bias_ini
     const Batch<scalar_t> batch(reader, query,
                                 {outer_loss, data(query_targets), data(query_weights), nullptr},
                                 data(task_weights), data(step_weights));
-    const TaskBlocks blocks(T, reader.support.offsets, batch.queries.offsets);
+    const TaskBlocks blocks(T, reader.support.offsets, batch.queries.offsets, reader.entry_cost());
     Gradients<scalar_t> gradients(inputs, loop, wanted, query, blocks.size());
     if (loop.adapts_items)
       adapt_items_too(batch, blocks, wanted, gradients);
@@ -215,8 +216,9 @@ MetaStepTuple meta_step_cpu(const Tensor& user_init, const Tensor& user_bias_ini
       adapt_users(batch, blocks, wanted, gradients);
     *loss.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(gradients.finish());
     grads = gradients.tuple();
+    if (wanted.items()) item_ids = row_ids(inputs.support, query, gradients.places);
   });
-  return std::tuple_cat(std::make_tuple(loss), grads);
+  return std::tuple_cat(std::make_tuple(loss), grads, std::make_tuple(item_ids));
 }
 
 }  // namespace

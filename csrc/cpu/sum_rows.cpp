@@ -1,6 +1,6 @@
 #include "sum_rows.h"
 
-#include "huge_pages.h"
+#include "result_memory.h"
 #include "sorted_entries.h"
 
 namespace metarec_fast::cpu {
@@ -40,10 +40,8 @@ MULTIVERSION void sum_all(const Entries& entries, int64_t first, int64_t last, c
 }
 
 Tensor empty_rows(const Tensor& like, int64_t count) {
-  Tensor result = like.dim() == 2 ? torch::stable::new_empty(like, {count, like.size(1)})
-                                  : torch::stable::new_empty(like, {count});
-  prefer_huge_pages(result);
-  return result;
+  return like.dim() == 2 ? empty_result(like, like.scalar_type(), {count, like.size(1)})
+                         : empty_result(like, like.scalar_type(), {count});
 }
 
 std::tuple<Tensor, Tensor> coalesce_rows_cpu(const Tensor& ids_in, const Tensor& rows_in) {

@@ -17,8 +17,9 @@ constexpr int64_t kMostBlocks = 128;
 
 class TaskBlocks {
  public:
-  // `offsets` of one or two sets of entries; a task costs its entries and a little more.
-  TaskBlocks(int64_t num_tasks, const int64_t* support, const int64_t* query) {
+  // `offsets` of one or two sets of entries; a task costs its entries and a little more. An entry
+  // takes about `entry_cost` multiply-adds.
+  TaskBlocks(int64_t num_tasks, const int64_t* support, const int64_t* query, int64_t entry_cost) {
     const auto cost = [&](int64_t task) {
       return support[task] + (query == nullptr ? 0 : query[task]) + kTaskCost * task;
     };
@@ -29,6 +30,7 @@ class TaskBlocks {
       while (task < num_tasks && cost(task) * blocks < total * block) ++task;
       bounds_.push_back(block == blocks ? num_tasks : task);
     }
+    worth_sharing_ = total * entry_cost > kWorthSharing;
   }
 
   int64_t size() const { return static_cast<int64_t>(bounds_.size()) - 1; }
@@ -38,15 +40,21 @@ class TaskBlocks {
   template <typename MakeState, typename Body>
   void run(const MakeState& make_state, const Body& body) const {
     std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, size(), 1, [&](int64_t, int64_t) {
+    const auto work = [&](int64_t, int64_t) {
       auto state = make_state();
       for (int64_t block; (block = next.fetch_add(1)) < size();)
         body(block, bounds_[block], bounds_[block + 1], state);
-    });
+    };
+    if (worth_sharing_)
+      torch::stable::parallel_for(0, size(), 1, work);
+    else
+      work(0, size());
   }
 
  private:
   static constexpr int64_t kTaskCost = 8;
+  static constexpr int64_t kWorthSharing = 500'000;  // multiply-adds that take as long as waking up
+  bool worth_sharing_;
   std::vector<int64_t> bounds_;
 };
 

@@ -97,6 +97,11 @@ class TaskReader {
       std::fill(scale_, scale_ + layout.stride, scalar_t{1});
   }
 
+  // Multiply-adds that an entry takes, about: each step goes over its rows twice, there and back.
+  int64_t entry_cost() const {
+    return group() * layout.width * 4 * (4 + std::max<int64_t>(loop.steps, 1));
+  }
+
   // Rows of an entry: one, a difference for each negative, or all candidates.
   int64_t group() const {
     if (loop.loss == Loss::kBpr) return support.num_negatives;

@@ -1,0 +1,112 @@
+#include "result_memory.h"
+
+#include <algorithm>
+#include <mutex>
+#include <vector>
+
+#include "huge_pages.h"
+
+#if defined(__linux__) && defined(MADV_FREE)
+#define KEEPS_RESULT_MEMORY 1
+
+// Of PyTorch 2.11 and newer; elsewhere it is not there, and nothing is kept.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset,
+    int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* result,
+    int32_t layout, const uint8_t* opaque_metadata, int64_t opaque_metadata_size,
+    void (*deleter)(void* data, void* context), void* deleter_context);
+#endif
+
+namespace metarec_fast::cpu {
+
+#ifdef KEEPS_RESULT_MEMORY
+namespace {
+
+constexpr size_t kHugePage = size_t{1} << 21;
+constexpr size_t kSmallest = 2 * kHugePage;  // bytes; below, the C library keeps blocks itself
+constexpr size_t kMostKept = size_t{2} << 30;
+constexpr size_t kMostBlocks = 8;
+
+struct Block {
+  void* data;
+  size_t bytes;
+};
+
+class KeptBlocks {
+ public:
+  // At least `bytes`, and at most a quarter more.
+  Block take(size_t bytes) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      auto best = free_.end();
+      for (auto block = free_.begin(); block != free_.end(); ++block)
+        if (block->bytes >= bytes && block->bytes <= bytes + bytes / 4 &&
+            (best == free_.end() || block->bytes < best->bytes))
+          best = block;
+      if (best != free_.end()) {
+        const Block found = *best;
+        free_.erase(best);
+        return found;
+      }
+    }
+    const size_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    void* data = std::aligned_alloc(kHugePage, whole);
+    STD_TORCH_CHECK(data != nullptr, "out of memory: a result needs ", whole, " bytes");
+    madvise(data, whole, MADV_HUGEPAGE);
+    return {data, whole};
+  }
+
+  void give_back(const Block& block) {
+    madvise(block.data, block.bytes, MADV_FREE);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back(block);
+    size_t kept = 0;
+    for (const Block& each : free_) kept += each.bytes;
+    while (kept > kMostKept || free_.size() > kMostBlocks) {  // the longest unused first
+      kept -= free_.front().bytes;
+      std::free(free_.front().data);
+      free_.erase(free_.begin());
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<Block> free_;
+};
+
+// Never destroyed: tensors may outlive whatever is.
+KeptBlocks& kept_blocks() {
+  static KeptBlocks* blocks = new KeptBlocks;
+  return *blocks;
+}
+
+void give_back(void*, void* context) {
+  Block* block = static_cast<Block*>(context);
+  kept_blocks().give_back(*block);
+  delete block;
+}
+
+}  // namespace
+#endif
+
+Tensor empty_result(const Tensor& like, ScalarType dtype, std::initializer_list<int64_t> sizes) {
+#ifdef KEEPS_RESULT_MEMORY
+  const TensorLayout layout(like, dtype, sizes);
+  const size_t bytes =
+      layout.numel * (dtype == ScalarType::Double ? sizeof(double) : sizeof(float));
+  if (torch_from_blob != nullptr && bytes >= kSmallest) {
+    Block* block = new Block(kept_blocks().take(bytes));
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_from_blob(block->data, layout.dim, sizes.begin(), layout.strides.data(),
+                        /*storage_offset=*/0, layout.dtype, layout.device_type, layout.device_index,
+                        &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, block));
+    return Tensor(handle);
+  }
+#endif
+  Tensor result = empty(like, dtype, sizes);
+  prefer_huge_pages(result);
+  return result;
+}
+
+}  // namespace metarec_fast::cpu
