@@ -45,10 +45,6 @@ class Workload:
         return self.support if isinstance(self.support, int) else self.support[1]
 
     @property
-    def mean_support(self) -> float:
-        return self.support if isinstance(self.support, int) else sum(self.support) / 2
-
-    @property
     def sizes(self) -> str:
         """The sizes as tables print them."""
         support = self.support if isinstance(self.support, int) else "{}…{}".format(*self.support)
@@ -106,7 +102,9 @@ class Problem:
         table *= 0.8 / workload.dim**0.5
         bias = 0.1 * torch.randn(workload.num_items, generator=generator, dtype=dtype)
         user = torch.randn(workload.dim, generator=generator, dtype=dtype)
-        return Problem(workload, user, torch.full((), 0.1, dtype=dtype), table, bias, _batch(workload, generator, dtype))
+        return Problem(
+            workload, user, torch.full((), 0.1, dtype=dtype), table, bias, _batch(workload, generator, dtype)
+        )
 
 
 def _batch(workload: Workload, generator: torch.Generator, dtype: torch.dtype) -> TaskBatch:
@@ -135,7 +133,9 @@ def _batch(workload: Workload, generator: torch.Generator, dtype: torch.dtype) -
 
 
 def _distinct(rows: int, width: int, num_items: int, generator: torch.Generator) -> Tensor:
-    """Ids [rows, width], uniform, distinct inside a row: rows that repeat one are drawn again."""
+    """Ids [rows, width], uniform, distinct inside a row: rows that repeat one are drawn again, if they are rare."""
+    if width**2 > num_items:
+        return torch.rand(rows, num_items, generator=generator).argsort(1)[:, :width]
     ids = torch.randint(num_items, (rows, width), generator=generator)
     while True:
         repeated = (ids.sort(1).values.diff(dim=1) == 0).any(1)

@@ -62,7 +62,9 @@ class Blocks:
     @property
     def ids(self) -> list[Tensor]:
         """[support items, support negatives, query items, query negatives], each [T, ·]; those that there are."""
-        parts = [part for each in (self.support, self.query) if each is not None for part in (each.items, each.negatives)]
+        parts = [
+            part for each in (self.support, self.query) if each is not None for part in (each.items, each.negatives)
+        ]
         return [part for part in parts if part is not None]
 
     def gather(self, item_table: Tensor, item_bias: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -73,7 +75,12 @@ class Blocks:
         return rows, [item_bias.index_select(0, each.view(-1)).view(each.shape) for each in ids]
 
     def named(
-        self, loss: Tensor, user: Tensor, user_bias: Tensor, rows: Sequence[Tensor | None], biases: Sequence[Tensor | None]
+        self,
+        loss: Tensor,
+        user: Tensor,
+        user_bias: Tensor,
+        rows: Sequence[Tensor | None],
+        biases: Sequence[Tensor | None],
     ) -> Outputs:
         """Gradients under our names; blocks without a gradient are None."""
         kept = [(ids.view(-1), row, bias) for ids, row, bias in zip(self.ids, rows, biases, strict=True)]

@@ -6,8 +6,8 @@ User side, squared and BPR losses, second and first order, in two forms that giv
     Gram     G = X Xᵀ once, then each step costs S²; the adjoint in the same space
 
 `torch.compile` fuses the steps of the direct form, written as products and sums, best; eager, the Gram form needs the
-fewest passes over the rows. Gathering the rows stays outside what is compiled: inside, they are gathered again for every
-fused loop that needs them.
+fewest passes over the rows. Gathering the rows stays outside what is compiled: inside, they are gathered again for
+every fused loop that needs them.
 """
 
 from __future__ import annotations

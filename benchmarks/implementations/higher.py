@@ -15,9 +15,7 @@ from benchmarks.workloads import Workload
 def _adapt(work: Workload) -> Adapt:
     import higher
 
-    def adapt(
-        model: nn.Module, inner: Callable[[nn.Module], Tensor], outer: Callable[[nn.Module], Tensor]
-    ) -> Tensor:
+    def adapt(model: nn.Module, inner: Callable[[nn.Module], Tensor], outer: Callable[[nn.Module], Tensor]) -> Tensor:
         optimizer = torch.optim.SGD(model.parameters(), lr=work.inner_lr)
         with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (fast, steps):
             for _ in range(work.steps):

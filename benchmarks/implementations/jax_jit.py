@@ -110,7 +110,9 @@ def prepare(problem: Problem) -> Step:
 def _effort(work: Workload) -> str | None:
     if work.kind != "gradient":
         return None
-    return "normal" if work.group not in ("tasks", "items") or work.num_tasks * work.num_items <= 4096 * 10**5 else "all"
+    return (
+        "normal" if work.group not in ("tasks", "items") or work.num_tasks * work.num_items <= 4096 * 10**5 else "all"
+    )
 
 
 PEERS = (Peer("JAX jit", prepare, _effort, missing_package("jax"), compiles=True),)

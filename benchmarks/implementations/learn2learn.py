@@ -14,9 +14,7 @@ from benchmarks.workloads import Workload
 def _adapt(work: Workload) -> Adapt:
     from learn2learn.algorithms import MAML
 
-    def adapt(
-        model: nn.Module, inner: Callable[[nn.Module], Tensor], outer: Callable[[nn.Module], Tensor]
-    ) -> Tensor:
+    def adapt(model: nn.Module, inner: Callable[[nn.Module], Tensor], outer: Callable[[nn.Module], Tensor]) -> Tensor:
         fast = MAML(model, lr=work.inner_lr, first_order=work.first_order).clone()
         for _ in range(work.steps):
             fast.adapt(inner(fast))
@@ -26,4 +24,6 @@ def _adapt(work: Workload) -> Adapt:
 
 
 # Its last release, 0.2.0, ships C sources that Python 3.11 and newer cannot compile.
-PEERS = (loop_peer("learn2learn", _adapt, missing_package("learn2learn", "pip install learn2learn, up to Python 3.10")),)
+PEERS = (
+    loop_peer("learn2learn", _adapt, missing_package("learn2learn", "pip install learn2learn, up to Python 3.10")),
+)

@@ -74,9 +74,7 @@ def make_loop(work: Workload, adapt: Adapt) -> Gradients:
 
 
 def _autograd(work: Workload) -> Adapt:
-    def adapt(
-        model: nn.Module, inner: Callable[[nn.Module], Tensor], outer: Callable[[nn.Module], Tensor]
-    ) -> Tensor:
+    def adapt(model: nn.Module, inner: Callable[[nn.Module], Tensor], outer: Callable[[nn.Module], Tensor]) -> Tensor:
         names = [name for name, _ in model.named_parameters()]
         fast = list(model.parameters())
 
@@ -92,12 +90,12 @@ def _autograd(work: Workload) -> Adapt:
 
 
 def loop_effort(work: Workload) -> str | None:
-    """Quick on small workloads only: a task takes about as long as all of them together take the others."""
+    """Where it is quick, and once where it is not: a task takes as long as all of them together take the others."""
     if work.kind != "gradient" or work.adapt != "user" or work.num_tasks > MOST_TASKS:
         return None
-    if work.group in ("tasks", "items", "deep"):
-        return "all"
-    return "quick" if work.num_tasks * work.steps <= 64 else "normal"
+    if work.num_tasks * work.steps <= 64:
+        return "quick"
+    return "normal" if work.name == "user" else "all"
 
 
 def loop_peer(

@@ -1,6 +1,6 @@
 """Serving: adapt one new user to the closed-form solution, then the ten best of all items, those rated left out.
 
-    (λ I + (X Xᵀ + 1)) a = y − p0,   u = u_0 + Xᵀ a,   c = c_0 + Σ a,   λ = ρ S / 2
+(λ I + (X Xᵀ + 1)) a = y − p0,   u = u_0 + Xᵀ a,   c = c_0 + Σ a,   λ = ρ S / 2
 """
 
 from __future__ import annotations

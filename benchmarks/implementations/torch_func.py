@@ -1,4 +1,4 @@
-"""torch.func: vmap over tasks of the loss after the inner loop, grad of its mean; eager, and compiled on gathered rows."""
+"""torch.func: grad of the mean of vmap of a task's loss after its inner loop; eager, and compiled on gathered rows."""
 
 from __future__ import annotations
 
@@ -53,9 +53,7 @@ def make(work: Workload, compiled: bool = False) -> Gradients:
     def gradients(user: Tensor, bias: Tensor, rows: list[Tensor], biases: list[Tensor], blocks: Blocks) -> tuple:
         known, asked = blocks.support, blocks.query
         assert asked is not None
-        grads, value = gradient(
-            user, bias, rows, biases, known.targets, known.weights, asked.targets, asked.weights
-        )
+        grads, value = gradient(user, bias, rows, biases, known.targets, known.weights, asked.targets, asked.weights)
         return value, *grads
 
     return gradients

@@ -17,9 +17,7 @@ def _adapt(work: Workload) -> Adapt:
 
     optimizer = torchopt.sgd(lr=work.inner_lr)
 
-    def adapt(
-        model: nn.Module, inner: Callable[[nn.Module], Tensor], outer: Callable[[nn.Module], Tensor]
-    ) -> Tensor:
+    def adapt(model: nn.Module, inner: Callable[[nn.Module], Tensor], outer: Callable[[nn.Module], Tensor]) -> Tensor:
         names = [name for name, _ in model.named_parameters()]
         fast = tuple(model.parameters())
 

@@ -92,8 +92,12 @@ def _adjoint(form: str, compiled: bool) -> Callable[[Problem], Callable[..., tup
             blocks = Blocks.of(batch, support, query)
             loss, grad_user, _, rows, biases = function(user, problem.user_bias, *blocks.gather(table, bias), blocks)
             ids = torch.cat([each.view(-1) for each in blocks.ids])
-            return loss, grad_user, ids, torch.cat([each.reshape(-1, work.dim) for each in rows]), torch.cat(
-                [each.reshape(-1) for each in biases]
+            return (
+                loss,
+                grad_user,
+                ids,
+                torch.cat([each.reshape(-1, work.dim) for each in rows]),
+                torch.cat([each.reshape(-1) for each in biases]),
             )
 
         return gradients
@@ -112,7 +116,11 @@ def _missing_optimizer() -> str | None:
 PEERS = (
     Peer("metarec_fast", _prepare(_ours, lambda: mf.SparseAdam), _effort, _missing_optimizer),
     Peer("metarec_fast, torch.optim.SparseAdam", _prepare(_ours, lambda: torch.optim.SparseAdam), _effort),
-    Peer("hand adjoint, torch.optim.SparseAdam", _prepare(_adjoint("gram", False), lambda: torch.optim.SparseAdam), _effort),
+    Peer(
+        "hand adjoint, torch.optim.SparseAdam",
+        _prepare(_adjoint("gram", False), lambda: torch.optim.SparseAdam),
+        _effort,
+    ),
     Peer(
         "hand adjoint, compiled, torch.optim.SparseAdam",
         _prepare(_adjoint("direct", True), lambda: torch.optim.SparseAdam),
