@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,10 @@ class Machine(NamedTuple):
     read: float  # GB/s of reading a large tensor once
     multiply_adds: float  # 10⁹ a second, of the best matrix product that fits into L2
 
+    def better(self, other: Machine) -> Machine:
+        """The larger of both figures each: others may have been at work during one of the measurements."""
+        return Machine(*map(max, self, other))
+
 
 class Floor(NamedTuple):
     """The least time of a workload, in ms, and what it consists of."""
@@ -33,7 +38,7 @@ class Floor(NamedTuple):
     multiply_adds: float  # 10⁶
 
 
-def best_time(call: Callable[[], object], seconds: float = 0.15) -> float:
+def best_time(call: Callable[[], object], seconds: float) -> float:
     """The shortest of the calls that fit into `seconds`, at least five."""
     call()
     best, end, calls = float("inf"), time.perf_counter() + seconds, 0
@@ -44,16 +49,18 @@ def best_time(call: Callable[[], object], seconds: float = 0.15) -> float:
     return best
 
 
-def measure_machine() -> Machine:
+def measure_machine(seconds: float = 0.15) -> Machine:
+    """Each figure is the best of many calls within `seconds`."""
     source = torch.ones(2**25)  # 128 MiB: beyond the caches
     target = torch.empty_like(source)
-    copy = 2 * source.nbytes / best_time(lambda: target.copy_(source)) / 1e9
+    copy = 2 * source.nbytes / best_time(lambda: target.copy_(source), seconds) / 1e9
     matrix, vector = source.view(-1, 64), torch.ones(64)
-    read = source.nbytes / min(best_time(source.sum), best_time(lambda: matrix @ vector)) / 1e9
+    read = source.nbytes / min(best_time(source.sum, seconds), best_time(lambda: matrix @ vector, seconds)) / 1e9
     peak = 0.0
     for size in (128, 192, 256, 384, 512):
         left, right, out = torch.ones(size, size), torch.ones(size, size), torch.empty(size, size)
-        peak = max(peak, size**3 / best_time(lambda l=left, r=right, o=out: torch.mm(l, r, out=o)) / 1e9)  # type: ignore[misc]
+        product = partial(torch.mm, left, right, out=out)
+        peak = max(peak, size**3 / best_time(product, seconds) / 1e9)
     return Machine(copy, read, peak)
 
 
@@ -63,7 +70,8 @@ def gather_bandwidth(problem: Problem) -> float:
     if problem.batch.query is not None:
         ids = torch.cat([ids, problem.batch.query.items])
     rows = torch.empty(len(ids), problem.workload.dim)
-    return 2 * rows.nbytes / best_time(lambda: torch.index_select(problem.item_table, 0, ids, out=rows)) / 1e9
+    gather = partial(torch.index_select, problem.item_table, 0, ids, out=rows)
+    return 2 * rows.nbytes / best_time(gather, seconds=0.15) / 1e9
 
 
 def bandwidth_of(problem: Problem, machine: Machine) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(tables.machine_line(machine))
 
     for work in chosen:
+        machine = machine.better(measure_machine(seconds=0.05))
+        report["machine"] = machine._asdict()
         result = run_workload(work, effort, machine, options)
         report["workloads"].append(result)
         print(tables.terminal(result), flush=True)
@@ -45,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run_workload(work: Workload, effort: str, machine: Machine, options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one workload, as JSON has it."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # it compiles a function for eight sizes at most, and then no more
     problem = Problem.draw(work)
     steps, first, skipped = _prepare(problem, effort, options.peer)
     bandwidth = bandwidth_of(problem, machine)
@@ -96,23 +101,23 @@ def _prepare(
     skipped: dict[str, str] = {}
     expected: Outputs | None = None
     for peer in PEERS:
-        reason = _left_out(peer, problem.workload, effort, wanted)
-        if reason is None:
-            begin = time.perf_counter()
-            try:
-                step = peer.prepare(problem)
-                outputs = step()
-            except (AttributeError, ValueError, NotImplementedError) as error:
-                if not peer.name.startswith(OURS):
-                    raise
-                reason = f"not in this version: {error}"
+        if peer.effort(problem.workload) is None or not (wanted is None or wanted in peer.name or peer.name == OURS):
+            continue
+        reason = peer.missing() or _too_long(peer, problem.workload, effort)
         if reason is not None:
-            if reason:
-                skipped[peer.name] = reason
+            skipped[peer.name] = reason
+            continue
+        begin = time.perf_counter()
+        try:
+            step = peer.prepare(problem)
+            outputs = step()
+        except (AttributeError, ValueError, NotImplementedError) as error:
+            if not peer.name.startswith(OURS):
+                raise
+            skipped[peer.name] = f"not in this version ({error})"
             continue
         steps[peer.name], first[peer.name] = step, time.perf_counter() - begin
-        if expected is None:
-            expected = outputs
+        expected = outputs if expected is None else expected
         try:
             measure.check_equal(outputs, expected, problem.workload)
         except AssertionError as error:
@@ -120,18 +125,12 @@ def _prepare(
     return steps, first, skipped
 
 
-def _left_out(peer: Peer, work: Workload, effort: str, wanted: str | None) -> str | None:
-    """Why a peer is left out; None if it takes part, "" if there is nothing to say, since it cannot do this."""
+def _too_long(peer: Peer, work: Workload, effort: str) -> str | None:
     needed = peer.effort(work)
-    if needed is None or (wanted is not None and wanted not in peer.name and peer.name != OURS):
-        return ""
-    missing = peer.missing()
-    if missing is not None:
-        return missing
-    if EFFORTS.index(needed) > EFFORTS.index(effort):
-        option = "--quick" if effort == "quick" else "a run without --all"
-        return f"{'compiles' if peer.compiles else 'runs'} too long for {option}"
-    return None
+    if needed is None or EFFORTS.index(needed) <= EFFORTS.index(effort):
+        return None
+    option = "--quick" if effort == "quick" else "a run without --all"
+    return f"{'compiles' if peer.compiles else 'runs'} too long for {option}"
 
 
 def _chosen(options: argparse.Namespace, effort: str) -> list[Workload]:

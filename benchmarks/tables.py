@@ -25,8 +25,8 @@ def rows_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
             peer["name"],
             f"{peer['min_ms']:.3f}",
             f"{peer['median_ms']:.3f}",
-            f"{peer['ratio_to_floor']:.1f}×",
-            "–" if peer["ratio_to_ours"] is None else f"{peer['ratio_to_ours']:.3g}×",
+            _ratio(peer["ratio_to_floor"]),
+            _ratio(peer["ratio_to_ours"]),
             "–" if peer["peak_mb"] is None else f"{peer['peak_mb']:.1f}",
             f"{peer['first_call_s']:.1f}" if peer["compiled"] else "",
         )
@@ -92,9 +92,16 @@ def _summary(report: dict[str, Any]) -> list[str]:
     for result in report["workloads"]:
         ours = next((peer for peer in result["peers"] if peer["name"] == OURS), None)
         time = "–" if ours is None else f"{ours['min_ms']:.3f}"
-        ratio = "–" if ours is None else f"{ours['ratio_to_floor']:.1f}×"
+        ratio = _ratio(None if ours is None else ours["ratio_to_floor"])
         lines.append(_bar((result["name"], time, ratio, verdict(result))))
     return lines
+
+
+def _ratio(value: float | None) -> str:
+    """Three digits, or all before the point."""
+    if value is None:
+        return "–"
+    return f"{value:.0f}×" if value >= 100 else f"{value:.3g}×"
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:

@@ -120,7 +120,7 @@ def test_the_floor_adds_moving_and_computing():
 
 def test_a_run_writes_tables_and_names_what_it_left_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "QUICK", (replace(TINY, name="small"), CASES["serve"]))
-    monkeypatch.setattr(run, "measure_machine", lambda: floors.Machine(10.0, 10.0, 10.0))
+    monkeypatch.setattr(run, "measure_machine", lambda **_: floors.Machine(10.0, 10.0, 10.0))
     compiled_too_long = "compiles too long for --quick"
     run.main(["--quick", "--threads", "1", "--seconds", "0.05", "--peer", "hand", "--out", str(tmp_path)])
     printed = capsys.readouterr().out

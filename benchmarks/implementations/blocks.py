@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -59,20 +60,27 @@ class Blocks:
             Rectangle.of(batch.support, support), None if batch.query is None else Rectangle.of(batch.query, query)
         )
 
-    @property
+    @cached_property
     def ids(self) -> list[Tensor]:
         """[support items, support negatives, query items, query negatives], each [T, ·]; those that there are."""
         parts = [
-            part for each in (self.support, self.query) if each is not None for part in (each.items, each.negatives)
+            part for side in (self.support, self.query) if side is not None for part in (side.items, side.negatives)
         ]
         return [part for part in parts if part is not None]
 
+    @cached_property
+    def flat_ids(self) -> list[Tensor]:
+        return [each.view(-1) for each in self.ids]
+
     def gather(self, item_table: Tensor, item_bias: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Rows [T, ·, D] and biases [T, ·] of each block. `index_select` is torch's fastest gather."""
-        ids = self.ids
-        dim = item_table.shape[1]
-        rows = [item_table.index_select(0, each.view(-1)).view(*each.shape, dim) for each in ids]
-        return rows, [item_bias.index_select(0, each.view(-1)).view(each.shape) for each in ids]
+        dim, shapes = item_table.shape[1], [each.shape for each in self.ids]
+        rows = [
+            item_table.index_select(0, ids).view(*shape, dim) for ids, shape in zip(self.flat_ids, shapes, strict=True)
+        ]
+        return rows, [
+            item_bias.index_select(0, ids).view(shape) for ids, shape in zip(self.flat_ids, shapes, strict=True)
+        ]
 
     def named(
         self,
@@ -83,13 +91,20 @@ class Blocks:
         biases: Sequence[Tensor | None],
     ) -> Outputs:
         """Gradients under our names; blocks without a gradient are None."""
-        kept = [(ids.view(-1), row, bias) for ids, row, bias in zip(self.ids, rows, biases, strict=True)]
         return {
             "loss": loss,
             "user_init": user,
             "user_bias_init": user_bias,
-            "item_table": [SparseRows(ids, row.reshape(-1, row.shape[-1])) for ids, row, _ in kept if row is not None],
-            "item_bias": [SparseRows(ids, bias.reshape(-1)) for ids, _, bias in kept if bias is not None],
+            "item_table": [
+                SparseRows(ids, row.flatten(0, 1))
+                for ids, row in zip(self.flat_ids, rows, strict=True)
+                if row is not None
+            ],
+            "item_bias": [
+                SparseRows(ids, bias.flatten())
+                for ids, bias in zip(self.flat_ids, biases, strict=True)
+                if bias is not None
+            ],
         }
 
 

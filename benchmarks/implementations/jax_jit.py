@@ -92,7 +92,7 @@ def prepare(problem: Problem) -> Step:
     tensors = (problem.user, problem.user_bias, problem.item_table, problem.item_bias)
     inputs = (*map(array, tensors), ids, array(known.targets), array(weights), array(asked.targets))
 
-    flat = [each.view(-1) for each in blocks.ids]
+    flat = blocks.flat_ids
 
     def step() -> Outputs:
         value, user, bias, rows, biases = jax.block_until_ready(gradients(*inputs))

@@ -46,10 +46,9 @@ def _meta_step(problem: Problem) -> Step:
 def _reptile(problem: Problem) -> Step:
     """Through the learner, as users do; after the first call the batch knows its distinct items, as sampled ones do."""
     work = problem.workload
-    model = mf.DotRecommender(1, 1, sparse=True)
+    model = mf.DotRecommender(work.num_items, work.dim, sparse=True)
     model.item_embedding = nn.Embedding.from_pretrained(problem.item_table, freeze=False, sparse=True)
     model.item_bias = nn.Embedding.from_pretrained(problem.item_bias[:, None], freeze=False, sparse=True)
-    model.num_items, model.dim = work.num_items, work.dim
     model.user_init, model.user_bias_init = nn.Parameter(problem.user), nn.Parameter(problem.user_bias)
     learner = mf.Reptile(model, inner_lr=work.inner_lr, inner_steps=work.steps, adapt=work.adapt)
 

@@ -91,7 +91,7 @@ def _adjoint(form: str, compiled: bool) -> Callable[[Problem], Callable[..., tup
         def gradients(batch: mf.TaskBatch, user: Tensor, table: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
             blocks = Blocks.of(batch, support, query)
             loss, grad_user, _, rows, biases = function(user, problem.user_bias, *blocks.gather(table, bias), blocks)
-            ids = torch.cat([each.view(-1) for each in blocks.ids])
+            ids = torch.cat(blocks.flat_ids)
             return (
                 loss,
                 grad_user,
