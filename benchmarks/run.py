@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workload", help="names or groups, separated by commas (default: all)")
     parser.add_argument("--peer", help="only implementations whose name contains this, beside ours")
     parser.add_argument(
-        "--seconds", type=float, default=None, help="of timing for each workload (default: 10, quick: 3)"
+        "--seconds", type=float, default=None, help="of timing for each workload (default: 10, with --quick: 2)"
     )
     parser.add_argument("--quick", action="store_true", help="smaller sizes and few compiled peers: within 2 minutes")
     parser.add_argument("--all", action="store_true", help="also what compiles for minutes, and tables beyond 2 GB")

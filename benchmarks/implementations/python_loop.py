@@ -50,12 +50,12 @@ def make_loop(work: Workload, adapt: Adapt) -> Gradients:
         for t in range(num_tasks):
             own = [part[t] for part in rows], [part[t] for part in biases]
 
-            def inner(model: nn.Module, own=own, t=t) -> Tensor:  # type: ignore[no-untyped-def]
+            def inner(model: nn.Module, own=own, t=t) -> Tensor:
                 n = sizes[t]
                 scores = model([part[:n] for part in own[0][:count]], [part[:n] for part in own[1][:count]])
                 return loss(work.loss, scores, known.targets[t, :n]).mean()
 
-            def outer(model: nn.Module, own=own, t=t) -> Tensor:  # type: ignore[no-untyped-def]
+            def outer(model: nn.Module, own=own, t=t) -> Tensor:
                 scores = model(own[0][count:], own[1][count:])
                 return loss(work.loss, scores, asked.targets[t]).mean() / num_tasks
 

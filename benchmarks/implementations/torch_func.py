@@ -23,7 +23,7 @@ def make(work: Workload, compiled: bool = False) -> Gradients:
             return (rows[0] - rows[1]) @ user + biases[0] - biases[1]
         return rows[0] @ user + biases[0] + bias
 
-    def task_loss(user, bias, rows, biases, known, weights, asked, query_weights) -> Tensor:  # type: ignore[no-untyped-def]
+    def task_loss(user, bias, rows, biases, known, weights, asked, query_weights) -> Tensor:
         count = len(rows) // 2
 
         def inner_loss(fast: Any) -> Tensor:
@@ -40,7 +40,7 @@ def make(work: Workload, compiled: bool = False) -> Gradients:
             return values - work.inner_lr * slopes
         return type(values)(descend(value, slope) for value, slope in zip(values, slopes, strict=True))
 
-    def mean_loss(user, bias, rows, biases, known, weights, asked, query_weights):  # type: ignore[no-untyped-def]
+    def mean_loss(user, bias, rows, biases, known, weights, asked, query_weights):
         dims = (None, None, 0, 0, 0, 0 if isinstance(weights, Tensor) else None, 0, None)
         losses = vmap(task_loss, in_dims=dims)(user, bias, rows, biases, known, weights, asked, query_weights)
         value = losses.mean()
