@@ -9,6 +9,7 @@ from benchmarks.floors import Machine
 from benchmarks.implementations import OURS
 
 HEADER = ("implementation", "min ms", "median ms", "of the floor", "of ours", "peak MB", "first call s")
+NOISY = 3  # medians of that many minima: on a quiet machine they are below 1.5
 
 
 def machine_line(machine: Machine) -> str:
@@ -49,6 +50,14 @@ def verdict(result: dict[str, Any]) -> str:
     return f"{OURS} is {best['min_ms'] / ours['min_ms']:.2f} times as fast as {best['name']}, the fastest peer."
 
 
+def noise(result: dict[str, Any]) -> str:
+    """A warning where times scatter so much that they say more about the machine's load."""
+    scattered = [peer["name"] for peer in result["peers"] if peer["median_ms"] > NOISY * peer["min_ms"]]
+    if not scattered:
+        return ""
+    return f"NOISY: medians above {NOISY} minima ({'; '.join(scattered)}); others were at work."
+
+
 def left_out(result: dict[str, Any]) -> list[str]:
     """A line for each reason: "reason: names"."""
     names: dict[str, list[str]] = {}
@@ -70,7 +79,7 @@ def terminal(result: dict[str, Any]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
     lines = ["", f"{result['name']}: {result['sizes']}", f"  {floor_line(result)}"]
     lines += ["  " + "  ".join(_aligned(row, widths)).rstrip() for row in rows]
-    lines += [f"  {verdict(result)}"]
+    lines += [f"  {sentence}" for sentence in (verdict(result), noise(result)) if sentence]
     lines += [f"  left out, {line}" for line in left_out(result)]
     return "\n".join(lines)
 
@@ -81,7 +90,7 @@ def markdown(report: dict[str, Any]) -> str:
     for result in report["workloads"]:
         lines += [f"## {result['name']}", "", f"{result['sizes']}; {floor_line(result)}.", ""]
         lines += [_bar(HEADER), _bar(["---"] + ["---:"] * (len(HEADER) - 1)), *map(_bar, rows_of(result)), ""]
-        lines += [verdict(result), ""]
+        lines += [f"{verdict(result)} {noise(result)}".strip(), ""]
         lines += [f"- left out, {line}" for line in left_out(result)]
         lines += [""] if result["skipped"] else []
     return "\n".join(lines)

@@ -145,6 +145,14 @@ def test_a_faster_peer_is_said_to_win():
     assert tables.verdict({"peers": peers, "skipped": {}}).startswith(f"{OURS} is 2.00 times as fast as other")
 
 
+def test_scattered_times_are_called_noisy():
+    from benchmarks import tables
+
+    peer = {"name": "other", "min_ms": 1.0, "median_ms": 1.4}
+    assert tables.noise({"peers": [peer]}) == ""
+    assert "NOISY" in tables.noise({"peers": [peer, {**peer, "median_ms": 4.0}]})
+
+
 def test_an_unknown_workload_is_named(tmp_path):
     with pytest.raises(SystemExit, match="--workload: expected one of user, .* got 'nonsense'"):
         run.main(["--quick", "--workload", "nonsense", "--out", str(tmp_path)])
