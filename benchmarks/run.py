@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -87,6 +88,8 @@ def run_workload(work: Workload, effort: str, machine: Machine, options: argpars
         "sizes": work.sizes,
         **size,
         "floor": floor._asdict(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "cpus": os.cpu_count() or 1,
         "peers": peers,
         "skipped": skipped,
     }

@@ -10,6 +10,7 @@ from benchmarks.implementations import OURS
 
 HEADER = ("implementation", "min ms", "median ms", "of the floor", "of ours", "peak MB", "first call s")
 NOISY = 3  # medians of that many minima: on a quiet machine they are below 1.5
+BELOW = 0.7  # of the floor: more than moving and computing at once explain
 
 
 def machine_line(machine: Machine) -> str:
@@ -51,11 +52,16 @@ def verdict(result: dict[str, Any]) -> str:
 
 
 def noise(result: dict[str, Any]) -> str:
-    """A warning where times scatter so much that they say more about the machine's load."""
+    """A warning where times or floor say more about what else the machine does."""
+    signs = []
     scattered = [peer["name"] for peer in result["peers"] if peer["median_ms"] > NOISY * peer["min_ms"]]
-    if not scattered:
-        return ""
-    return f"NOISY: medians above {NOISY} minima ({'; '.join(scattered)}); others were at work."
+    if scattered:
+        signs.append(f"medians above {NOISY} minima ({'; '.join(scattered)})")
+    if result["load"] is not None and result["load"] > result["cpus"] + 0.5:
+        signs.append(f"load {result['load']:.1f} on {result['cpus']} CPUs")
+    if any(peer["ratio_to_floor"] < BELOW for peer in result["peers"]):
+        signs.append("times below the floor, which was measured too slow")
+    return f"NOISY: {', '.join(signs)}." if signs else ""
 
 
 def left_out(result: dict[str, Any]) -> list[str]:

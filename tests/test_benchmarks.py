@@ -145,12 +145,15 @@ def test_a_faster_peer_is_said_to_win():
     assert tables.verdict({"peers": peers, "skipped": {}}).startswith(f"{OURS} is 2.00 times as fast as other")
 
 
-def test_scattered_times_are_called_noisy():
+def test_times_of_a_busy_machine_are_called_noisy():
     from benchmarks import tables
 
-    peer = {"name": "other", "min_ms": 1.0, "median_ms": 1.4}
-    assert tables.noise({"peers": [peer]}) == ""
-    assert "NOISY" in tables.noise({"peers": [peer, {**peer, "median_ms": 4.0}]})
+    peer = {"name": "other", "min_ms": 1.0, "median_ms": 1.4, "ratio_to_floor": 2.0}
+    quiet = {"peers": [peer], "load": 1.0, "cpus": 2}
+    assert tables.noise(quiet) == ""
+    assert "medians above 3 minima (other)" in tables.noise({**quiet, "peers": [{**peer, "median_ms": 4.0}]})
+    assert "load 3.0 on 2 CPUs" in tables.noise({**quiet, "load": 3.0})
+    assert "times below the floor" in tables.noise({**quiet, "peers": [{**peer, "ratio_to_floor": 0.4}]})
 
 
 def test_an_unknown_workload_is_named(tmp_path):
