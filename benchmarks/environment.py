@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -25,6 +26,20 @@ def describe(threads: int) -> dict[str, str]:
         "python": platform.python_version(),
         **versions,
     }
+
+
+def keep_freed_memory() -> bool:
+    """Lets glibc keep the memory that a step frees, for the next one; False where it is another allocator.
+
+    Otherwise it may hand megabytes back after every step, and whether it does depends on where a process's last
+    allocation lies: a step of 0.7 ms then takes 2.3 ms, for page faults. jemalloc and tcmalloc keep it anyway.
+    """
+    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(trim_threshold, 2**31 - 1)) and bool(mallopt(mmap_max, 0))
 
 
 def _processor() -> str:

@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.seconds is None:
         options.seconds = 2.0 if options.quick else 10.0
     options.no_memory |= options.quick
+    environment.keep_freed_memory()
     torch.set_num_threads(options.threads)
     effort = "quick" if options.quick else "all" if options.all else "normal"
     chosen = _chosen(options, effort)

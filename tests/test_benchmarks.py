@@ -120,6 +120,7 @@ def test_the_floor_adds_moving_and_computing():
 
 def test_a_run_writes_tables_and_names_what_it_left_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "QUICK", (replace(TINY, name="small"), CASES["serve"]))
+    monkeypatch.setattr(run.environment, "keep_freed_memory", lambda: True)
     monkeypatch.setattr(run, "measure_machine", lambda **_: floors.Machine(10.0, 10.0, 10.0))
     compiled_too_long = "compiles too long for --quick"
     run.main(["--quick", "--threads", "1", "--seconds", "0.05", "--peer", "hand", "--out", str(tmp_path)])
@@ -156,7 +157,8 @@ def test_times_of_a_busy_machine_are_called_noisy():
     assert "times below the floor" in tables.noise({**quiet, "peers": [{**peer, "ratio_to_floor": 0.4}]})
 
 
-def test_an_unknown_workload_is_named(tmp_path):
+def test_an_unknown_workload_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.environment, "keep_freed_memory", lambda: True)
     with pytest.raises(SystemExit, match="--workload: expected one of user, .* got 'nonsense'"):
         run.main(["--quick", "--workload", "nonsense", "--out", str(tmp_path)])
 
