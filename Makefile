@@ -38,7 +38,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/movielens.py --out runs/demo
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python -m benchmarks.run
 
 clean:
 	rm -rf build dist *.egg-info metarec_fast/*.so

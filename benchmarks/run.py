@@ -1,110 +1,174 @@
-"""Times one meta-gradient, ours beside torch.func: equality first, then interleaved runs, minimum and median."""
+"""Compares every implementation with ours, then times them by turns: `python -m benchmarks.run --help`."""
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
+import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.func import grad, vmap
 
-from metarec_fast import Entries, TaskBatch
-from metarec_fast import functional as F
+from benchmarks import charts, environment, measure, memory, tables
+from benchmarks.floors import Machine, bandwidth_of, floor_of, measure_machine
+from benchmarks.implementations import OURS, PEERS, Outputs, Peer, Step
+from benchmarks.workloads import QUICK, WORKLOADS, Problem, Workload
 
-
-class Workload:
-    """The user side: T tasks of S = Q ratings, K inner steps, ids uniform over N items of width D."""
-
-    def __init__(self, tasks: int, items: int, dim: int, size: int, steps: int) -> None:
-        torch.manual_seed(0)
-        self.shape, self.steps, self.inner_lr = (tasks, size), steps, 0.1
-        self.table, self.bias, self.user = torch.randn(items, dim) * 0.1, torch.randn(items) * 0.1, torch.randn(dim)
-        self.batch = TaskBatch(self._entries(tasks, items, size), self._entries(tasks, items, size))
-
-    @staticmethod
-    def _entries(tasks: int, items: int, size: int) -> Entries:
-        offsets = torch.arange(tasks + 1) * size
-        return Entries(torch.randint(items, (tasks * size,)), 1 + 4 * torch.rand(tasks * size), offsets)
+EFFORTS = ("quick", "normal", "all")
+LARGEST_TABLE = 2e9  # bytes of an item table that `--all` alone makes
 
 
-def ours(work: Workload) -> Callable[[], list[Tensor]]:
-    def step() -> list[Tensor]:
-        result = F.meta_step(
-            work.user, work.table, work.bias, work.batch, inner_lr=work.inner_lr, inner_steps=work.steps
-        )
-        return [result.grads["user_init"], result.grads["item_table"].rows, result.grads["item_bias"].rows]
-
-    return step
-
-
-def torch_func(work: Workload, compiled: bool = False) -> Callable[[], list[Tensor]]:
-    """vmap of grad through the inner loop, on rows gathered beforehand: the same row gradients as ours."""
-    support, query = work.batch.support, work.batch.query
-    assert query is not None
-    ids = [entries.items.view(work.shape) for entries in (support, query)]
-    targets = [entries.targets.view(work.shape) for entries in (support, query)]
-
-    def task_loss(user, bias, rows, biases, query_rows, query_biases, known, asked):
-        def inner_loss(fast):
-            return ((rows @ fast[0] + fast[1] + biases - known) ** 2).mean()
-
-        fast = (user, bias)
-        for _ in range(work.steps):
-            slope = grad(inner_loss)(fast)
-            fast = (fast[0] - work.inner_lr * slope[0], fast[1] - work.inner_lr * slope[1])
-        return ((query_rows @ fast[0] + fast[1] + query_biases - asked) ** 2).mean()
-
-    def loss(user, bias, *gathered):
-        return vmap(task_loss, in_dims=(None, None, 0, 0, 0, 0, 0, 0))(user, bias, *gathered, *targets).mean()
-
-    gradients = grad(loss, argnums=(0, 1, 2, 3, 4, 5))
-    if compiled:
-        gradients = torch.compile(gradients)
-
-    def step() -> list[Tensor]:
-        gathered = [part for each in ids for part in (work.table[each], work.bias[each])]
-        user, _, rows, biases, query_rows, query_biases = gradients(work.user, torch.zeros(()), *gathered)
-        dim = rows.shape[-1]
-        return [
-            user,
-            torch.cat([rows.reshape(-1, dim), query_rows.reshape(-1, dim)]),
-            torch.cat([biases.reshape(-1), query_biases.reshape(-1)]),
-        ]
-
-    return step
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=40)
-    parser.add_argument("--compiled", action="store_true", help="torch.compile'd vmap(grad) too; compiles for a minute")
-    options = parser.parse_args(arguments)
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parser().parse_args(arguments)
+    if options.seconds is None:
+        options.seconds = 2.0 if options.quick else 10.0
+    options.no_memory |= options.quick
+    environment.keep_freed_memory()
     torch.set_num_threads(options.threads)
-    work = Workload(tasks=256, items=100_000, dim=64, size=16, steps=5)
-    peers = {"metarec_fast": ours(work), "torch.func eager": torch_func(work)}
-    if options.compiled:
-        peers["torch.func compiled"] = torch_func(work, compiled=True)
+    effort = "quick" if options.quick else "all" if options.all else "normal"
+    chosen = _chosen(options, effort)
+    report: dict[str, Any] = {"environment": environment.describe(options.threads), "effort": effort, "workloads": []}
+    print("\n".join(f"{key}: {value}" for key, value in report["environment"].items()))
+    machine = measure_machine()
+    report["machine"] = machine._asdict()
+    print(tables.machine_line(machine))
 
-    expected = peers["metarec_fast"]()
-    for name, step in peers.items():
-        for actual, wanted in zip(step(), expected, strict=True):
-            # Both sum about 4,000 float32 numbers, in different orders: √4000 · 2⁻²⁴ · 10 of the largest is ample.
-            torch.testing.assert_close(actual, wanted, rtol=0, atol=4e-5 * float(wanted.abs().max()), msg=name)
-    times: dict[str, list[float]] = {name: [] for name in peers}
-    for _ in range(options.repeats):
-        for name, step in peers.items():
-            begin = time.perf_counter()
-            step()
-            times[name].append(1e3 * (time.perf_counter() - begin))
-    print(f"user side, T=256 N=100k D=64 S=Q=16 K=5, float32, {options.threads} threads, torch {torch.__version__}")
-    fastest = min(times["metarec_fast"])
-    for name, taken in times.items():
-        print(f"{name:20s} min {min(taken):8.3f} ms   median {statistics.median(taken):8.3f} ms"
-              f"   {min(taken) / fastest:5.1f}×")  # fmt: skip
+    for work in chosen:
+        machine = machine.better(measure_machine(seconds=0.05))
+        report["machine"] = machine._asdict()
+        result = run_workload(work, effort, machine, options)
+        report["workloads"].append(result)
+        print(tables.terminal(result), flush=True)
+        _write(report, options.out)
+    written = ", ".join(str(path) for path in charts.write(report, options.out))
+    print(f"{options.out}/results.json, {options.out}/results.md, {written or charts.MISSING}")
+
+
+def run_workload(work: Workload, effort: str, machine: Machine, options: argparse.Namespace) -> dict[str, Any]:
+    """Everything about one workload, as JSON has it."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # it compiles a function for eight sizes at most, and then no more
+    problem = Problem.draw(work)
+    steps, first, skipped = _prepare(problem, effort, options.peer)
+    bandwidth = bandwidth_of(problem, machine)
+    timings = measure.time_interleaved(steps, first, options.seconds) if steps else {}
+    # Twice, for others may be at work on this machine: the better one is the bound.
+    floor = floor_of(problem, machine, max(bandwidth, bandwidth_of(problem, machine)))
+    del problem
+    compiled = {peer.name for peer in PEERS if peer.compiles}
+    peers = [
+        {
+            "name": name,
+            "min_ms": timing.minimum,
+            "median_ms": timing.median,
+            "calls": len(timing.calls),
+            "first_call_s": timing.first,
+            "compiled": name in compiled,
+            "peak_mb": None
+            if options.no_memory or work.group in charts.SWEEPS
+            else memory.peak_megabytes(work.name, name, options.threads, options.quick),
+            "ratio_to_floor": timing.minimum / floor.milliseconds,
+            "ratio_to_ours": timing.minimum / timings[OURS].minimum if OURS in timings else None,
+        }
+        for name, timing in timings.items()
+    ]
+    size = {
+        "tasks": work.num_tasks,
+        "items": work.num_items,
+        "dim": work.dim,
+        "support": work.support,
+        "query": work.query,
+        "steps": work.steps,
+    }
+    return {
+        "name": work.name,
+        "sizes": work.sizes,
+        **size,
+        "floor": floor._asdict(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "cpus": os.cpu_count() or 1,
+        "peers": peers,
+        "skipped": skipped,
+    }
+
+
+def _prepare(
+    problem: Problem, effort: str, wanted: str | None
+) -> tuple[dict[str, Step], dict[str, float], dict[str, str]]:
+    """Steps that agree with the first of them, seconds of their first calls, and why others are left out."""
+    steps: dict[str, Step] = {}
+    first: dict[str, float] = {}
+    skipped: dict[str, str] = {}
+    expected: Outputs | None = None
+    for peer in PEERS:
+        if peer.effort(problem.workload) is None or not (wanted is None or wanted in peer.name or peer.name == OURS):
+            continue
+        reason = peer.missing() or _too_long(peer, problem.workload, effort)
+        if reason is not None:
+            skipped[peer.name] = reason
+            continue
+        begin = time.perf_counter()
+        try:
+            step = peer.prepare(problem)
+            outputs = step()
+        except (AttributeError, ValueError, NotImplementedError) as error:
+            if not peer.name.startswith(OURS):
+                raise
+            skipped[peer.name] = f"not in this version ({error})"
+            continue
+        steps[peer.name], first[peer.name] = step, time.perf_counter() - begin
+        expected = outputs if expected is None else expected
+        try:
+            measure.check_equal(outputs, expected, problem.workload)
+        except AssertionError as error:
+            raise AssertionError(f"{problem.workload.name}: {peer.name} is not equal: {error}") from error
+    return steps, first, skipped
+
+
+def _too_long(peer: Peer, work: Workload, effort: str) -> str | None:
+    needed = peer.effort(work)
+    if needed is None or EFFORTS.index(needed) <= EFFORTS.index(effort):
+        return None
+    option = "--quick" if effort == "quick" else "a run without --all"
+    return f"{'compiles' if peer.compiles else 'runs'} too long for {option}"
+
+
+def _chosen(options: argparse.Namespace, effort: str) -> list[Workload]:
+    known = QUICK if options.quick else WORKLOADS
+    if not options.workload:
+        tables_fit = (each for each in known if effort == "all" or each.num_items * each.dim * 4 < LARGEST_TABLE)
+        return list(tables_fit)
+    names = options.workload.split(",")
+    for name in names:
+        if not any(name in (each.name, each.group) for each in known):
+            every = ", ".join(dict.fromkeys(each.group for each in known))
+            raise SystemExit(f"--workload: expected one of {every}, got {name!r}")
+    return [each for each in known if each.name in names or each.group in names]
+
+
+def _write(report: dict[str, Any], directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    (directory / "results.md").write_text(tables.markdown(report))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__)
+    parser.add_argument("--threads", type=int, default=2, help="of torch, and so of everybody")
+    parser.add_argument("--workload", help="names or groups, separated by commas (default: all)")
+    parser.add_argument("--peer", help="only implementations whose name contains this, beside ours")
+    parser.add_argument(
+        "--seconds", type=float, default=None, help="of timing for each workload (default: 10, with --quick: 2)"
+    )
+    parser.add_argument("--quick", action="store_true", help="smaller sizes and few compiled peers: within 2 minutes")
+    parser.add_argument("--all", action="store_true", help="also what compiles for minutes, and tables beyond 2 GB")
+    parser.add_argument("--no-memory", action="store_true", help="no process for each implementation that measures it")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of JSON, Markdown and charts")
+    return parser
 
 
 if __name__ == "__main__":

@@ -85,9 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_ratings(add, None, "ratings to look the user up in (default: the test users beside the learner)")
     add("--k", type=int, default=10, help="how many items")
 
-    add = command("bench", _bench, "Times meta-gradients beside torch.func, after checking that they are equal.")
-    add("--threads", type=int, default=2, help="threads")
-    add("--repeats", type=int, default=40, help="runs of each")
+    add = command(
+        "bench", _bench, "Times every workload beside other implementations, after checking that they are equal."
+    )
+    add("--threads", type=int, default=2, help="threads of everybody")
+    add("--workload", help="names of workloads, separated by commas (default: all)")
+    add("--quick", action="store_true", help="smaller sizes and few compiled peers: within 2 minutes")
+    add("--all", action="store_true", help="also what compiles for minutes, and tables beyond 2 GB")
+    add("--out", default="runs/bench", help="folder of JSON, Markdown and charts")
 
     command("doctor", _doctor, "Says which compiled parts are active, and why others are not.")
     return parser
@@ -176,12 +181,18 @@ def _recommend(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     if not BENCHMARK.is_file():
         raise FileNotFoundError(f"bench: there is no {BENCHMARK}; it comes with the source tree, not with the wheel")
+    root = str(BENCHMARK.parent.parent)
+    if root not in sys.path:
+        sys.path.insert(0, root)  # it imports its neighbours
     spec = importlib.util.spec_from_file_location("metarec_fast_benchmark", BENCHMARK)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.main(["--threads", str(options.threads), "--repeats", str(options.repeats)])
+    arguments = ["--threads", str(options.threads), "--out", options.out]
+    arguments += ["--workload", options.workload] if options.workload else []
+    arguments += [f"--{name}" for name in ("quick", "all") if getattr(options, name)]
+    module.main(arguments)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """The command line, end to end on a small file, and what it says of bad input."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -117,8 +118,10 @@ def test_doctor_says_why_the_fast_path_is_missing(monkeypatch, capsys):
 def test_bench_runs_the_benchmark_of_the_source_tree(tmp_path, monkeypatch, capsys):
     (tmp_path / "run.py").write_text("def main(arguments):\n    print(arguments)\n")
     monkeypatch.setattr(cli, "BENCHMARK", tmp_path / "run.py")
-    assert cli.main(["bench", "--threads", "1"]) == 0
-    assert capsys.readouterr().out == "['--threads', '1', '--repeats', '40']\n"
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert cli.main(["bench", "--threads", "1", "--quick", "--workload", "user,deep"]) == 0
+    expected = ["--threads", "1", "--out", "runs/bench", "--workload", "user,deep", "--quick"]
+    assert capsys.readouterr().out == f"{expected}\n"
     monkeypatch.setattr(cli, "BENCHMARK", tmp_path / "nowhere.py")
     assert cli.main(["bench"]) == 2
     assert "it comes with the source tree" in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""The benchmark suite: workloads, peers, floors; `python -m benchmarks.run` compares and times them."""

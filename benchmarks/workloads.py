@@ -1,0 +1,144 @@
+"""What is timed: problems of one size and kind, drawn from one seed, the same for every implementation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from metarec_fast import Entries, TaskBatch
+
+Kind = Literal["gradient", "reptile", "train", "serve"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """T tasks of S support and Q query entries, K inner steps, over N items of width D; float32.
+
+    Kinds: "gradient" is one meta-gradient; "reptile" the mean move of the adapted parameters; "train" a whole training
+    step, sampling and optimiser included; "serve" adapts one user and finds the ten best items of the catalogue.
+    """
+
+    name: str
+    kind: Kind = "gradient"
+    num_tasks: int = 256  # T
+    num_items: int = 100_000  # N
+    dim: int = 64  # D
+    support: int | tuple[int, int] = 16  # S, or the range that each task draws it from
+    query: int = 16  # Q
+    steps: int = 5  # K
+    loss: Literal["squared", "bpr"] = "squared"
+    adapt: Literal["user", "all"] = "user"
+    first_order: bool = False
+    inner_lr: float = 0.1
+    prior_pull: float = 0.0  # of "serve", which solves for the limit of many steps
+
+    @property
+    def group(self) -> str:
+        """The name without the size: what `--workload` takes, and what one chart shows."""
+        return self.name.partition("-")[0]
+
+    @property
+    def max_support(self) -> int:
+        return self.support if isinstance(self.support, int) else self.support[1]
+
+    @property
+    def sizes(self) -> str:
+        """The sizes as tables print them."""
+        support = self.support if isinstance(self.support, int) else "{}…{}".format(*self.support)
+        if self.kind == "serve":
+            return f"T=1 N={self.num_items:,} D={self.dim} S={support}"
+        return f"T={self.num_tasks} N={self.num_items:,} D={self.dim} S={support} Q={self.query} K={self.steps}"
+
+
+CANONICAL = Workload("user")
+WORKLOADS = (
+    CANONICAL,
+    replace(CANONICAL, name="user_bpr", loss="bpr"),
+    replace(CANONICAL, name="full", adapt="all"),
+    Workload("small", num_tasks=32, num_items=10_000, dim=32, support=10, query=10, steps=1),
+    replace(CANONICAL, name="large", num_tasks=4096, num_items=1_000_000),
+    replace(CANONICAL, name="ragged", support=(3, 90)),
+    replace(CANONICAL, name="first_order", first_order=True),
+    replace(CANONICAL, name="reptile", kind="reptile", query=0),
+    replace(CANONICAL, name="reptile_all", kind="reptile", query=0, adapt="all"),
+    *(replace(CANONICAL, name=f"deep-{steps}", steps=steps) for steps in (1, 5, 10, 20, 50)),
+    *(replace(CANONICAL, name=f"tasks-{tasks}", num_tasks=tasks) for tasks in (16, 64, 256, 1024, 4096, 16384)),
+    *(replace(CANONICAL, name=f"items-{items}", num_items=items) for items in (10_000, 100_000, 1_000_000, 10_000_000)),
+    *(
+        Workload(f"train-{tasks}", "train", num_tasks=tasks, num_items=1_000_000, support=16, query=16)
+        for tasks in (256, 4096)
+    ),
+    Workload("serve", "serve", num_tasks=1, num_items=1_000_000, query=0, prior_pull=0.1),
+)
+QUICK = (
+    CANONICAL,
+    *(each for each in WORKLOADS if each.name in ("user_bpr", "full", "small", "ragged", "first_order", "reptile")),
+    *(each for each in WORKLOADS if each.name in ("deep-1", "deep-50")),
+    replace(CANONICAL, name="large", num_tasks=1024),
+    Workload("train-256", "train", num_items=100_000),
+    Workload("serve", "serve", num_tasks=1, num_items=100_000, query=0, prior_pull=0.1),
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The tensors of a workload. Items are distinct inside a task, as a user rates an item once."""
+
+    workload: Workload
+    user: Tensor  # [D]
+    user_bias: Tensor  # scalar
+    item_table: Tensor  # [N, D]
+    item_bias: Tensor  # [N]
+    batch: TaskBatch
+
+    @staticmethod
+    def draw(workload: Workload, seed: int = 0, dtype: torch.dtype = torch.float32) -> Problem:
+        """Ids uniform; rows of length 0.8, with which the inner steps are stable; ratings in 1 … 5."""
+        generator = torch.Generator().manual_seed(seed)
+        table = torch.empty(workload.num_items, workload.dim, dtype=dtype).normal_(generator=generator)
+        table *= 0.8 / workload.dim**0.5
+        bias = 0.1 * torch.randn(workload.num_items, generator=generator, dtype=dtype)
+        user = torch.randn(workload.dim, generator=generator, dtype=dtype)
+        return Problem(
+            workload, user, torch.full((), 0.1, dtype=dtype), table, bias, _batch(workload, generator, dtype)
+        )
+
+
+def _batch(workload: Workload, generator: torch.Generator, dtype: torch.dtype) -> TaskBatch:
+    tasks, pairs = workload.num_tasks, 2 if workload.loss == "bpr" else 1
+    width = workload.max_support + workload.query
+    ids = _distinct(tasks, pairs * width, workload.num_items, generator)
+    positive, negative = ids[:, :width], ids[:, width:]  # [T, S + Q]; no negatives: [T, 0]
+    targets = torch.ones(tasks, width, dtype=dtype)
+    if workload.loss != "bpr":
+        targets += 4 * torch.rand(tasks, width, generator=generator, dtype=dtype)
+    sizes = torch.full((tasks,), workload.max_support)
+    if not isinstance(workload.support, int):
+        sizes = torch.randint(workload.support[0], workload.support[1] + 1, (tasks,), generator=generator)
+
+    def entries(first: int, sizes: Tensor, longest: int) -> Entries:
+        kept = torch.arange(longest) < sizes[:, None]  # [T, S]
+        columns = slice(first, first + longest)
+        offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        negatives = negative[:, columns][kept] if workload.loss == "bpr" else None
+        return Entries(positive[:, columns][kept], targets[:, columns][kept], offsets, negatives=negatives)
+
+    support = entries(0, sizes, workload.max_support)
+    if workload.query == 0:
+        return TaskBatch(support)
+    return TaskBatch(support, entries(workload.max_support, torch.full((tasks,), workload.query), workload.query))
+
+
+def _distinct(rows: int, width: int, num_items: int, generator: torch.Generator) -> Tensor:
+    """Ids [rows, width], uniform, distinct inside a row: rows that repeat one are drawn again, if they are rare."""
+    if width**2 > num_items:
+        return torch.rand(rows, num_items, generator=generator).argsort(1)[:, :width]
+    ids = torch.randint(num_items, (rows, width), generator=generator)
+    while True:
+        repeated = (ids.sort(1).values.diff(dim=1) == 0).any(1)
+        if not repeated.any():
+            return ids
+        ids[repeated] = torch.randint(num_items, (int(repeated.sum()), width), generator=generator)
