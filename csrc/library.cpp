@@ -42,6 +42,9 @@ STABLE_TORCH_LIBRARY(metarec_fast, m) {
          kGradients + ", Tensor item_ids)")
             .c_str());
   m.def(("adapt_all(" + kInputs + kLoop + ") -> (Tensor, Tensor, Tensor, Tensor)").c_str());
+  m.def(("reptile_step(" + kInputs + "Tensor? task_weights, " + kLoop +
+         ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+            .c_str());
   m.def(
       "score_top_k(Tensor user, Tensor user_bias, Tensor item_table, Tensor item_bias, int k, "
       "Tensor? exclude_items, Tensor? exclude_offsets) -> (Tensor, Tensor)");

@@ -218,6 +218,11 @@ def check_outer_loss(outer_loss: str | Mapping[str, float]) -> dict[str, float]:
     return losses
 
 
+def check_per_task(name: str, value: Tensor, like: Tensor, num_tasks: int) -> Tensor:
+    """A number for each task, [T]."""
+    return _tensor(name, value, like, ((num_tasks,),), "[T]")
+
+
 def check_step_weights(step_weights: Tensor | None, loop: InnerLoop, like: Tensor) -> Tensor | None:
     """κ [K + 1], for the multi-step outer loss."""
     if step_weights is None:

@@ -88,6 +88,14 @@ def _fake_meta_step(*args: Any) -> list[Tensor]:
     return [like.new_empty(()), *gradients, ids]
 
 
+def _fake_reptile_step(*args: Any) -> tuple[Tensor, ...]:
+    like, entries = args[ITEM_BIAS], args[SUPPORT_ITEMS].shape[0]
+    adapts_items = args[INPUTS + 1 + ADAPT_WHAT] == "all"
+    rows = like.new_empty((entries, args[ITEM_TABLE].shape[1]) if adapts_items else (0,))
+    moves = like.new_empty(args[0].shape), like.new_empty(args[1].shape)
+    return like.new_empty(()), *moves, rows, like.new_empty((entries if adapts_items else 0,))
+
+
 def _num_rows(args: tuple[Any, ...]) -> int:
     """How many gradient rows meta_step returns; first order has none for the support, unless its items adapt."""
     loop = args[INPUTS + JUDGED_QUERY :]
@@ -192,6 +200,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "adapt_and_score_backward": _fake_adapt_and_score_backward,
     "adapt_all": _fake_adapt_all,
     "meta_step": _fake_meta_step,
+    "reptile_step": _fake_reptile_step,
     "score_top_k": _fake_score_top_k,
     "coalesce_rows": _fake_coalesce_rows,
     "sum_rows": _fake_sum_rows,
@@ -206,5 +215,5 @@ register_autograd("metarec_fast::adapt", _adapt_backward, setup_context=_save)
 register_autograd("metarec_fast::adapt_and_score", _adapt_and_score_backward, setup_context=_save)
 register_autograd("metarec_fast::adapt_and_score_backward", _refuse("adapt_and_score cannot be differentiated twice"))
 register_autograd("metarec_fast::meta_step", _meta_step_backward, setup_context=_meta_step_setup)
-for _name in ("adapt_all", "score_top_k", "coalesce_rows", "sum_rows"):
+for _name in ("adapt_all", "reptile_step", "score_top_k", "coalesce_rows", "sum_rows"):
     register_autograd(f"metarec_fast::{_name}", _refuse(f"{_name} has no gradient of its own"))

@@ -67,6 +67,16 @@ def meta_step(
     return MetaStep(loss, grads)
 
 
+def reptile_step(model: Model, support: Entries, task_weights: Tensor | None, loop: InnerLoop) -> MetaStep:
+    loss, user, bias, rows, biases = _call(
+        ops.reptile_step.default, (), *_inputs(model, support), task_weights, *_loop(loop)
+    )
+    grads: dict[str, Tensor | SparseRows] = {"user_init": user, "user_bias_init": bias}
+    if loop.adapt == "all":
+        grads["item_table"], grads["item_bias"] = SparseRows(support.items, rows), SparseRows(support.items, biases)
+    return MetaStep(loss, grads)
+
+
 def _call(op: Any, given: Iterable[Tensor | None], *args: Any) -> Any:
     """The same as op(*args), without the detour through Python's autograd where none of `given` asks for gradients."""
     wanted = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in given)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from metarec_fast import _library, _ops, reference
 from metarec_fast._arguments import (
+    PAIRWISE,
     InnerLoop,
     Model,
     Number,
@@ -22,6 +23,7 @@ from metarec_fast._arguments import (
     check_inner_loop,
     check_model,
     check_outer_loss,
+    check_per_task,
     check_step_weights,
 )
 from metarec_fast.results import FastWeights, MetaStep, SparseRows, TopK
@@ -199,6 +201,56 @@ def meta_step(
     return result
 
 
+@torch.no_grad()
+def reptile_step(
+    user_init: Tensor,  # [D] or [T, D]
+    item_table: Tensor,  # [N, D]
+    item_bias: Tensor,  # [N]
+    support: Entries,
+    *,
+    user_bias_init: Number | None = None,  # scalar or [T]
+    offset: Number = 0.0,
+    inner_lr: Number = 0.1,  # scalar or [K]
+    inner_steps: int = 5,
+    preconditioner: Tensor | None = None,  # [D + 1]
+    prior_pull: Number = 0.0,  # scalar or [T]
+    extra_count: float = 0.0,
+    momentum: Number | None = None,  # scalar or [K]
+    loss: str = "squared",
+    adapt: str = "all",
+    task_weights: Tensor | None = None,  # [T]
+) -> MetaStep:
+    """Reptile's step for a batch (Nichol et al. 2018, algorithm 2), as a gradient: descending by it with rate ε moves
+    the meta-parameters by ε towards where tasks end up.
+
+        φ_0 − Σ_t ω_t φ_K,t / Σ_t ω_t,   item rows and biases averaged over the tasks that hold the item
+
+    Args:
+        support: The entries to adapt on. All other arguments but the last are those of `adapt`.
+        task_weights: ω [T] ≥ 0, 1 by default.
+
+    Returns:
+        `.loss`, the mean over tasks of their support loss after adaptation, without a gradient of its own; `.grads`:
+        user_init, user_bias_init and, with adapt="all", item_table and item_bias, SparseRows with a row for each
+        support entry (of the entries of one task that hold the same item, the first has it all).
+
+    Raises:
+        IndexError, ValueError, TypeError: As for `adapt`; the losses "bpr" and "softmax" are refused.
+    """
+    num_tasks = _count_tasks("support", support)
+    model = check_model(user_init, user_bias_init, item_table, item_bias, offset, num_tasks)
+    if loss in PAIRWISE:
+        raise ValueError(f"loss: Reptile adapts on a loss of single scores, got {loss!r}")
+    loop = check_inner_loop(
+        model, num_tasks, inner_lr=inner_lr, inner_steps=inner_steps, preconditioner=preconditioner,
+        prior_pull=prior_pull, extra_count=extra_count, momentum=momentum, loss=loss, first_order=False, adapt=adapt,
+    )  # fmt: skip
+    support = check_entries("support", support, item_bias, (loss,))
+    weights = None if task_weights is None else check_per_task("task_weights", task_weights, item_bias, num_tasks)
+    run = _ops.reptile_step if _library.loaded_for(item_table) else reference.reptile_step
+    return run(model, support, weights, loop)
+
+
 def score_top_k(
     user: Tensor,  # [T, D]
     user_bias: Tensor,  # [T]
@@ -251,6 +303,18 @@ def coalesce_rows(gradient: SparseRows) -> SparseRows:
     return run(gradient)
 
 
+def sum_rows(gradient: SparseRows, num_rows: int) -> Tensor:
+    """The gradient of the whole table, [num_rows, D] or [num_rows], summed in the order of the rows.
+
+    Args:
+        gradient: ids int64 [n] in [0, num_rows) and rows [n, D] or [n], float32 or float64.
+    """
+    if not _library.loaded_for(gradient.rows):
+        return gradient.to_dense(num_rows)
+    result: Tensor = _ops.ops.sum_rows(*gradient, num_rows)
+    return result
+
+
 def _count_tasks(name: str, tasks: Entries | TaskBatch) -> int:
     expected = Entries if name == "support" else TaskBatch
     if not isinstance(tasks, expected):
@@ -273,4 +337,7 @@ def _with_negatives(batch: TaskBatch) -> TaskBatch:
     return TaskBatch(batch.support, flat, batch.users, batch.weights)
 
 
-__all__ = ["InnerLoop", "Model", "adapt", "adapt_and_score", "coalesce_rows", "meta_step", "score_top_k"]
+__all__ = [
+    "InnerLoop", "Model", "adapt", "adapt_and_score", "coalesce_rows", "meta_step", "reptile_step", "score_top_k",
+    "sum_rows",
+]  # fmt: skip

@@ -188,6 +188,41 @@ def meta_step(
     return MetaStep(KnownGradients.apply("meta_step", loss.detach(), slopes, *originals), grads)
 
 
+def reptile_step(model: Model, support: Entries, task_weights: Tensor | None, loop: InnerLoop) -> MetaStep:
+    """Reptile's step as a gradient: φ_0 − Σ_t ω_t φ_K,t / Σ_t ω_t, and the mean support loss at φ_K.
+
+    A row or bias moves by the mean over the tasks that hold its item; the first of a task's entries that hold it has
+    the task's part of it, the others have zeros.
+    """
+    tasks = _split_tasks(support)
+    weights = model.item_bias.new_ones(len(tasks)) if task_weights is None else task_weights
+    holders = torch.zeros_like(model.item_bias)
+    for task, weight in zip(tasks, weights, strict=True):
+        holders[task.distinct] += weight
+    user, bias = torch.zeros_like(model.user_init), torch.zeros_like(model.user_bias_init)
+    loss, judged = model.offset.new_zeros(()), model.offset.new_zeros(())
+    rows, biases = [_rows(model, support.items[:0])], [model.item_bias[:0]]
+    for t, (task, weight) in enumerate(zip(tasks, weights, strict=True)):
+        start = _start(model, task, t)
+        end = adapt_task(start, model, task, loop, t)[-1]
+        share = weight / weights.sum() if weights.sum() > 0 else weight
+        user[t if user.dim() == 2 else ...] += share * (start.user - end.user)
+        bias[t if bias.dim() == 1 else ...] += share * (start.bias - end.bias)
+        if task.items.numel():
+            scores = score(end, model, task.items, task if loop.adapt == "all" else None)
+            errors = pointwise_loss(loop.loss, scores, task.targets)
+            loss, judged = loss + weight * (task.weights * errors).sum() / task.weights.sum(), judged + weight
+        first = torch.tensor([bool((task.items[:e] != item).all()) for e, item in enumerate(task.items)])
+        part = weight / holders[task.items] * first.to(weights)
+        rows.append(part[:, None] * (start.rows - end.rows)[task.position])
+        biases.append(part * (start.biases - end.biases)[task.position])
+    grads: dict[str, Tensor | SparseRows] = {"user_init": user, "user_bias_init": bias}
+    if loop.adapt == "all":
+        grads["item_table"] = SparseRows(support.items, torch.cat(rows))
+        grads["item_bias"] = SparseRows(support.items, torch.cat(biases))
+    return MetaStep(loss / judged if judged > 0 else loss, grads)
+
+
 def score_top_k(
     user: Tensor, user_bias: Tensor, item_table: Tensor, item_bias: Tensor, k: int, exclude: Entries | None = None
 ) -> TopK:

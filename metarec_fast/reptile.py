@@ -10,11 +10,11 @@ from metarec_fast import functional
 from metarec_fast._arguments import PAIRWISE
 from metarec_fast._known_gradients import KnownGradients
 from metarec_fast.functional import Steps
-from metarec_fast.learners import Learner, mean_task_loss
+from metarec_fast.learners import Learner
 from metarec_fast.models import DotRecommender
 from metarec_fast.optim import SparseSGD
-from metarec_fast.results import FastWeights
-from metarec_fast.tasks import Entries, TaskBatch
+from metarec_fast.results import SparseRows
+from metarec_fast.tasks import TaskBatch
 
 
 class Reptile(Learner):
@@ -58,16 +58,19 @@ class Reptile(Learner):
         """
         batch = self._prepare(batch, query=None)
         unique, local = batch.localize()
-        rows, biases = self.model.lookup(unique)
-        start = (self.model.user_init, self.model.user_bias_init, rows, biases, self.model.offset)
-        with torch.no_grad():
-            fast = functional.adapt(start[0], rows, biases, local.support, **self._settings(local.support))
-            scores = self.model.offset + _support_scores(fast, local.support, rows, biases)
-            loss = mean_task_loss(self.outer_loss, scores, local.support, local.weights)
-            moves = _mean_moves(fast, local, *start[:4])
-        gradients = (*moves, torch.zeros_like(self.model.offset))
-        result: Tensor = KnownGradients.apply("Reptile", loss, gradients, *start)
-        return result
+        model, support = self.model, local.support
+        rows, biases = model.lookup(unique)
+        settings = {name: value for name, value in self._settings(support).items() if name != "first_order"}
+        result = functional.reptile_step(
+            model.user_init, rows.detach(), biases.detach(), support, task_weights=batch.weights, **settings
+        )
+        inputs = (model.user_init, model.user_bias_init, model.offset, rows, biases)
+        user, bias, *items = result.grads.values()
+        # What does not move has a gradient of zero rather than none: DDP waits for everybody's.
+        moves = [_dense(each, len(unique)) for each in items] or [torch.zeros_like(rows), torch.zeros_like(biases)]
+        gradients = (user, bias, torch.zeros_like(model.offset), *moves)
+        loss: Tensor = KnownGradients.apply("Reptile", result.loss, gradients, *inputs)
+        return loss
 
     def default_optimizers(self, outer_lr: float | None = None) -> list[Optimizer]:
         """SGD with rate ε = `outer_lr`, `optim.SparseSGD` for embeddings with sparse gradients."""
@@ -75,34 +78,7 @@ class Reptile(Learner):
         return [SGD(dense), SparseSGD(sparse)] if sparse else [SGD(dense)]
 
 
-def _support_scores(fast: FastWeights, support: Entries, rows: Tensor, biases: Tensor) -> Tensor:
-    """Scores [n] of the support entries after adaptation, less the offset."""
-    tasks = support.task_ids()
-    if fast.items is None:
-        rows, biases = rows[support.items], biases[support.items]
-    else:
-        rows, biases = fast.items.rows, fast.items.biases
-    return biases + fast.bias[tasks] + (fast.user[tasks] * rows).sum(1)
-
-
-def _mean_moves(
-    fast: FastWeights, batch: TaskBatch, user: Tensor, bias: Tensor, rows: Tensor, biases: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """φ_0 − mean φ_K of user vector [D], user bias, item rows [U, D] and item biases [U]."""
-    weights = torch.ones_like(fast.bias) if batch.weights is None else batch.weights  # [T]
-    tiny = torch.finfo(rows.dtype).tiny
-    share = weights / weights.sum().clamp(min=tiny)
-    move_user, move_bias = share @ (user - fast.user), share @ (bias - fast.bias)
-    if fast.items is None:
-        return move_user, move_bias, torch.zeros_like(rows), torch.zeros_like(biases)
-
-    support = batch.support
-    tasks, items = support.task_ids(), support.items
-    # An item that a task holds several times still counts as one of its parameters.
-    _, place, repeats = torch.unique(tasks * rows.shape[0] + items, return_inverse=True, return_counts=True)
-    count = weights[tasks] / repeats[place]  # [n]
-    total = torch.zeros_like(biases).index_add(0, items, count).clamp(min=tiny)  # [U]
-    share = count / total[items]
-    move_rows = torch.zeros_like(rows).index_add(0, items, share[:, None] * (rows[items] - fast.items.rows))
-    move_biases = torch.zeros_like(biases).index_add(0, items, share * (biases[items] - fast.items.biases))
-    return move_user, move_bias, move_rows, move_biases
+def _dense(gradient: Tensor | SparseRows, num_rows: int) -> Tensor:
+    """Rows of the block, [num_rows, D] or [num_rows]."""
+    assert isinstance(gradient, SparseRows)
+    return functional.sum_rows(gradient, num_rows)

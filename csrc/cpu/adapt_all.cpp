@@ -38,13 +38,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapt_all_cpu(
     scalar_t* biases_out = biases.mutable_data_ptr<scalar_t>();
 
     const TaskBlocks blocks(T, reader.support.offsets, nullptr, reader.entry_cost());
-    const auto make_index = [] { return ItemIndex(); };
-    blocks.run(make_index, [&](int64_t, int64_t first, int64_t last, auto& index) {
+    const auto make_index = [] { return std::pair<ItemIndex, RowsAhead>(); };
+    blocks.run(make_index, [&](int64_t, int64_t first, int64_t last, auto& worker) {
       Arena<scalar_t>& arena = thread_arena<scalar_t>();
+      auto& [index, ahead] = worker;
       for (int64_t t = first; t < last; ++t) {
         arena.reset();
-        const Task<scalar_t> task = reader.read(t, arena);
-        if (t + 1 < last) reader.prefetch(t + 1);
+        const Task<scalar_t> task = reader.read(t, arena, ahead);
+        t + 1 < last ? reader.aim(ahead, t + 1, nullptr) : ahead.stop();
         const int64_t begin = reader.support.begin(t);
         index.assign(reader.support.items + begin, task.size);
         FullPath<scalar_t> path;

@@ -36,14 +36,15 @@ Adapted run_forward(const Inputs& inputs, const RaggedItems& query, const LoopAr
       bias[t] = fast[layout.width];
       std::copy(own, own + queries.size(t), scores + queries.begin(t));
     };
-    const auto make_solver = [] { return InnerSolver<scalar_t>(); };
-    const auto make_items = [] { return FullItems(); };
-    const auto adapt_users = [&](int64_t, int64_t first, int64_t last, auto& solver) {
+    const auto make_solver = [] { return std::pair<InnerSolver<scalar_t>, RowsAhead>(); };
+    const auto make_items = [] { return std::pair<FullItems, RowsAhead>(); };
+    const auto adapt_users = [&](int64_t, int64_t first, int64_t last, auto& worker) {
       Arena<scalar_t>& arena = thread_arena<scalar_t>();
+      auto& [solver, ahead] = worker;
       for (int64_t t = first; t < last; ++t) {
         arena.reset();
-        const Task<scalar_t> task = reader.read(t, arena);
-        if (t + 1 < last) reader.prefetch(t + 1, queries);
+        const Task<scalar_t> task = reader.read(t, arena, ahead);
+        t + 1 < last ? reader.aim(ahead, t + 1, &queries) : ahead.stop();
         const scalar_t* fast = solver.forward(task, arena, /*backward=*/false);
         const Query<scalar_t> asked = read_query(reader, queries, t, arena);
         scalar_t* own = arena.take(asked.size());
@@ -51,12 +52,13 @@ Adapted run_forward(const Inputs& inputs, const RaggedItems& query, const LoopAr
         put(t, fast, own);
       }
     };
-    const auto adapt_items_too = [&](int64_t, int64_t first, int64_t last, auto& items) {
+    const auto adapt_items_too = [&](int64_t, int64_t first, int64_t last, auto& worker) {
       Arena<scalar_t>& arena = thread_arena<scalar_t>();
+      auto& [items, ahead] = worker;
       for (int64_t t = first; t < last; ++t) {
         arena.reset();
-        const Task<scalar_t> task = reader.read(t, arena);
-        if (t + 1 < last) reader.prefetch(t + 1, queries);
+        const Task<scalar_t> task = reader.read(t, arena, ahead);
+        t + 1 < last ? reader.aim(ahead, t + 1, &queries) : ahead.stop();
         items.find(reader.support, queries, t);
         FullPath<scalar_t> path;
         start_full(task, items.index, arena, path);
@@ -168,15 +170,16 @@ GradientTuple adapt_and_score_backward_cpu(
       pack(from_user + t * layout.dim, from_bias[t], layout, grad_fast);
       return std::pair(grad_scores, grad_fast);
     };
-    const auto make_solver = [] { return InnerSolver<scalar_t>(); };
-    const auto make_items = [] { return FullItems(); };
-    const auto undo_users = [&](int64_t block, int64_t first, int64_t last, auto& solver) {
+    const auto make_solver = [] { return std::pair<InnerSolver<scalar_t>, RowsAhead>(); };
+    const auto make_items = [] { return std::pair<FullItems, RowsAhead>(); };
+    const auto undo_users = [&](int64_t block, int64_t first, int64_t last, auto& worker) {
       Arena<scalar_t>& arena = thread_arena<scalar_t>();
+      auto& [solver, ahead] = worker;
       for (int64_t t = first; t < last; ++t) {
         arena.reset();
-        const Task<scalar_t> task = reader.read(t, arena);
+        const Task<scalar_t> task = reader.read(t, arena, ahead);
         const Query<scalar_t> asked = read_query(reader, queries, t, arena);
-        if (t + 1 < last) reader.prefetch(t + 1, queries);
+        t + 1 < last ? reader.aim(ahead, t + 1, &queries) : ahead.stop();
         const scalar_t* fast = solver.forward(task, arena, /*backward=*/true);
 
         const int64_t begin = queries.begin(t), support_begin = reader.support.begin(t);
@@ -190,13 +193,14 @@ GradientTuple adapt_and_score_backward_cpu(
         gradients.add_task(block, task, grads, support_begin, grad_scores, asked, begin);
       }
     };
-    const auto undo_items_too = [&](int64_t block, int64_t first, int64_t last, auto& items) {
+    const auto undo_items_too = [&](int64_t block, int64_t first, int64_t last, auto& worker) {
       Arena<scalar_t>& arena = thread_arena<scalar_t>();
+      auto& [items, ahead] = worker;
       for (int64_t t = first; t < last; ++t) {
         arena.reset();
-        const Task<scalar_t> task = reader.read(t, arena);
+        const Task<scalar_t> task = reader.read(t, arena, ahead);
         const Query<scalar_t> asked = read_query(reader, queries, t, arena);
-        if (t + 1 < last) reader.prefetch(t + 1, queries);
+        t + 1 < last ? reader.aim(ahead, t + 1, &queries) : ahead.stop();
         items.find(reader.support, queries, t);
         FullPath<scalar_t> path;
         start_full(task, items.index, arena, path);

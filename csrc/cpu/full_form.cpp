@@ -44,6 +44,7 @@ MULTIVERSION void step_full(const Task<scalar_t>& task, const ItemIndex& index, 
   constexpr int64_t kLane = kLanes<scalar_t>;
   const int64_t width = task.layout.width, P = task.layout.stride;
   const Rows<scalar_t> rows = path.item_rows(width);
+  task.ahead.some();
   const scalar_t* now = path.fast + k * P;
   scalar_t* next = path.fast + (k + 1) * P;
   scalar_t* slopes = path.slopes + k * path.stride;
@@ -77,6 +78,7 @@ MULTIVERSION void undo_full(const Task<scalar_t>& task, const ItemIndex& index, 
   const scalar_t* push = path.pushes + k * path.entries;
   const scalar_t rate = task.loop.inner_lr[k];
 
+  task.ahead.some();
   // r_i = e_i·ū + c̄ + ē_i·u + b̄_i: how much the loss would change with g_i, but for −s.
   scalar_t* along = arena.take(items);
   for (int64_t i = 0; i < items; i += kRows) {
@@ -92,7 +94,7 @@ MULTIVERSION void undo_full(const Task<scalar_t>& task, const ItemIndex& index, 
             before * load(grads.fast + d) + load(grads.rows + (i + r) * width + d) * load(user + d);
       }
     }
-    *reinterpret_cast<Quad<scalar_t>*>(along + i) = sum_lanes<scalar_t>(sums);
+    put(along + i, sum_lanes<scalar_t>(sums));
   }
   scalar_t lr_sum = 0;
   for (int64_t i = 0; i < items; ++i) {

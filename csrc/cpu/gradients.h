@@ -118,10 +118,10 @@ class Gradients {
     if (pull && !shared_pull_) pull.values = data(prior_pull);
     scalar_t* rows = nullptr;
     if (rows_ != nullptr && places.support)
-      rows = pairwise() ? arena.take(task.size * layout_.dim) : rows_ + begin * layout_.dim;
+      rows = in_place(task) ? rows_ + begin * layout_.dim : arena.take(task.size * layout_.dim);
     scalar_t* weights = nullptr;
     if (support_weights.numel() > 0)
-      weights = pairwise() ? arena.take(task.size) : data(support_weights) + begin;
+      weights = in_place(task) ? data(support_weights) + begin : arena.take(task.size);
     return {arena.take(layout_.stride),
             rows,
             arena.take_zeros(task.size),
@@ -133,9 +133,10 @@ class Gradients {
   }
 
   // Books what a task's adjoint has found, and the gradients p̄ [Q · group] of its query scores.
-  void add_task(int64_t block, const Task<scalar_t>& task, const TaskGradients<scalar_t>& grads,
-                int64_t support_begin, const scalar_t* grad_scores, const Query<scalar_t>& query,
-                int64_t query_begin) {
+  MULTIVERSION void add_task(int64_t block, const Task<scalar_t>& task,
+                             const TaskGradients<scalar_t>& grads, int64_t support_begin,
+                             const scalar_t* grad_scores, const Query<scalar_t>& query,
+                             int64_t query_begin) {
     scalar_t sum = 0;
     if (loss_ != Loss::kBpr)  // a difference of two scores knows no offset
       for (int64_t r = 0; r < task.size; ++r) sum += grads.base[r];
@@ -154,17 +155,21 @@ class Gradients {
                      const FullGradients<scalar_t>& grads, const ItemIndex& index,
                      int64_t support_begin, const scalar_t* grad_scores,
                      const Query<scalar_t>& query, int64_t query_begin) {
-    add_start(block, task.index, grads.fast, grads.offset);
+    add_moves(block, task, grads, index, support_begin);
     add_query_biases(grad_scores, query, query_begin);
+  }
+
+  // Of that, what belongs to the start and to the support items.
+  MULTIVERSION void add_moves(int64_t block, const Task<scalar_t>& task,
+                              const FullGradients<scalar_t>& grads, const ItemIndex& index,
+                              int64_t support_begin) {
+    add_start(block, task.index, grads.fast, grads.offset);
     if (rows_ == nullptr) return;
     for (int64_t e = 0, next = 0; e < task.size; ++e) {
       const int64_t i = index.place[e];
       const bool first = i == next;  // items are numbered as they come
       scalar_t* row = rows_ + (support_begin + e) * layout_.dim;
-      if (first)
-        std::copy_n(grads.rows + i * layout_.width, layout_.dim, row);
-      else
-        std::fill_n(row, layout_.dim, scalar_t{0});
+      copy_scaled(grads.rows + i * layout_.width, scalar_t(first), layout_.dim, row);
       biases_[support_begin + e] = first ? grads.biases[i] : 0;
       next += first;
     }
@@ -226,7 +231,8 @@ class Gradients {
     return tensor.numel() == 0 ? nullptr : tensor.mutable_data_ptr<scalar_t>();
   }
 
-  void add_start(int64_t block, int64_t task, const scalar_t* start, scalar_t offset) {
+  ALWAYS_INLINE void add_start(int64_t block, int64_t task, const scalar_t* start,
+                               scalar_t offset) {
     scalar_t* record = records_ + block * record_size_;
     if (per_task_user_ != nullptr)
       std::copy(start, start + layout_.dim, per_task_user_ + task * layout_.dim);
@@ -235,7 +241,8 @@ class Gradients {
     record[offset_at_] += offset;
   }
 
-  void add_query_biases(const scalar_t* grad_scores, const Query<scalar_t>& query, int64_t begin) {
+  ALWAYS_INLINE void add_query_biases(const scalar_t* grad_scores, const Query<scalar_t>& query,
+                                      int64_t begin) {
     if (rows_ == nullptr) return;
     for (int64_t q = 0, i = 0; q < query.num_entries; ++q)
       for (int64_t j = 0; j < query.group; ++j)
@@ -243,9 +250,14 @@ class Gradients {
   }
 
   bool pairwise() const { return loss_ == Loss::kBpr || loss_ == Loss::kSoftmax; }
+  // Whether a task's rows are, in their order, those of the support items.
+  bool in_place(const Task<scalar_t>& task) const {
+    return loss_ != Loss::kSoftmax && task.group == 1;
+  }
 
   // From the rows of a task, differences or candidates, to those of its items and negatives.
-  void add_pairs(const Task<scalar_t>& task, const TaskGradients<scalar_t>& grads, int64_t begin) {
+  ALWAYS_INLINE void add_pairs(const Task<scalar_t>& task, const TaskGradients<scalar_t>& grads,
+                               int64_t begin) {
     const int64_t group = task.group, dim = layout_.dim;
     const bool differences = loss_ == Loss::kBpr;
     for (int64_t s = 0; s < task.num_entries; ++s) {
@@ -257,18 +269,17 @@ class Gradients {
       if (grads.rows == nullptr) continue;
       const scalar_t* rows = grads.rows + s * group * dim;
       const scalar_t* base = grads.base + s * group;
-      scalar_t* own = rows_ + places.of_support(begin + s, 0) * dim;
-      scalar_t& own_bias = biases_[places.of_support(begin + s, 0)];
-      std::copy(rows, rows + dim, own);
+      scalar_t* own = rows_ + (begin + s) * dim;
+      scalar_t& own_bias = biases_[begin + s];
+      if (rows != own) copy_scaled(rows, scalar_t{1}, dim, own);
       own_bias = base[0];
-      for (int64_t j = 0; j < group; ++j) {
-        if (!differences && j == 0) continue;
+      for (int64_t j = differences ? 0 : 1; j < group; ++j) {
         const int64_t place = places.of_support(begin + s, differences ? j + 1 : j);
         const scalar_t sign = differences ? -1 : 1;
-        for (int64_t d = 0; d < dim; ++d) rows_[place * dim + d] = sign * rows[j * dim + d];
+        copy_scaled(rows + j * dim, sign, dim, rows_ + place * dim);
         biases_[place] = sign * base[j];
         if (!differences || j == 0) continue;
-        for (int64_t d = 0; d < dim; ++d) own[d] += rows[j * dim + d];
+        add(rows + j * dim, dim, own);
         own_bias += base[j];
       }
     }

@@ -31,7 +31,7 @@ MULTIVERSION void gram_forward(const Task<scalar_t>& task, Arena<scalar_t>& aren
     path.scaled.bias *= task.scale[width];
     bias_square *= task.scale[width];
   }
-  path.gram = arena.take(R * stride);
+  path.gram = arena.take((R + 3) / 4 * 4 * stride);
   path.coefficients = arena.take((K + 1) * stride);
   path.pushes = arena.take(K * stride);
   path.curvatures = arena.take(K * stride);
@@ -39,18 +39,13 @@ MULTIVERSION void gram_forward(const Task<scalar_t>& task, Arena<scalar_t>& aren
   scalar_t* scores = arena.take(stride);
 
   score_rows(task.rows, task.base, task.start, first_scores);
-  for (int64_t r = 0; r < R; ++r) {
-    // The lower half, in whole registers; the rest of them is garbage above the diagonal.
-    scalar_t* row = path.gram + r * stride;
-    dots<scalar_t>(path.scaled.values + r * width, {task.rows.values, r + 1, width, task.rows.bias},
-                   bias_square, row);
-    for (int64_t j = 0; j < r; ++j) path.gram[j * stride + r] = row[j];
-  }
+  symmetric_products(path.scaled.values, task.rows, bias_square, path.gram, stride);
   for (int64_t r = 0; r < R; ++r)
     for (int64_t j = R; j < stride; ++j) path.gram[r * stride + j] = 0;
 
   for (int64_t i = 0; i < stride; i += kLane) store(path.coefficients + i) = Vector<scalar_t>{};
   for (int64_t k = 0; k < K; ++k) {
+    task.ahead.some();
     const scalar_t* now = path.coefficients + k * stride;
     const scalar_t* before = k == 0 ? now : now - stride;
     scalar_t* next = path.coefficients + (k + 1) * stride;
@@ -86,6 +81,7 @@ MULTIVERSION void gram_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& aren
 
   dots(grad_fast, path.scaled, path.scaled.bias * grad_fast[width], adjoint);
   for (int64_t k = K - 1; k >= 0; --k) {
+    task.ahead.some();
     const scalar_t* now = path.coefficients + k * stride;
     const scalar_t* before = k == 0 ? now : now - stride;
     const scalar_t* push = path.pushes + k * stride;
@@ -124,16 +120,14 @@ MULTIVERSION void gram_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& aren
   if (grads.base != nullptr) copy_out(grad_base, R, grads.base);
   const scalar_t* last = path.coefficients + K * stride;
 
-  // C = Ḡ + Ḡᵀ with Ḡ = Σ_k h_k a_kᵀ, then two more columns: X̄ = C X diag(A) + p̄ φ_0ᵀ + a_K (A ∘
-  // φ̄)ᵀ.
+  // X̄ = C X diag(A) + p̄ φ_0ᵀ + a_K (A ∘ φ̄)ᵀ,  C = Ḡ + Ḡᵀ = Σ_k h_k a_kᵀ + a_k h_kᵀ
   const bool wants_rows = grads.rows != nullptr && second_order;
-  if (!wants_rows && grads.scale == nullptr) return;
-  scalar_t* grad_gram = arena.take_zeros(R * stride);  // Ḡ
-  if (second_order)
-    multiply<scalar_t>({bends, 1, stride}, R, path.coefficients, stride, K, stride, grad_gram,
-                       stride);
   if (grads.scale != nullptr) {  // Ā = φ̄ ∘ Xᵀ a_K + diag(Xᵀ Ḡ X)
     scalar_t* row = arena.take(layout.stride);
+    scalar_t* grad_gram = arena.take_zeros(R * stride);  // Ḡ
+    if (second_order)
+      multiply<scalar_t>({bends, 1, stride}, R, path.coefficients, stride, K, stride, grad_gram,
+                         stride);
     combine(last, task.rows, row);
     for (int64_t i = 0; i < layout.stride; i += kLane)
       store(grads.scale + i) += load(grad_fast + i) * load(row + i);
@@ -153,14 +147,20 @@ MULTIVERSION void gram_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& aren
     store(basis + R * layout.stride + i) = load(task.start + i);
     store(basis + (R + 1) * layout.stride + i) = load(task.scale + i) * load(grad_fast + i);
   }
-  scalar_t* coefficients = arena.take(R * (R + 2));
-  for (int64_t r = 0; r < R; ++r) {
-    for (int64_t j = 0; j < R; ++j)
-      coefficients[r * (R + 2) + j] = grad_gram[r * stride + j] + grad_gram[j * stride + r];
-    coefficients[r * (R + 2) + R] = grad_base[r];
-    coefficients[r * (R + 2) + R + 1] = last[r];
+  // (h_0 … h_{K−1}, a_0 … a_{K−1}) times (a_0 … a_{K−1}, h_0 … h_{K−1})
+  scalar_t *left = arena.take(2 * K * stride), *right = arena.take(2 * K * stride);
+  for (int64_t i = 0; i < K * stride; i += kLane) {
+    store(left + i) = store(right + K * stride + i) = load(bends + i);
+    store(left + K * stride + i) = store(right + i) = load(path.coefficients + i);
   }
-  write_rows<scalar_t>(layout, {coefficients, R + 2, 1}, R, basis, R + 2, arena, grads.rows,
+  const int64_t columns = stride + kLane;
+  scalar_t* coefficients = arena.take(R * columns);
+  multiply<scalar_t>({left, 1, stride}, R, right, stride, 2 * K, stride, coefficients, columns);
+  for (int64_t r = 0; r < R; ++r) {
+    coefficients[r * columns + R] = grad_base[r];
+    coefficients[r * columns + R + 1] = last[r];
+  }
+  write_rows<scalar_t>(layout, {coefficients, columns, 1}, R, basis, R + 2, arena, grads.rows,
                        layout.dim);
 }
 

@@ -10,18 +10,27 @@ namespace metarec_fast::cpu {
 // Above this many support entries the Gram matrices no longer sit in L2.
 constexpr int64_t kLargestGram = 192;
 
-// Multiply-adds of inner loop and adjoint, for each form; see the headers of the forms.
+// What each form would cost, in multiply-adds of whole registers. V is a row's registers, kSum what
+// it takes besides to sum the lanes of one, kStep what a step takes beyond its rows; the products
+// of the Gram matrix come dearer by kGram. Fitted to times of S from 4 to 128, D from 16 to 128 and
+// K from 1 to 20 (benchmarks/notes.md).
 template <typename scalar_t>
 Form cheapest_form(const InnerLoop<scalar_t>& loop, const Layout<scalar_t>& layout, int64_t size,
                    bool backward) {
   if (loop.form != Form::kAuto) return loop.form;
-  const double S = static_cast<double>(size), K = static_cast<double>(loop.steps),
-               P = static_cast<double>(layout.stride);
+  constexpr double kSum = 3.5, kStep = 60, kGramStep = 40, kGram = 1.4;
+  const double lanes = static_cast<double>(kLanes<scalar_t>),
+               V = static_cast<double>(layout.width) / lanes, W = static_cast<double>(layout.width),
+               R = static_cast<double>(size), K = static_cast<double>(loop.steps),
+               Rv = static_cast<double>(padded<scalar_t>(size)) / lanes;
   const bool adjoint = backward && !loop.first_order;
-  const double direct = 2 * K * S * P + (adjoint ? 4 * K * S * P : 0);
+  const double ways = adjoint ? 2 : 1;
+  const double direct = K * (ways * (R * (2 * V + kSum) + kStep) + (adjoint ? 2 * R * V : 0));
   const double gram =
-      S * S * P / 2 + 2 * S * P + K * S * S + (adjoint ? S * S * P + 4 * S * P + 2 * K * S * S : 0);
-  const double normal = S * P * P + K * P * P + (adjoint ? K * P * P + 4 * K * S * P : 0);
+      kGram * (R * R / 2 * (V + kSum) + ways * 2 * R * V + (adjoint ? R * R * V : 0)) +
+      K * (ways * (R * Rv + kGramStep) + (adjoint ? 2 * R * Rv : 0));
+  const double normal = W * R * V + K * ways * (W * (V + 1 + kSum) + kStep) +
+                        (adjoint ? K * R * (4 * V + 2 * kSum) : 0);
   const bool gram_is_exact = loop.preconditioner == nullptr || loop.prior_pull.values == nullptr;
   if (gram_is_exact && size <= kLargestGram && gram < std::min(direct, normal)) return Form::kGram;
   return loop.loss == Loss::kSquared && normal < direct ? Form::kNormal : Form::kDirect;

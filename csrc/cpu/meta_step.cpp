@@ -60,14 +60,15 @@ void adapt_users(const Batch<scalar_t>& batch, const TaskBlocks& blocks, Wanted 
   const Layout<scalar_t>& layout = reader.layout;
   const bool whole_path = batch.whole_path();
   const int64_t judged = batch.num_judged();
-  const auto make_solver = [] { return InnerSolver<scalar_t>(); };
-  blocks.run(make_solver, [&](int64_t block, int64_t first, int64_t last, auto& solver) {
+  const auto make_worker = [] { return std::pair<InnerSolver<scalar_t>, RowsAhead>(); };
+  blocks.run(make_worker, [&](int64_t block, int64_t first, int64_t last, auto& worker) {
     Arena<scalar_t>& arena = thread_arena<scalar_t>();
+    auto& [solver, ahead] = worker;
     for (int64_t t = first; t < last; ++t) {
       arena.reset();
-      const Task<scalar_t> task = reader.read(t, arena);
+      const Task<scalar_t> task = reader.read(t, arena, ahead);
       const Query<scalar_t> asked = read_query(reader, batch.queries, t, arena);
-      if (t + 1 < last) reader.prefetch(t + 1, batch.queries);
+      t + 1 < last ? reader.aim(ahead, t + 1, &batch.queries) : ahead.stop();
       const scalar_t* fast = solver.forward(task, arena, wanted.any(), whole_path);
       if (whole_path) fast = solver.path();
 
@@ -100,14 +101,15 @@ void adapt_items_too(const Batch<scalar_t>& batch, const TaskBlocks& blocks, Wan
   const TaskReader<scalar_t>& reader = batch.reader;
   const Layout<scalar_t>& layout = reader.layout;
   const int64_t K = reader.loop.steps, judged = batch.num_judged(), first_judged = K + 1 - judged;
-  const auto make_items = [] { return FullItems(); };
-  blocks.run(make_items, [&](int64_t block, int64_t first, int64_t last, auto& items) {
+  const auto make_worker = [] { return std::pair<FullItems, RowsAhead>(); };
+  blocks.run(make_worker, [&](int64_t block, int64_t first, int64_t last, auto& worker) {
     Arena<scalar_t>& arena = thread_arena<scalar_t>();
+    auto& [items, ahead] = worker;
     for (int64_t t = first; t < last; ++t) {
       arena.reset();
-      const Task<scalar_t> task = reader.read(t, arena);
+      const Task<scalar_t> task = reader.read(t, arena, ahead);
       const Query<scalar_t> asked = read_query(reader, batch.queries, t, arena);
-      if (t + 1 < last) reader.prefetch(t + 1, batch.queries);
+      t + 1 < last ? reader.aim(ahead, t + 1, &batch.queries) : ahead.stop();
       items.find(reader.support, batch.queries, t);
       const int64_t* place = items.query.data();
 

@@ -29,6 +29,7 @@ MULTIVERSION void step_forward(const Task<scalar_t>& task, Arena<scalar_t>& aren
 
   const scalar_t pull = task.pull();
   for (int64_t k = 0; k < K; ++k) {
+    task.ahead.some();
     const scalar_t* now = path.fast + k * P;
     const scalar_t* before = k == 0 ? now : now - P;
     scalar_t* next = path.fast + (k + 1) * P;
@@ -80,6 +81,7 @@ MULTIVERSION void step_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& aren
   for (int64_t i = 0; i < P; i += kLane) store(adjoint + i) = load(last + i);
 
   for (int64_t k = K - 1; k >= 0; --k) {
+    task.ahead.some();
     const scalar_t* now = path.fast + k * P;
     const scalar_t* before = k == 0 ? now : now - P;
     const scalar_t* slope = path.slopes + k * P;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../inner_loop.h"
+#include "item_table.h"
 #include "vector_math.h"
 
 namespace metarec_fast::cpu {
@@ -23,6 +24,7 @@ struct Task {
   const scalar_t* weights;  // [R], padded with 0
   const scalar_t* start;    // φ_0 [stride]
   const scalar_t* scale;    // A [stride], ones where there is no preconditioner
+  RowsAhead& ahead;         // to be asked for `some` now and then
 
   ALWAYS_INLINE scalar_t mean() const {  // 1/(S + n0)
     const scalar_t count = static_cast<scalar_t>(num_entries) + loop.extra_count;

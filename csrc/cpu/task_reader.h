@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../arguments.h"
+#include "item_table.h"
 #include "task.h"
 #include "task_blocks.h"
 
@@ -36,36 +37,6 @@ struct EntryData {
   ALWAYS_INLINE int64_t candidate(int64_t entry, int64_t j) const {
     return j == 0 ? items[entry] : negatives[entry * num_negatives + j - 1];
   }
-};
-
-// Rows of the item table, which may be stored as bfloat16.
-template <typename scalar_t>
-class ItemTable {
- public:
-  ItemTable(const Tensor& table, int64_t dim)
-      : data_(static_cast<const std::byte*>(table.const_data_ptr())),
-        dim_(dim),
-        row_bytes_(dim * table.element_size()),
-        narrow_(table.scalar_type() == ScalarType::BFloat16) {}
-
-  // A row, its last register filled up with zeros.
-  ALWAYS_INLINE void read(int64_t item, scalar_t* result) const {
-    const std::byte* row = data_ + item * row_bytes_;
-    if constexpr (std::is_same_v<scalar_t, float>)
-      if (narrow_) return widen_in(reinterpret_cast<const uint16_t*>(row), dim_, result);
-    copy_in(reinterpret_cast<const scalar_t*>(row), dim_, result);
-  }
-
-  void prefetch(int64_t item) const {
-    constexpr int64_t kLine = 64;
-    const std::byte* row = data_ + item * row_bytes_;
-    for (int64_t at = 0; at < row_bytes_; at += kLine) __builtin_prefetch(row + at);
-  }
-
- private:
-  const std::byte* data_;
-  int64_t dim_, row_bytes_;
-  bool narrow_;
 };
 
 template <typename scalar_t>
@@ -109,7 +80,7 @@ class TaskReader {
   }
 
   // Task t, its rows gathered into the arena.
-  MULTIVERSION Task<scalar_t> read(int64_t t, Arena<scalar_t>& arena) const {
+  MULTIVERSION Task<scalar_t> read(int64_t t, Arena<scalar_t>& arena, RowsAhead& ahead) const {
     const int64_t begin = support.begin(t), size = support.size(t), group = this->group(),
                   count = size * group;
     scalar_t* rows = arena.take(count * layout.width);
@@ -136,8 +107,8 @@ class TaskReader {
       copy_in(weights_ + begin, size, weights);
     else
       for (int64_t r = 0; r < count; ++r) weights[r] = weights_[begin + r / group] * entry_share();
-    return {layout, loop,    t,       size,  group, count, {rows, count, layout.width, bias},
-            base,   targets, weights, start, scale_};
+    return {layout, loop,    t,       size,  group,  count, {rows, count, layout.width, bias},
+            base,   targets, weights, start, scale_, ahead};
   }
 
   // How much of an entry's weight falls on each of its rows: bpr is the mean over the negatives.
@@ -159,12 +130,17 @@ class TaskReader {
       }
   }
 
-  // Asks for the rows of task `t`, while the one before it is computed: they lie all over the
-  // table.
-  void prefetch(int64_t t) const { prefetch_rows(support, t); }
-  void prefetch(int64_t t, const EntryData<scalar_t>& query) const {
-    prefetch_rows(support, t);
-    prefetch_rows(query, t);
+  // Lets `ahead` ask for the rows of task `t`, bit by bit while the one before it is computed.
+  void aim(RowsAhead& ahead, int64_t t, const EntryData<scalar_t>* query) const {
+    // Asked as often as there are steps, there and back, and by those who read and judge.
+    ahead.start(item_table_, item_bias_, 2 * std::max<int64_t>(loop.steps, 1) + 2);
+    for (const EntryData<scalar_t>* entries : {&support, query}) {
+      if (entries == nullptr) continue;
+      const int64_t begin = entries->begin(t), end = entries->begin(t + 1),
+                    M = entries->num_negatives;
+      ahead.add(entries->items + begin, end - begin);
+      if (M > 0) ahead.add(entries->negatives + begin * M, (end - begin) * M);
+    }
   }
 
   const Layout<scalar_t> layout;
@@ -184,19 +160,6 @@ class TaskReader {
         for (int64_t i = 0; i < width; i += kLanes<scalar_t>) store(row + i) -= load(less + i);
         *base++ = item_bias_[chosen] - item_bias_[other];
       }
-  }
-
-  void prefetch_rows(const EntryData<scalar_t>& entries, int64_t t) const {
-    const int64_t end = entries.offsets[t + 1];
-    for (int64_t i = entries.offsets[t]; i < end; ++i) prefetch_row(entries.items[i]);
-    for (int64_t i = entries.offsets[t] * entries.num_negatives; i < end * entries.num_negatives;
-         ++i)
-      prefetch_row(entries.negatives[i]);
-  }
-
-  void prefetch_row(int64_t item) const {
-    item_table_.prefetch(item);
-    __builtin_prefetch(item_bias_ + item);
   }
 
   const scalar_t *user_init_, *user_bias_init_;

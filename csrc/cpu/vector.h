@@ -118,6 +118,11 @@ ALWAYS_INLINE Vector<scalar_t>& store(scalar_t* address) {
 }
 
 template <typename scalar_t>
+ALWAYS_INLINE void put(scalar_t* address, const Quad<scalar_t>& four) {
+  *reinterpret_cast<Quad<scalar_t>*>(address) = four;
+}
+
+template <typename scalar_t>
 ALWAYS_INLINE Vector<scalar_t> broadcast(scalar_t value) {
   return Vector<scalar_t>{} + value;
 }
@@ -160,6 +165,28 @@ ALWAYS_INLINE void copy_out(const scalar_t* source, int64_t count, scalar_t* res
   for (; i + kLane <= count; i += kLane)
     *reinterpret_cast<typename Register<scalar_t>::unaligned*>(result + i) = load(source + i);
   for (; i < count; ++i) result[i] = source[i];
+}
+
+// result = factor · source  and  result += source,  `count` numbers anywhere
+template <typename scalar_t>
+ALWAYS_INLINE void copy_scaled(const scalar_t* source, scalar_t factor, int64_t count,
+                               scalar_t* result) {
+  typedef typename Register<scalar_t>::unaligned Anywhere;
+  constexpr int64_t kLane = kLanes<scalar_t>;
+  int64_t i = 0;
+  for (; i + kLane <= count; i += kLane)
+    *reinterpret_cast<Anywhere*>(result + i) =
+        factor * *reinterpret_cast<const Anywhere*>(source + i);
+  for (; i < count; ++i) result[i] = factor * source[i];
+}
+template <typename scalar_t>
+ALWAYS_INLINE void add(const scalar_t* source, int64_t count, scalar_t* result) {
+  typedef typename Register<scalar_t>::unaligned Anywhere;
+  constexpr int64_t kLane = kLanes<scalar_t>;
+  int64_t i = 0;
+  for (; i + kLane <= count; i += kLane)
+    *reinterpret_cast<Anywhere*>(result + i) += *reinterpret_cast<const Anywhere*>(source + i);
+  for (; i < count; ++i) result[i] += source[i];
 }
 
 // Lane i of the result is the sum of all lanes whose number is i modulo 4.
@@ -223,9 +250,45 @@ ALWAYS_INLINE void dots(const scalar_t* left, const Rows<scalar_t>& rows, scalar
     Vector<scalar_t> sums[kRows] = {};
     for (int64_t i = 0; i < width; i += kLanes<scalar_t>)
       for (int64_t r = 0; r < kRows; ++r) sums[r] += load(left + i) * load(row[r] + i);
-    *reinterpret_cast<Quad<scalar_t>*>(result + j) = sum_lanes<scalar_t>(sums) + shift;
+    put(result + j, sum_lanes<scalar_t>(sums) + shift);
   }
   for (int64_t j = rows.count; j % kRows != 0; ++j) result[j] = 0;
+}
+
+// result[i, j] = left_i · row_j + shift for all i, j < count, which must be symmetric: left rows
+// are rows, scaled column by column. Tiles of 4 × 4 below the diagonal, each written twice. result
+// is [count, stride] with room for rows up to a multiple of 4; columns from count on are garbage.
+template <typename scalar_t>
+ALWAYS_INLINE void symmetric_products(const scalar_t* left, const Rows<scalar_t>& rows,
+                                      scalar_t shift, scalar_t* result, int64_t stride) {
+  constexpr int64_t kTile = 4, kHalf = 2;  // half a tile's sums fit into registers
+  const int64_t width = rows.width, last = rows.count - 1;
+  for (int64_t i = 0; i < rows.count; i += kTile)
+    for (int64_t j = 0; j <= i; j += kTile) {
+      Quad<scalar_t> tile[kTile];
+      for (int64_t half = 0; half < kTile; half += kHalf) {
+        Vector<scalar_t> sums[kHalf][kTile] = {};
+        for (int64_t d = 0; d < width; d += kLanes<scalar_t>)
+          for (int64_t a = 0; a < kHalf; ++a) {
+            const Vector<scalar_t> one = load(left + std::min(i + half + a, last) * width + d);
+            for (int64_t b = 0; b < kTile; ++b)
+              sums[a][b] += one * load(rows.values + std::min(j + b, last) * width + d);
+          }
+        for (int64_t a = 0; a < kHalf; ++a) {
+          tile[half + a] = sum_lanes<scalar_t>(sums[a]) + shift;
+          put(result + (i + half + a) * stride + j, tile[half + a]);
+        }
+      }
+      if (i == j) continue;
+      const auto low01 = __builtin_shufflevector(tile[0], tile[1], 0, 4, 1, 5);
+      const auto high01 = __builtin_shufflevector(tile[0], tile[1], 2, 6, 3, 7);
+      const auto low23 = __builtin_shufflevector(tile[2], tile[3], 0, 4, 1, 5);
+      const auto high23 = __builtin_shufflevector(tile[2], tile[3], 2, 6, 3, 7);
+      put(result + j * stride + i, __builtin_shufflevector(low01, low23, 0, 1, 4, 5));
+      put(result + (j + 1) * stride + i, __builtin_shufflevector(low01, low23, 2, 3, 6, 7));
+      put(result + (j + 2) * stride + i, __builtin_shufflevector(high01, high23, 0, 1, 4, 5));
+      put(result + (j + 3) * stride + i, __builtin_shufflevector(high01, high23, 2, 3, 6, 7));
+    }
 }
 
 // A matrix by its strides.

@@ -1,0 +1,81 @@
+// Rows of the item table, and of asking for them before they are needed: they lie all over it.
+#pragma once
+
+#include "../tensor.h"
+#include "vector.h"
+
+namespace metarec_fast::cpu {
+
+// Rows [N, D] of scalar_t, or stored as bfloat16 and widened to float32 as they are read.
+template <typename scalar_t>
+class ItemTable {
+ public:
+  ItemTable(const Tensor& table, int64_t dim)
+      : data(static_cast<const std::byte*>(table.const_data_ptr())),
+        row_bytes(dim * table.element_size()),
+        dim_(dim),
+        narrow_(table.scalar_type() == ScalarType::BFloat16) {}
+
+  // A row, its last register filled up with zeros.
+  ALWAYS_INLINE void read(int64_t item, scalar_t* result) const {
+    const std::byte* row = data + item * row_bytes;
+    if constexpr (std::is_same_v<scalar_t, float>)
+      if (narrow_) return widen_in(reinterpret_cast<const uint16_t*>(row), dim_, result);
+    copy_in(reinterpret_cast<const scalar_t*>(row), dim_, result);
+  }
+
+  const std::byte* const data;
+  const int64_t row_bytes;
+
+ private:
+  int64_t dim_;
+  bool narrow_;
+};
+
+// Asks for rows and biases of a list of items, a few at a time: all at once they would wait for
+// each other, and what is computed meanwhile would wait for them.
+class RowsAhead {
+ public:
+  // `rounds` is how often `some` is going to be called, about.
+  template <typename scalar_t>
+  void start(const ItemTable<scalar_t>& table, const scalar_t* item_bias, int64_t rounds) {
+    rows_ = table.data;
+    row_bytes_ = table.row_bytes;
+    biases_ = reinterpret_cast<const std::byte*>(item_bias);
+    bias_bytes_ = sizeof(scalar_t);
+    rounds_ = rounds;
+    lists_ = list_ = 0;
+    total_ = 0;
+  }
+
+  void add(const int64_t* items, int64_t count) {
+    if (count == 0) return;
+    begins_[lists_] = items;
+    ends_[lists_++] = items + count;
+    total_ += count;
+    share_ = (total_ + rounds_ - 1) / rounds_;
+  }
+
+  void stop() { lists_ = list_ = 0; }
+
+  ALWAYS_INLINE void some() {
+    for (int64_t i = 0; i < share_ && list_ < lists_; ++i) {
+      const int64_t item = *begins_[list_]++;
+      if (begins_[list_] == ends_[list_]) ++list_;
+      constexpr int64_t kLine = 64;
+      const std::byte* row = rows_ + item * row_bytes_;
+      for (int64_t at = 0; at < row_bytes_; at += kLine) __builtin_prefetch(row + at);
+      __builtin_prefetch(biases_ + item * bias_bytes_);
+    }
+  }
+
+ private:
+  static constexpr int kMostLists = 4;  // items and negatives, of support and query
+  const std::byte *rows_ = nullptr, *biases_ = nullptr;
+  int64_t row_bytes_ = 0, bias_bytes_ = 0, rounds_ = 1, share_ = 0, total_ = 0;
+  const int64_t* begins_[kMostLists];
+  const int64_t* ends_[kMostLists];
+  int lists_ = 0, list_ = 0;
+};
+
+}  // namespace metarec_fast::cpu

@@ -1,0 +1,171 @@
+// Reptile's step for a batch: how far tasks end up from where they started, averaged, as a
+// gradient.
+//
+//   φ_0 − Σ_t ω_t φ_K,t / Σ_t ω_t,   of item rows over the tasks that hold the item
+//   L = Σ_t ω_t L_t / Σ_t ω_t,       L_t = Σ_s w_s ℓ(p_s, y_s) / Σ_s w_s  on the support at φ_K
+#include "gradients.h"
+#include "inner_solver.h"
+#include "query_loss.h"
+
+namespace metarec_fast::cpu {
+namespace {
+
+using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// 1 / Σ ω over the tasks that hold an item, for every item of the table [N].
+template <typename scalar_t>
+std::vector<scalar_t> item_shares(const EntryData<scalar_t>& support, const scalar_t* task_weight,
+                                  int64_t num_tasks, int64_t num_items) {
+  std::vector<scalar_t> totals(num_items);
+  std::vector<int64_t> last_task(num_items, -1);  // that counted
+  for (int64_t t = 0; t < num_tasks; ++t)
+    for (int64_t e = support.begin(t); e < support.begin(t + 1); ++e) {
+      const int64_t item = support.items[e];
+      if (std::exchange(last_task[item], t) == t) continue;
+      totals[item] += task_weight == nullptr ? 1 : task_weight[t];
+    }
+  for (scalar_t& total : totals)
+    if (total > 0) total = 1 / total;
+  return totals;
+}
+
+// Σ w ℓ(p, y) / Σ w of a task's support entries
+template <typename scalar_t>
+MULTIVERSION scalar_t support_loss(const Task<scalar_t>& task, const OuterLoss& loss,
+                                   const scalar_t* scores, Arena<scalar_t>& arena) {
+  if (task.size == 0) return 0;
+  scalar_t* ignored = arena.take(task.size);
+  return judge_points(loss, scores, task.targets, task.weights, task.size, ignored) /
+         sum(task.weights, task.size);
+}
+
+template <typename scalar_t>
+MULTIVERSION void score_support(const Rows<scalar_t>& rows, const scalar_t* base,
+                                const scalar_t* fast, scalar_t* scores) {
+  score_rows(rows, base, fast, scores);
+}
+
+// moved = share (before − after)
+template <typename scalar_t>
+MULTIVERSION void move_of(const scalar_t* before, const scalar_t* after, scalar_t share,
+                          int64_t count, scalar_t* moved) {
+  for (int64_t i = 0; i < count; i += kLanes<scalar_t>)
+    store(moved + i) = share * (load(before + i) - load(after + i));
+}
+
+Result reptile_step_cpu(const Tensor& user_init, const Tensor& user_bias_init,
+                        const Tensor& item_table, const Tensor& item_bias, const Tensor& offset,
+                        const Tensor& support_items, const Tensor& support_targets,
+                        const Tensor& support_offsets, const OptionalTensor& support_weights,
+                        const OptionalTensor& support_negatives,
+                        const OptionalTensor& support_log_q, const OptionalTensor& task_weights_in,
+                        const Tensor& inner_lr, const OptionalTensor& preconditioner,
+                        const OptionalTensor& prior_pull, const OptionalTensor& momentum,
+                        double extra_count, int64_t inner_steps, const std::string& loss_name,
+                        bool first_order, const std::string& form, const std::string& adapt) {
+  const Inputs inputs(user_init, user_bias_init, item_table, item_bias, offset, support_items,
+                      support_targets, support_offsets, support_weights, support_negatives,
+                      support_log_q);
+  const LoopArguments loop(inputs, inner_lr, preconditioner, prior_pull, momentum, extra_count,
+                           inner_steps, loss_name, first_order, form, adapt);
+  STD_TORCH_CHECK(loop.loss == Loss::kSquared || loop.loss == Loss::kLogistic,
+                  "loss: Reptile adapts on a loss of single scores, got '", loss_name, "'");
+  OptionalTensor task_weights;
+  if (task_weights_in) {
+    task_weights = as_contiguous(*task_weights_in);
+    check_tensor("task_weights", *task_weights, inputs.dtype(), item_bias);
+    check_size("task_weights", *task_weights, inputs.T());
+  }
+  const RaggedItems nothing("query", empty(support_items, ScalarType::Long, {0}),
+                            torch::stable::new_zeros(support_offsets, {inputs.T() + 1}),
+                            item_table);
+  const OuterLoss judged{loop.loss == Loss::kSquared ? 1.0 : 0.0,
+                         loop.loss == Loss::kLogistic ? 1.0 : 0.0, 0, 0, 0};
+  const Wanted wanted{loop.adapts_items ? 3 : 1};  // the start, and items
+
+  Tensor loss = empty(item_bias, inputs.dtype(), {});
+  Result result;
+  dispatch_floating(inputs.dtype(), "reptile_step", [&](auto zero) {
+    using scalar_t = decltype(zero);
+    const TaskReader<scalar_t> reader(inputs, loop);
+    const Layout<scalar_t>& layout = reader.layout;
+    const EntryData<scalar_t> none(nothing);
+    const scalar_t* task_weight = task_weights ? task_weights->const_data_ptr<scalar_t>() : nullptr;
+    const int64_t T = inputs.T();
+    scalar_t total = 0, judged_total = 0;
+    for (int64_t t = 0; t < T; ++t) {
+      const scalar_t weight = task_weight == nullptr ? 1 : task_weight[t];
+      total += weight;
+      if (reader.support.size(t) > 0) judged_total += weight;
+    }
+    std::vector<scalar_t> shares;
+    if (loop.adapts_items) shares = item_shares(reader.support, task_weight, T, inputs.N());
+
+    const TaskBlocks blocks(T, reader.support.offsets, nullptr, reader.entry_cost());
+    Gradients<scalar_t> gradients(inputs, loop, wanted, nothing, blocks.size());
+    struct Worker {
+      InnerSolver<scalar_t> solver;
+      FullItems items;
+      RowsAhead ahead;
+    };
+    const auto make_worker = [] { return Worker(); };
+    blocks.run(make_worker, [&](int64_t block, int64_t first, int64_t last, auto& worker) {
+      Arena<scalar_t>& arena = thread_arena<scalar_t>();
+      for (int64_t t = first; t < last; ++t) {
+        arena.reset();
+        const Task<scalar_t> task = reader.read(t, arena, worker.ahead);
+        t + 1 < last ? reader.aim(worker.ahead, t + 1, nullptr) : worker.ahead.stop();
+        const scalar_t weight = task_weight == nullptr ? 1 : task_weight[t];
+        const int64_t begin = reader.support.begin(t);
+        scalar_t* scores = arena.take(task.size);
+        FullGradients<scalar_t> moves{arena.take(layout.stride), nullptr, nullptr, 0, nullptr, {}};
+        const scalar_t* fast = nullptr;
+        if (loop.adapts_items) {
+          worker.items.find(reader.support, none, t);
+          const ItemIndex& index = worker.items.index;
+          FullPath<scalar_t> path;
+          start_full(task, index, arena, path);
+          scalar_t* before = arena.take(path.items * layout.width);
+          scalar_t* biases_before = arena.take(path.items);
+          std::copy_n(path.rows, path.items * layout.width, before);
+          std::copy_n(path.biases, path.items, biases_before);
+          for (int64_t k = 0; k < reader.loop.steps; ++k) step_full(task, index, k, arena, path);
+          fast = path.fast + reader.loop.steps * layout.stride;
+
+          scalar_t* item_scores = arena.take(path.items);
+          score_support(path.item_rows(layout.width), path.biases, fast, item_scores);
+          for (int64_t e = 0; e < task.size; ++e) scores[e] = item_scores[index.place[e]];
+          moves.rows = before;
+          moves.biases = biases_before;
+          for (int64_t i = 0; i < path.items; ++i) {
+            const scalar_t share = weight * shares[index.ids[i]];
+            scalar_t* row = before + i * layout.width;
+            move_of(row, path.rows + i * layout.width, share, layout.width, row);
+            biases_before[i] = share * (biases_before[i] - path.biases[i]);
+          }
+        } else {
+          fast = worker.solver.forward(task, arena, /*backward=*/false);
+          score_support(task.rows, task.base, fast, scores);
+        }
+        const scalar_t share = total > 0 ? weight / total : 0;
+        move_of(task.start, fast, share, layout.stride, moves.fast);
+        if (task.size > 0)
+          gradients.add_loss(block,
+                             weight / judged_total * support_loss(task, judged, scores, arena));
+        gradients.add_moves(block, task, moves, worker.items.index, begin);
+      }
+    });
+    *loss.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(gradients.finish());
+    result = {loss, gradients.user_init, gradients.user_bias_init, gradients.item_rows,
+              gradients.item_bias_rows};
+  });
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(metarec_fast, CPU, m) {
+  m.impl("reptile_step", TORCH_BOX(&reptile_step_cpu));
+}
+
+}  // namespace metarec_fast::cpu
