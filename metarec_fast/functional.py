@@ -69,7 +69,10 @@ def adapt(
         prior_pull: ρ ≥ 0, a number, a scalar tensor or [T] (iMAML's proximal term, Rajeswaran et al. 2019).
         extra_count: n0 ≥ 0, added to the number of support entries in the mean.
         momentum: β, a number, a scalar tensor or [K]; none by default.
-        loss: ℓ, "squared" (p − y)² or "logistic" log(1 + eᵖ) − y p with y in [0, 1].
+        loss: ℓ, "squared" (p − y)² or "logistic" log(1 + eᵖ) − y p with y in [0, 1]. Or one that compares the entry's
+            item with its `negatives`, and looks at no targets: "bpr", the mean of log(1 + e^(p⁻ − p)) over them (Rendle
+            et al. 2009), or "softmax", −log of the share of e^(p − log_q) in its sum over item and negatives (log_q 0
+            by default).
         first_order: Treat ∇L_S as constant when differentiating (FOMAML).
         adapt: "user", or "all": item rows and biases of the support adapt too, each task its own copy.
 
@@ -166,9 +169,10 @@ def meta_step(
     over the tasks that have query entries; ω are `batch.weights`, v `batch.query.weights`, 1 by default.
 
     Args:
-        batch: Support and query, both with targets. The arguments before `outer_loss` are those of `adapt`.
-        outer_loss: "squared", "logistic", "absolute" (quadratic within 0.1 of the target), or the weight of each,
-            such as {"squared": 0.5, "absolute": 0.5}.
+        batch: Support and query, with what their losses look at: targets, or negatives. The arguments before
+            `outer_loss` are those of `adapt`.
+        outer_loss: "squared", "logistic", "absolute" (quadratic within 0.1 of the target), "bpr", "softmax", or the
+            weight of each, such as {"squared": 0.5, "absolute": 0.5}.
         step_weights: κ [K + 1]: the query loss is Σ_k κ_k L_Q(φ_k), κ_0 first (MAML++, Antoniou et al. 2019).
             By default only φ_K counts.
         coalesce: Sum item gradients of equal ids, so that ids come once, ascending.

@@ -284,7 +284,8 @@ class MAML(Learner):
         first_order: Leave out second derivatives; cheaper, and often as good (FOMAML).
         adapt: "user": user vector and bias adapt, items are shared (as in MeLU and ANIL). "all": the item vectors and
             biases of a task's support adapt too, each task its own copy.
-        outer_loss: "squared", "logistic", "absolute", or the weight of each; by default the model's loss.
+        outer_loss: "squared", "logistic", "absolute", "bpr", "softmax", or the weight of each; by default the model's
+            loss.
 
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it.

@@ -192,6 +192,7 @@ GradientTuple adapt_and_score_backward_cpu(
         solver.adjoint(task, arena, grad_fast, /*whole_path=*/false, grads);
         gradients.add_task(block, task, grads, support_begin, grad_scores, asked, begin);
       }
+      if (gradients.stream()) finish_streaming();
     };
     const auto undo_items_too = [&](int64_t block, int64_t first, int64_t last, auto& worker) {
       Arena<scalar_t>& arena = thread_arena<scalar_t>();
@@ -219,6 +220,7 @@ GradientTuple adapt_and_score_backward_cpu(
         gradients.add_full_task(block, task, grads, items.index, support_begin, grad_scores, asked,
                                 begin);
       }
+      if (gradients.stream()) finish_streaming();
     };
     if (loop.adapts_items)
       blocks.run(make_items, undo_items_too);

@@ -3,13 +3,28 @@
 namespace metarec_fast::cpu {
 namespace {
 
-// Sums what belongs to entries by item.
+// Rows are handled so many at a time; what there is of them is padded to that with zeros.
+constexpr int64_t kRows = 4;
+
+// Between entries and items; where no item comes twice they are the same.
 template <typename scalar_t>
-ALWAYS_INLINE void sum_by_item(const scalar_t* values, const ItemIndex& index, int64_t stride,
-                               scalar_t* sums) {
+ALWAYS_INLINE void spread_to_entries(const scalar_t* values, const ItemIndex& index,
+                                     int64_t entries, scalar_t* result) {
+  if (index.all_distinct())
+    for (int64_t e = 0; e < entries; e += kLanes<scalar_t>) store(result + e) = load(values + e);
+  else
+    for (int64_t e = 0; e < entries; ++e) result[e] = values[index.place[e]];
+}
+
+template <typename scalar_t>
+ALWAYS_INLINE void sum_by_item(const scalar_t* values, const ItemIndex& index, int64_t entries,
+                               int64_t stride, scalar_t* sums) {
+  if (index.all_distinct()) {
+    for (int64_t i = 0; i < stride; i += kLanes<scalar_t>) store(sums + i) = load(values + i);
+    return;
+  }
   for (int64_t i = 0; i < stride; i += kLanes<scalar_t>) store(sums + i) = Vector<scalar_t>{};
-  const int64_t count = static_cast<int64_t>(index.place.size());
-  for (int64_t e = 0; e < count; ++e) sums[index.place[e]] += values[e];
+  for (int64_t e = 0; e < entries; ++e) sums[index.place[e]] += values[e];
 }
 
 }  // namespace
@@ -17,119 +32,139 @@ ALWAYS_INLINE void sum_by_item(const scalar_t* values, const ItemIndex& index, i
 template <typename scalar_t>
 MULTIVERSION void start_full(const Task<scalar_t>& task, const ItemIndex& index,
                              Arena<scalar_t>& arena, FullPath<scalar_t>& path) {
-  const Layout<scalar_t>& layout = task.layout;
-  const int64_t K = task.loop.steps, width = layout.width;
+  constexpr int64_t kLane = kLanes<scalar_t>;
+  const int64_t K = task.loop.steps, width = task.layout.width, P = task.layout.stride;
   path.items = index.size();
   path.stride = padded<scalar_t>(path.items);
   path.entries = padded<scalar_t>(task.size);
-  path.rows = arena.take(path.items * width);
-  path.biases = arena.take(path.items);
-  path.fast = arena.take((K + 1) * layout.stride);
+  scalar_t* rows = arena.take(FullPath<scalar_t>::padded_rows(path.items) * width);
+  scalar_t* biases = arena.take(path.items);
+  path.rows = rows;
+  path.biases = biases;
+  path.fast = arena.take((K + 1) * P);
   path.slopes = arena.take(K * path.stride);
   path.pushes = arena.take(K * path.entries);
   path.curvatures = arena.take(K * path.entries);
+  const scalar_t* from = task.rows.values;
   for (int64_t e = 0; e < task.size; ++e) {
     const int64_t i = index.place[e];
-    path.biases[i] = task.base[e];
-    for (int64_t d = 0; d < width; d += kLanes<scalar_t>)
-      store(path.rows + i * width + d) = load(task.rows.values + e * width + d);
+    biases[i] = task.base[e];
+    for (int64_t d = 0; d < width; d += kLane)
+      store(rows + i * width + d) = load(from + e * width + d);
   }
-  for (int64_t d = 0; d < layout.stride; d += kLanes<scalar_t>)
-    store(path.fast + d) = load(task.start + d);
+  for (int64_t d = path.items * width; d < FullPath<scalar_t>::padded_rows(path.items) * width;
+       d += kLane)
+    store(rows + d) = Vector<scalar_t>{};
+  for (int64_t d = 0; d < P; d += kLane) store(path.fast + d) = load(task.start + d);
 }
 
 template <typename scalar_t>
 MULTIVERSION void step_full(const Task<scalar_t>& task, const ItemIndex& index, int64_t k,
                             Arena<scalar_t>& arena, FullPath<scalar_t>& path) {
   constexpr int64_t kLane = kLanes<scalar_t>;
-  const int64_t width = task.layout.width, P = task.layout.stride;
-  const Rows<scalar_t> rows = path.item_rows(width);
-  task.ahead.some();
+  const int64_t width = task.layout.width, P = task.layout.stride, items = path.items;
+  const scalar_t rate = task.loop.inner_lr[k];
   const scalar_t* now = path.fast + k * P;
   scalar_t* next = path.fast + (k + 1) * P;
+  scalar_t *rows = path.rows, *biases = path.biases;
   scalar_t* slopes = path.slopes + k * path.stride;
-  scalar_t* scores = arena.take(path.items);
+  scalar_t* push = path.pushes + k * path.entries;
+  scalar_t* scores = arena.take(items);
   scalar_t* entry_scores = arena.take(task.size);
-  score_rows(rows, path.biases, now, scores);
-  for (int64_t e = 0; e < task.size; ++e) entry_scores[e] = scores[index.place[e]];
-  differentiate(task, entry_scores, path.pushes + k * path.entries,
-                path.curvatures + k * path.entries);
-  sum_by_item(path.pushes + k * path.entries, index, path.stride, slopes);
+  scalar_t* moves = arena.take(items);  // s g
+  task.ahead.some();
 
-  const scalar_t rate = task.loop.inner_lr[k];
-  combine(slopes, rows, next);
-  for (int64_t d = 0; d < P; d += kLane) store(next + d) = load(now + d) - rate * load(next + d);
-  for (int64_t i = 0; i < path.items; ++i) {
-    const scalar_t move = rate * slopes[i];
-    for (int64_t d = 0; d < width; d += kLane)
-      store(path.rows + i * width + d) -= move * load(now + d);
-    path.biases[i] -= move;
+  score_rows(path.item_rows(width), biases, now, scores);
+  spread_to_entries(scores, index, task.size, entry_scores);
+  differentiate(task, entry_scores, push, path.curvatures + k * path.entries);
+  sum_by_item(push, index, task.size, path.stride, slopes);
+  for (int64_t i = 0; i < items; i += kLane) {
+    store(moves + i) = rate * load(slopes + i);
+    store(biases + i) -= load(moves + i);
   }
+
+  // u ← u − Σ_i s g_i e_i,  e_i ← e_i − s g_i u,  all old on the right
+  for (int64_t d = 0; d < width; d += kLane) {
+    const Vector<scalar_t> user = load(now + d);
+    Vector<scalar_t> even = {}, odd = {};
+    scalar_t* row = rows + d;
+    for (int64_t i = 0; i < items; i += 2, row += 2 * width) {  // padded, the second may be zeros
+      const Vector<scalar_t> one = load(row), other = load(row + width);
+      even += moves[i] * one;
+      odd += moves[i + 1] * other;
+      store(row) = one - moves[i] * user;
+      store(row + width) = other - moves[i + 1] * user;
+    }
+    store(next + d) = user - (even + odd);
+  }
+  store(next + width) = load(now + width);
+  next[width] -= sum(moves, items);
 }
 
 template <typename scalar_t>
 MULTIVERSION void undo_full(const Task<scalar_t>& task, const ItemIndex& index, int64_t k,
                             Arena<scalar_t>& arena, FullPath<scalar_t>& path,
                             FullGradients<scalar_t>& grads) {
-  constexpr int64_t kLane = kLanes<scalar_t>, kRows = 4;
+  constexpr int64_t kLane = kLanes<scalar_t>;
   const int64_t width = task.layout.width, items = path.items;
+  const scalar_t rate = task.loop.inner_lr[k];
   const scalar_t* user = path.fast + k * task.layout.stride;
   const scalar_t* slopes = path.slopes + k * path.stride;
   const scalar_t* push = path.pushes + k * path.entries;
-  const scalar_t rate = task.loop.inner_lr[k];
-
-  task.ahead.some();
-  // r_i = e_i·ū + c̄ + ē_i·u + b̄_i: how much the loss would change with g_i, but for −s.
+  scalar_t *rows = path.rows, *biases = path.biases;
+  scalar_t *grad_fast = grads.fast, *grad_rows = grads.rows, *grad_biases = grads.biases;
   scalar_t* along = arena.take(items);
+  scalar_t* moves = arena.take(items);  // s g
+  task.ahead.some();
+  for (int64_t i = 0; i < items; i += kLane) store(moves + i) = rate * load(slopes + i);
+
+  // Back to e_i, and r_i = e_i·ū + c̄ + ē_i·u + b̄_i: how the loss changes with g_i, but for −s.
   for (int64_t i = 0; i < items; i += kRows) {
-    const int64_t block = std::min(kRows, items - i);
     Vector<scalar_t> sums[kRows] = {};
-    for (int64_t r = 0; r < block; ++r) {
-      scalar_t* row = path.rows + (i + r) * width;
-      const scalar_t move = rate * slopes[i + r];
-      for (int64_t d = 0; d < width; d += kLane) {
-        const Vector<scalar_t> before = load(row + d) + move * load(user + d);
-        store(row + d) = before;
-        sums[r] +=
-            before * load(grads.fast + d) + load(grads.rows + (i + r) * width + d) * load(user + d);
+    for (int64_t d = 0; d < width; d += kLane) {
+      const Vector<scalar_t> now = load(user + d), later = load(grad_fast + d);
+      for (int64_t r = 0; r < kRows; ++r) {
+        const int64_t at = (i + r) * width + d;
+        const Vector<scalar_t> before = load(rows + at) + moves[i + r] * now;
+        store(rows + at) = before;
+        sums[r] += before * later + load(grad_rows + at) * now;
       }
     }
     put(along + i, sum_lanes<scalar_t>(sums));
   }
-  scalar_t lr_sum = 0;
-  for (int64_t i = 0; i < items; ++i) {
-    path.biases[i] += rate * slopes[i];
-    along[i] += grads.fast[width] + grads.biases[i];
-    lr_sum += slopes[i] * along[i];
+  Vector<scalar_t> lr_sum = {};
+  for (int64_t i = 0; i < items; i += kLane) {
+    store(biases + i) += load(moves + i);
+    store(along + i) += grad_fast[width] + load(grad_biases + i);
+    lr_sum += load(slopes + i) * load(along + i);
   }
-  if (grads.inner_lr) grads.inner_lr.add(k, -lr_sum);
+  if (grads.inner_lr) grads.inner_lr.add(k, -sum_lanes<scalar_t>(lr_sum));
   if (task.loop.first_order) return;
 
   scalar_t* entry_along = arena.take(task.size);
   scalar_t* h = arena.take(task.size);
   scalar_t* grad_scores = arena.take(items);  // P̄
-  for (int64_t e = 0; e < task.size; ++e) entry_along[e] = along[index.place[e]];
+  spread_to_entries(along, index, task.size, entry_along);
   bend(task, path.curvatures + k * path.entries, rate, entry_along, h);
   if (grads.weights != nullptr) add_weight_gradient(task, push, rate, entry_along, grads.weights);
-  sum_by_item(h, index, path.stride, grad_scores);
+  sum_by_item(h, index, task.size, path.stride, grad_scores);
 
   // ū += Σ_i (P̄_i e_i − s g_i ē_i),  ē_i += P̄_i u − s g_i ū,  all old on the right
   for (int64_t d = 0; d < width; d += kLane) {
-    const Vector<scalar_t> now = load(user + d), later = load(grads.fast + d);
+    const Vector<scalar_t> now = load(user + d), later = load(grad_fast + d);
     Vector<scalar_t> forth = {}, back = {};
     for (int64_t i = 0; i < items; ++i) {
-      const scalar_t curved = grad_scores[i], moved = rate * slopes[i];
-      scalar_t* grad = grads.rows + i * width + d;
-      const Vector<scalar_t> old = load(grad);
-      forth += curved * load(path.rows + i * width + d);
-      back += moved * old;
-      store(grad) = old + curved * now - moved * later;
+      const int64_t at = i * width + d;
+      const Vector<scalar_t> old = load(grad_rows + at);
+      forth += grad_scores[i] * load(rows + at);
+      back += moves[i] * old;
+      store(grad_rows + at) = old + grad_scores[i] * now - moves[i] * later;
     }
-    store(grads.fast + d) = later + forth - back;
+    store(grad_fast + d) = later + forth - back;
   }
-  for (int64_t i = 0; i < items; ++i) grads.biases[i] += grad_scores[i];
+  for (int64_t i = 0; i < items; i += kLane) store(grad_biases + i) += load(grad_scores + i);
   const scalar_t sum_scores = sum(grad_scores, items);
-  grads.fast[width] += sum_scores;
+  grad_fast[width] += sum_scores;
   grads.offset += sum_scores;
 }
 

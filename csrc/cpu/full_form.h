@@ -25,6 +25,9 @@ struct FullPath {
   scalar_t* pushes;      // w ∘ ℓ'/(S + n0) of the entries [K, entries]
   scalar_t* curvatures;  // w ∘ ℓ''/(S + n0) [K, entries]
 
+  // Room for rows: a whole number of fours, zeros at the end.
+  static int64_t padded_rows(int64_t count) { return (count + 3) / 4 * 4; }
+
   Rows<scalar_t> item_rows(int64_t width) const { return {rows, items, width, 1}; }
 };
 

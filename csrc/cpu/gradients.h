@@ -46,6 +46,9 @@ inline Tensor row_ids(const RaggedItems& support, const RaggedItems& query,
   return result;
 }
 
+// Item gradients of so many bytes are written past the caches: nobody would find them there.
+constexpr int64_t kStreamFrom = int64_t{32} << 20;
+
 template <typename scalar_t>
 class Gradients {
  public:
@@ -100,6 +103,8 @@ class Gradients {
     record_size_ = end;
     records_ = arena_.take_zeros(num_blocks * record_size_);
     rows_ = data(item_rows);
+    stream_ = rows * inputs.D() * static_cast<int64_t>(sizeof(scalar_t)) >= kStreamFrom &&
+              layout_.dim == layout_.width && reinterpret_cast<uintptr_t>(rows_) % 16 == 0;
     biases_ = data(item_bias_rows);
     per_task_user_ = inputs.per_task_start() && wanted.start() ? data(user_init) : nullptr;
     per_task_bias_ = inputs.per_task_bias() && wanted.start() ? data(user_bias_init) : nullptr;
@@ -129,7 +134,8 @@ class Gradients {
             preconditioner.numel() > 0 ? record + scale_at_ : nullptr,
             sum(inner_lr, inner_lr_at_),
             sum(momentum, momentum_at_),
-            pull};
+            pull,
+            stream_ && !pairwise()};
   }
 
   // Books what a task's adjoint has found, and the gradients p̄ [Q · group] of its query scores.
@@ -183,7 +189,7 @@ class Gradients {
         inner_lr.numel() > 0 ? records_ + block * record_size_ + inner_lr_at_ : nullptr,
         inner_lr.dim() == 0 ? 0 : 1};
     return {arena.take_zeros(layout_.stride),
-            arena.take_zeros(items * layout_.width),
+            arena.take_zeros(FullPath<scalar_t>::padded_rows(items) * layout_.width),
             arena.take_zeros(items),
             0,
             weights,
@@ -193,6 +199,9 @@ class Gradients {
   scalar_t* query_row(int64_t entry, int64_t j) {
     return rows_ == nullptr ? nullptr : rows_ + places.of_query(entry, j) * layout_.dim;
   }
+
+  // Whether rows are written past the caches.
+  bool stream() const { return stream_; }
 
   void add_loss(int64_t block, scalar_t loss) { records_[block * record_size_ + loss_at_] += loss; }
 
@@ -302,7 +311,7 @@ class Gradients {
   Arena<scalar_t> arena_;
   scalar_t* records_;
   scalar_t *rows_, *biases_, *per_task_user_, *per_task_bias_;
-  bool shared_pull_;
+  bool shared_pull_, stream_;
 };
 
 // Writes the rows  Σ_k C[q, k] φ_k  of the query's candidates;  C's column k holds the p̄ of step k.
@@ -317,7 +326,7 @@ MULTIVERSION void write_query_rows(const Query<scalar_t>& query, int64_t begin,
     if (first == nullptr) return;
     const int64_t row_stride = j == 0 ? layout.dim : (query.group - 1) * layout.dim;
     write_rows<scalar_t>(layout, {grad_scores + j, query.group, column_stride}, query.num_entries,
-                         path, steps, arena, first, row_stride);
+                         path, steps, arena, first, row_stride, gradients.stream());
   }
 }
 

@@ -161,7 +161,7 @@ MULTIVERSION void gram_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& aren
     coefficients[r * columns + R + 1] = last[r];
   }
   write_rows<scalar_t>(layout, {coefficients, columns, 1}, R, basis, R + 2, arena, grads.rows,
-                       layout.dim);
+                       layout.dim, grads.stream);
 }
 
 template void gram_forward<float>(const Task<float>& task, Arena<float>& arena,

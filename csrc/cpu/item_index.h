@@ -28,6 +28,9 @@ class ItemIndex {
 
   int64_t size() const { return static_cast<int64_t>(ids.size()); }
 
+  // Whether no item comes twice: entry e is item e.
+  bool all_distinct() const { return ids.size() == place.size(); }
+
   // The number of `item`, or −1.
   int64_t operator[](int64_t item) const { return slots_[find(item)]; }
 

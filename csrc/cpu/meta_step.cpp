@@ -92,6 +92,7 @@ void adapt_users(const Batch<scalar_t>& batch, const TaskBlocks& blocks, Wanted 
       solver.adjoint(task, arena, grad_path, whole_path, grads);
       gradients.add_task(block, task, grads, support_begin, grad_scores, asked, begin);
     }
+    if (gradients.stream()) finish_streaming();
   });
 }
 
@@ -145,6 +146,7 @@ void adapt_items_too(const Batch<scalar_t>& batch, const TaskBlocks& blocks, Wan
       gradients.add_full_task(block, task, grads, items.index, support_begin, grad_scores, asked,
                               begin);
     }
+    if (gradients.stream()) finish_streaming();
   });
 }
 

@@ -7,7 +7,9 @@ namespace metarec_fast::cpu {
 template <typename scalar_t>
 MULTIVERSION void step_forward(const Task<scalar_t>& task, Arena<scalar_t>& arena, bool normal,
                                StepPath<scalar_t>& path) {
-  const Layout<scalar_t>& layout = task.layout;
+  const Layout<scalar_t> layout = task.layout;
+  const Rows<scalar_t> rows = task.rows;
+  const scalar_t *start = task.start, *scale = task.scale, *base = task.base;
   const int64_t R = padded<scalar_t>(task.size), K = task.loop.steps, P = layout.stride;
   constexpr int64_t kLane = kLanes<scalar_t>;
   path.normal = normal;
@@ -18,7 +20,7 @@ MULTIVERSION void step_forward(const Task<scalar_t>& task, Arena<scalar_t>& aren
   path.curvatures = arena.take(K * R);
   scalar_t* scores = arena.take(R);
   scalar_t *target = nullptr, *moved = nullptr;  // v, φ − φ_0
-  for (int64_t i = 0; i < P; i += kLane) store(path.fast + i) = load(task.start + i);
+  for (int64_t i = 0; i < P; i += kLane) store(path.fast + i) = load(start + i);
   if (normal) {
     scalar_t* matrix = arena.take((layout.width + 1) * P);
     target = arena.take(P);
@@ -35,22 +37,21 @@ MULTIVERSION void step_forward(const Task<scalar_t>& task, Arena<scalar_t>& aren
     scalar_t* next = path.fast + (k + 1) * P;
     scalar_t* slope = path.slopes + k * P;
     if (normal) {
-      for (int64_t i = 0; i < P; i += kLane)
-        store(moved + i) = load(now + i) - load(task.start + i);
+      for (int64_t i = 0; i < P; i += kLane) store(moved + i) = load(now + i) - load(start + i);
       dots(moved, path.matrix, scalar_t{0}, slope);
       const scalar_t twice = 2 * task.mean();
       for (int64_t i = 0; i < P; i += kLane)
         store(slope + i) = twice * (load(slope + i) - load(target + i));
     } else {
       scalar_t* push = path.pushes + k * R;
-      score_rows(task.rows, task.base, now, scores);
+      score_rows(rows, base, now, scores);
       differentiate(task, scores, push, path.curvatures + k * R);
-      combine(push, task.rows, slope);
+      combine(push, rows, slope);
     }
     const scalar_t rate = task.loop.inner_lr[k], momentum = task.loop.momentum[k];
     for (int64_t i = 0; i < P; i += kLane) {
-      store(slope + i) += pull * (load(now + i) - load(task.start + i));
-      store(next + i) = load(now + i) - rate * load(task.scale + i) * load(slope + i) +
+      store(slope + i) += pull * (load(now + i) - load(start + i));
+      store(next + i) = load(now + i) - rate * load(scale + i) * load(slope + i) +
                         momentum * (load(now + i) - load(before + i));
     }
   }
@@ -62,7 +63,9 @@ MULTIVERSION void step_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& aren
                                const scalar_t* grad_path,  // φ̄_0 … φ̄_K of the outer loss, or
                                bool whole_path,            // only φ̄_K [layout.stride]
                                const TaskGradients<scalar_t>& grads) {
-  const Layout<scalar_t>& layout = task.layout;
+  const Layout<scalar_t> layout = task.layout;
+  const Rows<scalar_t> rows = task.rows;
+  const scalar_t *task_start = task.start, *scale = task.scale;
   const int64_t R = path.entries, K = task.loop.steps, P = layout.stride;
   constexpr int64_t kLane = kLanes<scalar_t>;
   const bool second_order = !task.loop.first_order;
@@ -89,7 +92,7 @@ MULTIVERSION void step_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& aren
     const scalar_t rate = task.loop.inner_lr[k], momentum = task.loop.momentum[k];
     Vector<scalar_t> lr_sum = {};
     for (int64_t i = 0; i < P; i += kLane) {
-      store(direction + i) = load(task.scale + i) * load(adjoint + i);
+      store(direction + i) = load(scale + i) * load(adjoint + i);
       lr_sum += load(direction + i) * load(slope + i);
     }
     if (grads.inner_lr) grads.inner_lr.add(k, -sum_lanes<scalar_t>(lr_sum));
@@ -99,7 +102,7 @@ MULTIVERSION void step_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& aren
     if (grads.prior_pull) {
       Vector<scalar_t> sum = {};
       for (int64_t i = 0; i < P; i += kLane)
-        sum += load(direction + i) * (load(now + i) - load(task.start + i));
+        sum += load(direction + i) * (load(now + i) - load(task_start + i));
       grads.prior_pull.add(task.index, -rate * sum_lanes<scalar_t>(sum));
     }
     if (grads.momentum) {
@@ -115,9 +118,9 @@ MULTIVERSION void step_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& aren
       for (int64_t i = 0; i < P; i += kLane) store(earlier + i) *= factor;
     } else if (second_order) {
       scalar_t* h = coefficients + k * R;
-      dots(direction, task.rows, task.rows.bias * direction[layout.width], along + k * R);
+      dots(direction, rows, rows.bias * direction[layout.width], along + k * R);
       bend(task, path.curvatures + k * R, rate, along + k * R, h);
-      combine(h, task.rows, earlier);
+      combine(h, rows, earlier);
     } else {
       for (int64_t i = 0; i < P; i += kLane) store(earlier + i) = Vector<scalar_t>{};
     }
@@ -147,8 +150,8 @@ MULTIVERSION void step_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& aren
     for (int64_t k = 0; k < K; ++k) {
       scalar_t* push = path.pushes + k * R;
       const scalar_t* direction = directions + k * P;
-      dots(direction, task.rows, task.rows.bias * direction[layout.width], along + k * R);
-      score_rows(task.rows, task.base, path.fast + k * P, push);
+      dots(direction, rows, rows.bias * direction[layout.width], along + k * R);
+      score_rows(rows, task.base, path.fast + k * P, push);
       differentiate(task, push, push, path.curvatures + k * R);
       bend(task, path.curvatures + k * R, task.loop.inner_lr[k], along + k * R,
            coefficients + k * R);
@@ -169,7 +172,7 @@ MULTIVERSION void step_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& aren
   if (grads.base != nullptr) copy_out(base, task.size, grads.base);
   if (grads.rows != nullptr)
     write_rows<scalar_t>(layout, {coefficients, 1, R}, task.size, basis, 2 * K, arena, grads.rows,
-                         layout.dim);
+                         layout.dim, grads.stream);
 }
 
 template void step_forward<float>(const Task<float>& task, Arena<float>& arena, bool normal,

@@ -52,6 +52,7 @@ struct TaskGradients {
   scalar_t* weights;  // [R], overwritten
   scalar_t* scale;    // [stride], added to
   PerIndexSum<scalar_t> inner_lr, momentum, prior_pull;  // added to
+  bool stream;  // rows past the caches, which they would only wash out
 };
 
 // u from [D] and c into a fast vector.
@@ -150,9 +151,10 @@ template <typename scalar_t>
 ALWAYS_INLINE void write_rows(const Layout<scalar_t>& layout,
                               const Coefficients<scalar_t>& coefficients, int64_t count,
                               const scalar_t* basis, int64_t basis_size, Arena<scalar_t>& arena,
-                              scalar_t* rows, int64_t row_stride) {
+                              scalar_t* rows, int64_t row_stride, bool stream) {
   if (layout.dim == layout.width) {
-    multiply(coefficients, count, basis, layout.stride, basis_size, layout.width, rows, row_stride);
+    multiply(coefficients, count, basis, layout.stride, basis_size, layout.width, rows, row_stride,
+             stream);
     return;
   }
   constexpr int64_t kRows = 4;

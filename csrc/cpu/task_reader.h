@@ -120,11 +120,15 @@ class TaskReader {
   // The first `group` candidates of every entry, and their scores at a fast vector 0, less log_q.
   ALWAYS_INLINE void read_rows(const EntryData<scalar_t>& entries, int64_t begin, int64_t size,
                                int64_t group, scalar_t* rows, scalar_t* base) const {
+    const ItemTable<scalar_t> table = item_table_;  // where stores cannot change it
+    const scalar_t* item_bias = item_bias_;
+    const scalar_t offset = offset_;
+    const int64_t width = layout.width;
     for (int64_t s = 0, r = 0; s < size; ++s)
       for (int64_t j = 0; j < group; ++j, ++r) {
         const int64_t item = entries.candidate(begin + s, j);
-        item_table_.read(item, rows + r * layout.width);
-        base[r] = offset_ + item_bias_[item];
+        table.read(item, rows + r * width);
+        base[r] = offset + item_bias[item];
         if (entries.log_q != nullptr && &entries == &support)
           base[r] -= entries.log_q[(begin + s) * group + j];
       }

@@ -13,6 +13,10 @@
 #include <memory>
 #include <vector>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 // One copy of a function for each kind of machine, the right one picked when the library loads.
 // What it calls must be ALWAYS_INLINE, or it is compiled for the oldest machine only.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
@@ -241,18 +245,19 @@ template <typename scalar_t>
 ALWAYS_INLINE void dots(const scalar_t* left, const Rows<scalar_t>& rows, scalar_t shift,
                         scalar_t* result) {
   constexpr int64_t kRows = 4;  // as many sums at once hide the latency of an addition
-  const int64_t width = rows.width, last = rows.count - 1;
-  if (rows.count == 0) return;
-  store(result + padded<scalar_t>(rows.count) - kLanes<scalar_t>) = Vector<scalar_t>{};
-  for (int64_t j = 0; j < rows.count; j += kRows) {
+  const scalar_t* values = rows.values;
+  const int64_t width = rows.width, count = rows.count, last = count - 1;
+  if (count == 0) return;
+  store(result + padded<scalar_t>(count) - kLanes<scalar_t>) = Vector<scalar_t>{};
+  for (int64_t j = 0; j < count; j += kRows) {
     const scalar_t* row[kRows];  // beyond the end: the last row again
-    for (int64_t r = 0; r < kRows; ++r) row[r] = rows.values + std::min(j + r, last) * width;
+    for (int64_t r = 0; r < kRows; ++r) row[r] = values + std::min(j + r, last) * width;
     Vector<scalar_t> sums[kRows] = {};
     for (int64_t i = 0; i < width; i += kLanes<scalar_t>)
       for (int64_t r = 0; r < kRows; ++r) sums[r] += load(left + i) * load(row[r] + i);
     put(result + j, sum_lanes<scalar_t>(sums) + shift);
   }
-  for (int64_t j = rows.count; j % kRows != 0; ++j) result[j] = 0;
+  for (int64_t j = count; j % kRows != 0; ++j) result[j] = 0;
 }
 
 // result[i, j] = left_i · row_j + shift for all i, j < count, which must be symmetric: left rows
@@ -302,11 +307,33 @@ struct Coefficients {
   }
 };
 
+// A vector to anywhere; where `stream`, past the caches, to an address that is a multiple of 16.
+template <typename scalar_t>
+ALWAYS_INLINE void store_out(const Vector<scalar_t>& vector, scalar_t* address, bool stream) {
+#ifdef __SSE2__
+  if (stream) {
+    float parts[kRegisterBytes / 4];
+    std::memcpy(parts, &vector, sizeof(parts));
+    for (int64_t i = 0; i < kRegisterBytes / 4; i += 4)
+      _mm_stream_ps(reinterpret_cast<float*>(address) + i, _mm_loadu_ps(parts + i));
+    return;
+  }
+#endif
+  *reinterpret_cast<typename Register<scalar_t>::unaligned*>(address) = vector;
+}
+
+// What was streamed is there for others to see.
+inline void finish_streaming() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
 // kRows × kVectors registers of  result = C · basis.
 template <int64_t kRows, int64_t kVectors, typename scalar_t>
 ALWAYS_INLINE void multiply_block(const Coefficients<scalar_t>& coefficients, int64_t row,
                                   const scalar_t* basis, int64_t basis_stride, int64_t count,
-                                  scalar_t* result, int64_t result_stride) {
+                                  scalar_t* result, int64_t result_stride, bool stream) {
   Vector<scalar_t> sums[kRows][kVectors] = {};
   for (int64_t j = 0; j < count; ++j)
     for (int64_t r = 0; r < kRows; ++r) {
@@ -316,8 +343,7 @@ ALWAYS_INLINE void multiply_block(const Coefficients<scalar_t>& coefficients, in
     }
   for (int64_t r = 0; r < kRows; ++r)
     for (int64_t v = 0; v < kVectors; ++v)
-      *reinterpret_cast<typename Register<scalar_t>::unaligned*>(result + r * result_stride +
-                                                                 v * kLanes<scalar_t>) = sums[r][v];
+      store_out<scalar_t>(sums[r][v], result + r * result_stride + v * kLanes<scalar_t>, stream);
 }
 
 // result[m] = Σ_j C[m, j] basis[j],  m < rows, j < count, over `width` numbers, a multiple of a
@@ -325,26 +351,27 @@ ALWAYS_INLINE void multiply_block(const Coefficients<scalar_t>& coefficients, in
 template <typename scalar_t>
 ALWAYS_INLINE void multiply(const Coefficients<scalar_t>& coefficients, int64_t rows,
                             const scalar_t* basis, int64_t basis_stride, int64_t count,
-                            int64_t width, scalar_t* result, int64_t result_stride) {
+                            int64_t width, scalar_t* result, int64_t result_stride,
+                            bool stream = false) {
   constexpr int64_t kLane = kLanes<scalar_t>;
   int64_t m = 0;
   for (; m + 4 <= rows; m += 4) {
     int64_t i = 0;
     for (; i + 2 * kLane <= width; i += 2 * kLane)
       multiply_block<4, 2>(coefficients, m, basis + i, basis_stride, count,
-                           result + m * result_stride + i, result_stride);
+                           result + m * result_stride + i, result_stride, stream);
     for (; i < width; i += kLane)
       multiply_block<4, 1>(coefficients, m, basis + i, basis_stride, count,
-                           result + m * result_stride + i, result_stride);
+                           result + m * result_stride + i, result_stride, stream);
   }
   for (; m < rows; ++m) {
     int64_t i = 0;
     for (; i + 4 * kLane <= width; i += 4 * kLane)
       multiply_block<1, 4>(coefficients, m, basis + i, basis_stride, count,
-                           result + m * result_stride + i, result_stride);
+                           result + m * result_stride + i, result_stride, stream);
     for (; i < width; i += kLane)
       multiply_block<1, 1>(coefficients, m, basis + i, basis_stride, count,
-                           result + m * result_stride + i, result_stride);
+                           result + m * result_stride + i, result_stride, stream);
   }
 }
 
