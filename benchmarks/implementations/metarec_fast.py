@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-
-import metarec_fast as mf
 from benchmarks.implementations.blocks import Outputs, Peer, Step
 from benchmarks.workloads import Problem, Workload
 from metarec_fast import functional as F
@@ -44,29 +41,22 @@ def _meta_step(problem: Problem) -> Step:
 
 
 def _reptile(problem: Problem) -> Step:
-    """Through the learner, as users do; after the first call the batch knows its distinct items, as sampled ones do."""
     work = problem.workload
-    model = mf.DotRecommender(work.num_items, work.dim, sparse=True)
-    model.item_embedding = nn.Embedding.from_pretrained(problem.item_table, freeze=False, sparse=True)
-    model.item_bias = nn.Embedding.from_pretrained(problem.item_bias[:, None], freeze=False, sparse=True)
-    model.user_init, model.user_bias_init = nn.Parameter(problem.user), nn.Parameter(problem.user_bias)
-    learner = mf.Reptile(model, inner_lr=work.inner_lr, inner_steps=work.steps, adapt=work.adapt)
 
     def step() -> Outputs:
-        learner.zero_grad()
-        loss = learner(problem.batch)
-        loss.backward()
-        outputs: dict[str, Tensor | list[mf.SparseRows]] = {
-            "loss": loss,
-            "user_init": model.user_init.grad,
-            "user_bias_init": model.user_bias_init.grad,
-        }
-        if work.adapt == "all":
-            for name, embedding in (("item_table", model.item_embedding), ("item_bias", model.item_bias)):
-                gradient = embedding.weight.grad
-                rows = gradient._values() if name == "item_table" else gradient._values().squeeze(1)
-                outputs[name] = [mf.SparseRows(gradient._indices()[0], rows)]
-        return outputs
+        result = F.reptile_step(
+            problem.user,
+            problem.item_table,
+            problem.item_bias,
+            problem.batch.support,
+            user_bias_init=problem.user_bias,
+            inner_lr=work.inner_lr,
+            inner_steps=work.steps,
+            loss=work.loss,
+            adapt=work.adapt,
+        )
+        items = {name: [rows] for name, rows in result.grads.items() if name.startswith("item")}
+        return {"loss": result.loss, **result.grads, **items}
 
     return step
 

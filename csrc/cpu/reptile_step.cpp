@@ -12,22 +12,36 @@ namespace {
 
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// 1 / Σ ω over the tasks that hold an item, for every item of the table [N].
+// 1 / Σ ω over the tasks that hold an item. As many numbers as the table has rows, kept from call
+// to call: only those of the batch are looked at, and cleared again.
 template <typename scalar_t>
-std::vector<scalar_t> item_shares(const EntryData<scalar_t>& support, const scalar_t* task_weight,
-                                  int64_t num_tasks, int64_t num_items) {
-  std::vector<scalar_t> totals(num_items);
-  std::vector<int64_t> last_task(num_items, -1);  // that counted
-  for (int64_t t = 0; t < num_tasks; ++t)
-    for (int64_t e = support.begin(t); e < support.begin(t + 1); ++e) {
-      const int64_t item = support.items[e];
-      if (std::exchange(last_task[item], t) == t) continue;
-      totals[item] += task_weight == nullptr ? 1 : task_weight[t];
+class ItemShares {
+ public:
+  void assign(const EntryData<scalar_t>& support, const scalar_t* task_weight, int64_t num_tasks,
+              int64_t num_items) {
+    if (static_cast<int64_t>(totals_.size()) < num_items) {
+      totals_.resize(num_items);
+      last_task_.resize(num_items);  // that counted, from 1
     }
-  for (scalar_t& total : totals)
-    if (total > 0) total = 1 / total;
-  return totals;
-}
+    for (int64_t t = 0; t < num_tasks; ++t)
+      for (int64_t e = support.begin(t); e < support.begin(t + 1); ++e) {
+        const int64_t item = support.items[e];
+        if (std::exchange(last_task_[item], t + 1) == t + 1) continue;
+        totals_[item] += task_weight == nullptr ? 1 : task_weight[t];
+      }
+  }
+
+  scalar_t operator[](int64_t item) const { return totals_[item] > 0 ? 1 / totals_[item] : 0; }
+
+  void clear(const EntryData<scalar_t>& support, int64_t num_tasks) {
+    for (int64_t e = 0; e < support.begin(num_tasks); ++e)
+      totals_[support.items[e]] = last_task_[support.items[e]] = 0;
+  }
+
+ private:
+  std::vector<scalar_t> totals_;
+  std::vector<int64_t> last_task_;
+};
 
 // Σ w ℓ(p, y) / Σ w of a task's support entries
 template <typename scalar_t>
@@ -98,8 +112,9 @@ Result reptile_step_cpu(const Tensor& user_init, const Tensor& user_bias_init,
       total += weight;
       if (reader.support.size(t) > 0) judged_total += weight;
     }
-    std::vector<scalar_t> shares;
-    if (loop.adapts_items) shares = item_shares(reader.support, task_weight, T, inputs.N());
+    static thread_local ItemShares<scalar_t> kept_shares;
+    ItemShares<scalar_t>& shares = kept_shares;  // this thread's, for all workers
+    if (loop.adapts_items) shares.assign(reader.support, task_weight, T, inputs.N());
 
     const TaskBlocks blocks(T, reader.support.offsets, nullptr, reader.entry_cost());
     Gradients<scalar_t> gradients(inputs, loop, wanted, nothing, blocks.size());
@@ -155,6 +170,7 @@ Result reptile_step_cpu(const Tensor& user_init, const Tensor& user_bias_init,
         gradients.add_moves(block, task, moves, worker.items.index, begin);
       }
     });
+    if (loop.adapts_items) shares.clear(reader.support, T);
     *loss.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(gradients.finish());
     result = {loss, gradients.user_init, gradients.user_bias_init, gradients.item_rows,
               gradients.item_bias_rows};
