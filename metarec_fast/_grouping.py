@@ -24,7 +24,8 @@ def group_by_user(user: EncodedIds, item: EncodedIds, ratings: NDArray[np.float3
     n, num_items = len(ratings), len(item.ids)
     sizes = np.bincount(user.codes, minlength=len(user.ids))
     bounds = offsets_of(sizes)
-    out_items, out_ratings = np.empty(n, np.int32), np.empty(n, np.float32)
+    out_items: NDArray[np.int32] = np.empty(n, np.int32)
+    out_ratings: NDArray[np.float32] = np.empty(n, np.float32)
     out_times = None if times is None else np.empty(n, times.dtype)
 
     # A sixteenth of the rows at a time: little memory for temporaries, few passes over the rows.
@@ -73,7 +74,8 @@ def _oldest_first(users: NDArray[np.int32], times: NDArray[Any] | None) -> NDArr
     span = 1 if times is None else int(times.max()) - int(low) + 1
     shift = n.bit_length()
     if times is not None and (times.dtype.kind == "f" or (int(users.max()) + 1) * span << shift >= 1 << 63):
-        return np.lexsort((times, users))
+        order: NDArray[np.int64] = np.lexsort((times, users))
+        return order
     # User, time and row in one number: numbers sort several times faster than positions by their keys.
     key = users.astype(np.int64)
     if times is not None:

@@ -145,7 +145,7 @@ class Bias(Baseline):
     def _fit(self, log: Interactions) -> NDArray[np.float64]:
         mean, residuals = _centred(log)
         users = np.repeat(np.arange(log.num_users), np.diff(log.offsets))
-        user_bias = np.zeros(log.num_users)
+        user_bias: NDArray[np.float64] = np.zeros(log.num_users)
         for _ in range(self.sweeps):
             item_bias = _damped_means(log.items, residuals - user_bias[users], log.num_items, self.item_damping)
             user_bias = _damped_means(users, residuals - item_bias[log.items], log.num_users, self.user_damping)

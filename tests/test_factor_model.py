@@ -58,7 +58,7 @@ def test_a_sweep_gives_the_posteriors_of_a_loop_over_users_and_items():
     width = 4  # (b, e, 1) and (1, u, c)
     items, noise = inference.items.double().numpy().copy(), inference.noise
     item_covariance = np.zeros((log.num_items, width, width))
-    item_covariance[:, :-1, :-1] = inference.item_covariance
+    item_covariance[:, :-1, :-1] = inference.item_covariance.numpy()
     item_prior = inference.item_prior_mean.double().numpy(), inference.item_prior_covariance.double().numpy()
     user_prior = np.zeros(width - 1), np.diag([1, 1, inference.bias_variance])
     users = np.repeat(np.arange(log.num_users), log.sizes())
