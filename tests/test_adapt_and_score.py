@@ -390,3 +390,18 @@ def test_raw_operators_check_ids_and_offsets_themselves():
         inputs[5], inputs[7] = items, offsets
         with pytest.raises(RuntimeError, match=message):
             torch.ops.metarec_fast.adapt(*inputs, *loop)
+
+
+def test_a_module_that_adapts_and_scores_can_be_exported():
+    draw = Draw(20)
+    model, batch = draw.model(), draw.batch((3, 5), (2, 4))
+
+    class Scores(torch.nn.Module):
+        def forward(self, user, table, bias, items, targets):
+            support = batch.support
+            entries = type(support).unchecked(items, targets, support.offsets, max_size=5, max_item=59)
+            return F.adapt_and_score(user, table, bias, TaskBatch(entries, batch.query), inner_steps=3)
+
+    arguments = (model.user_init, model.item_table, model.item_bias, batch.support.items, batch.support.targets)
+    exported = torch.export.export(Scores(), arguments)
+    torch.testing.assert_close(exported.module()(*arguments), Scores()(*arguments))
