@@ -264,7 +264,9 @@ def _scalar(value: float, like: Tensor) -> Tensor:
         if len(_scalars) >= _MOST_SCALARS:
             _scalars.clear()
         with torch.inference_mode(False):  # or later calls could not differentiate
-            scalar = _scalars[value, like.dtype] = torch.full((), value, dtype=like.dtype)
+            scalar = torch.full((), value, dtype=like.dtype, device=like.device)
+        if type(scalar) is Tensor:  # no fake one, whose mode ends before the next call
+            _scalars[value, like.dtype] = scalar
     return scalar
 
 

@@ -178,9 +178,13 @@ def _meta_step_backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[T
     saved, count = ctx.saved_tensors, len(WANT)
     gradients, inputs, ids = saved[:count], saved[count : 2 * count], saved[2 * count]
     num_rows = ctx.num_rows
+    needed = [ctx.needs_input_grad[META_STEP[name]] for name in ("item_table", "item_bias")]
 
     def scale(grad_loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        dense = [ops.sum_rows(ids, rows, num_rows) if rows.shape[0] else rows for rows in gradients[2:4]]
+        dense = [
+            ops.sum_rows(ids, rows, num_rows) if wanted else rows
+            for rows, wanted in zip(gradients[2:4], needed, strict=True)
+        ]
         return tuple(gradient * grad_loss for gradient in (*gradients[:2], *dense, *gradients[4:]))
 
     scaled = Once.apply("meta_step", scale, grad_loss, *inputs)

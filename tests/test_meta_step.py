@@ -179,6 +179,26 @@ def test_without_any_query_the_loss_is_zero_and_so_are_the_gradients():
     assert not result.grads["item_table"].rows.any()
 
 
+@pytest.mark.parametrize("sizes", [(), (0, 0), (3, 2)])
+def test_backward_without_any_query_gives_zeros(sizes):
+    draw = Draw(0)
+    model = draw.model()
+    leaves = [value.requires_grad_() for value in (model.user_init, model.item_table, model.item_bias)]
+    batch = draw.batch(sizes, (0,) * len(sizes))
+    F.meta_step(*leaves, batch, first_order=True).loss.backward()
+    assert all(leaf.grad is not None and not leaf.grad.any() for leaf in leaves)
+
+
+def test_the_default_device_of_one_call_does_not_reach_the_next():
+    draw = Draw(0)
+    model, batch = draw.model(), draw.batch()
+    arguments = (model.user_init, model.item_table, model.item_bias, batch)
+    with torch.device("meta"):
+        F.meta_step(*arguments, inner_lr=0.0789)
+    expected = F.meta_step(*arguments, inner_lr=torch.tensor(0.0789).double()).loss
+    torch.testing.assert_close(F.meta_step(*arguments, inner_lr=0.0789).loss, expected)
+
+
 def test_where_no_binary_loads_the_reference_gives_the_same(monkeypatch):
     draw = Draw(0)
     model, batch = draw.model(), draw.batch()
