@@ -57,6 +57,12 @@ struct RaggedItems {
     }
   }
 
+  // As many tasks, none with an entry.
+  RaggedItems without_entries() const {
+    return RaggedItems("query", empty(items, ScalarType::Long, {0}),
+                       torch::stable::new_zeros(offsets, {num_tasks + 1}), items);
+  }
+
   int64_t size() const { return items.size(0); }
   int64_t num_negatives() const { return negatives ? negatives->size(1) : 0; }
   int64_t candidates() const { return 1 + num_negatives(); }  // of an entry
@@ -153,7 +159,7 @@ struct LoopArguments {
     if (preconditioner_in) preconditioner = as_contiguous(*preconditioner_in);
     if (prior_pull_in) prior_pull = as_contiguous(*prior_pull_in);
     if (momentum_in) momentum = as_contiguous(*momentum_in);
-    const bool squared = loss == Loss::kSquared, pairwise = loss >= Loss::kBpr;
+    const bool squared = loss == Loss::kSquared, pairwise = is_pairwise(loss);
     STD_TORCH_CHECK(pairwise == inputs.support.negatives.has_value(),
                     "support_negatives: needed by the losses bpr and softmax, and by no other");
     STD_TORCH_CHECK(loss == Loss::kSoftmax || !inputs.support.log_q,

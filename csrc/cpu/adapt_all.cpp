@@ -43,14 +43,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapt_all_cpu(
       Arena<scalar_t>& arena = thread_arena<scalar_t>();
       auto& [index, ahead] = worker;
       for (int64_t t = first; t < last; ++t) {
-        arena.reset();
-        const Task<scalar_t> task = reader.read(t, arena, ahead);
-        t + 1 < last ? reader.aim(ahead, t + 1, nullptr) : ahead.stop();
+        const Task<scalar_t> task = reader.next(t, last, nullptr, arena, ahead);
         const int64_t begin = reader.support.begin(t);
         index.assign(reader.support.items + begin, task.size);
-        FullPath<scalar_t> path;
-        start_full(task, index, arena, path);
-        for (int64_t k = 0; k < reader.loop.steps; ++k) step_full(task, index, k, arena, path);
+        FullPath<scalar_t> path = adapt_full(task, index, arena);
 
         const scalar_t* fast = path.fast + reader.loop.steps * layout.stride;
         std::copy(fast, fast + D, user_out + t * D);

@@ -42,9 +42,7 @@ Adapted run_forward(const Inputs& inputs, const RaggedItems& query, const LoopAr
       Arena<scalar_t>& arena = thread_arena<scalar_t>();
       auto& [solver, ahead] = worker;
       for (int64_t t = first; t < last; ++t) {
-        arena.reset();
-        const Task<scalar_t> task = reader.read(t, arena, ahead);
-        t + 1 < last ? reader.aim(ahead, t + 1, &queries) : ahead.stop();
+        const Task<scalar_t> task = reader.next(t, last, &queries, arena, ahead);
         const scalar_t* fast = solver.forward(task, arena, /*backward=*/false);
         const Query<scalar_t> asked = read_query(reader, queries, t, arena);
         scalar_t* own = arena.take(asked.size());
@@ -56,14 +54,9 @@ Adapted run_forward(const Inputs& inputs, const RaggedItems& query, const LoopAr
       Arena<scalar_t>& arena = thread_arena<scalar_t>();
       auto& [items, ahead] = worker;
       for (int64_t t = first; t < last; ++t) {
-        arena.reset();
-        const Task<scalar_t> task = reader.read(t, arena, ahead);
-        t + 1 < last ? reader.aim(ahead, t + 1, &queries) : ahead.stop();
+        const Task<scalar_t> task = reader.next(t, last, &queries, arena, ahead);
         items.find(reader.support, queries, t);
-        FullPath<scalar_t> path;
-        start_full(task, items.index, arena, path);
-        for (int64_t k = 0; k < reader.loop.steps; ++k)
-          step_full(task, items.index, k, arena, path);
+        FullPath<scalar_t> path = adapt_full(task, items.index, arena);
         const scalar_t* fast = path.fast + reader.loop.steps * layout.stride;
         const Query<scalar_t> asked = read_query(reader, queries, t, arena);
         scalar_t* own = arena.take(asked.size());
@@ -93,9 +86,7 @@ std::tuple<Tensor, Tensor> adapt_cpu(
                       support_log_q);
   const LoopArguments loop(inputs, inner_lr, preconditioner, prior_pull, momentum, extra_count,
                            inner_steps, loss, first_order, form, adapt);
-  const RaggedItems nothing("query", empty(support_items, ScalarType::Long, {0}),
-                            torch::stable::new_zeros(support_offsets, {inputs.T() + 1}),
-                            item_table);
+  const RaggedItems nothing = inputs.support.without_entries();
   const Adapted adapted = run_forward(inputs, nothing, loop);
   return {adapted.user, adapted.bias};
 }
@@ -176,10 +167,8 @@ GradientTuple adapt_and_score_backward_cpu(
       Arena<scalar_t>& arena = thread_arena<scalar_t>();
       auto& [solver, ahead] = worker;
       for (int64_t t = first; t < last; ++t) {
-        arena.reset();
-        const Task<scalar_t> task = reader.read(t, arena, ahead);
+        const Task<scalar_t> task = reader.next(t, last, &queries, arena, ahead);
         const Query<scalar_t> asked = read_query(reader, queries, t, arena);
-        t + 1 < last ? reader.aim(ahead, t + 1, &queries) : ahead.stop();
         const scalar_t* fast = solver.forward(task, arena, /*backward=*/true);
 
         const int64_t begin = queries.begin(t), support_begin = reader.support.begin(t);
@@ -198,18 +187,14 @@ GradientTuple adapt_and_score_backward_cpu(
       Arena<scalar_t>& arena = thread_arena<scalar_t>();
       auto& [items, ahead] = worker;
       for (int64_t t = first; t < last; ++t) {
-        arena.reset();
-        const Task<scalar_t> task = reader.read(t, arena, ahead);
+        const Task<scalar_t> task = reader.next(t, last, &queries, arena, ahead);
         const Query<scalar_t> asked = read_query(reader, queries, t, arena);
-        t + 1 < last ? reader.aim(ahead, t + 1, &queries) : ahead.stop();
         items.find(reader.support, queries, t);
-        FullPath<scalar_t> path;
-        start_full(task, items.index, arena, path);
-        const int64_t K = reader.loop.steps;
-        for (int64_t k = 0; k < K; ++k) step_full(task, items.index, k, arena, path);
+        FullPath<scalar_t> path = adapt_full(task, items.index, arena);
 
         const int64_t begin = queries.begin(t), support_begin = reader.support.begin(t);
         const auto [grad_scores, grad_fast] = arrivals(t, asked.size(), arena);
+        const int64_t K = reader.loop.steps;
         const scalar_t* fast = path.fast + K * layout.stride;
         FullGradients<scalar_t> grads =
             gradients.of_full_task(block, path.items, support_begin, arena);

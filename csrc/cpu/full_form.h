@@ -72,6 +72,16 @@ template <typename scalar_t>
 void undo_full(const Task<scalar_t>& task, const ItemIndex& index, int64_t k,
                Arena<scalar_t>& arena, FullPath<scalar_t>& path, FullGradients<scalar_t>& grads);
 
+// The whole path of a task.
+template <typename scalar_t>
+FullPath<scalar_t> adapt_full(const Task<scalar_t>& task, const ItemIndex& index,
+                              Arena<scalar_t>& arena) {
+  FullPath<scalar_t> path;
+  start_full(task, index, arena, path);
+  for (int64_t k = 0; k < task.loop.steps; ++k) step_full(task, index, k, arena, path);
+  return path;
+}
+
 // Scores of the query at point k, support items by their rows as they are now. `place` says which
 // of them a candidate is, or −1.
 template <typename scalar_t>

@@ -114,12 +114,7 @@ class Gradients {
   // Where the adjoint of a task puts its gradients; `add_task` takes them from there.
   TaskGradients<scalar_t> of_task(int64_t block, const Task<scalar_t>& task, int64_t begin,
                                   Arena<scalar_t>& arena) {
-    scalar_t* record = records_ + block * record_size_;
-    const auto sum = [&](const Tensor& tensor, int64_t at) {
-      const bool is_wanted = tensor.numel() > 0;
-      return PerIndexSum<scalar_t>{is_wanted ? record + at : nullptr, tensor.dim() == 0 ? 0 : 1};
-    };
-    PerIndexSum<scalar_t> pull = sum(prior_pull, pull_at_);
+    PerIndexSum<scalar_t> pull = sum_in_record(block, prior_pull, pull_at_);
     if (pull && !shared_pull_) pull.values = data(prior_pull);
     scalar_t* rows = nullptr;
     if (rows_ != nullptr && places.support)
@@ -131,9 +126,9 @@ class Gradients {
             rows,
             arena.take_zeros(task.size),
             weights,
-            preconditioner.numel() > 0 ? record + scale_at_ : nullptr,
-            sum(inner_lr, inner_lr_at_),
-            sum(momentum, momentum_at_),
+            sum_in_record(block, preconditioner, scale_at_).values,
+            sum_in_record(block, inner_lr, inner_lr_at_),
+            sum_in_record(block, momentum, momentum_at_),
             pull,
             stream_ && !pairwise()};
   }
@@ -185,15 +180,12 @@ class Gradients {
   FullGradients<scalar_t> of_full_task(int64_t block, int64_t items, int64_t begin,
                                        Arena<scalar_t>& arena) {
     scalar_t* weights = support_weights.numel() > 0 ? data(support_weights) + begin : nullptr;
-    const PerIndexSum<scalar_t> lr{
-        inner_lr.numel() > 0 ? records_ + block * record_size_ + inner_lr_at_ : nullptr,
-        inner_lr.dim() == 0 ? 0 : 1};
     return {arena.take_zeros(layout_.stride),
             arena.take_zeros(FullPath<scalar_t>::padded_rows(items) * layout_.width),
             arena.take_zeros(items),
             0,
             weights,
-            lr};
+            sum_in_record(block, inner_lr, inner_lr_at_)};
   }
 
   scalar_t* query_row(int64_t entry, int64_t j) {
@@ -258,7 +250,13 @@ class Gradients {
         biases_[places.of_query(begin + q, j)] = grad_scores[i++];
   }
 
-  bool pairwise() const { return loss_ == Loss::kBpr || loss_ == Loss::kSoftmax; }
+  // The sums of a block for what has a gradient `tensor`, which is empty if not wanted.
+  PerIndexSum<scalar_t> sum_in_record(int64_t block, const Tensor& tensor, int64_t at) const {
+    return {tensor.numel() > 0 ? records_ + block * record_size_ + at : nullptr,
+            tensor.dim() == 0 ? 0 : 1};
+  }
+
+  bool pairwise() const { return is_pairwise(loss_); }
   // Whether a task's rows are, in their order, those of the support items.
   bool in_place(const Task<scalar_t>& task) const {
     return loss_ != Loss::kSoftmax && task.group == 1;

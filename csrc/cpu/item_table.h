@@ -62,9 +62,7 @@ class RowsAhead {
     for (int64_t i = 0; i < share_ && list_ < lists_; ++i) {
       const int64_t item = *begins_[list_]++;
       if (begins_[list_] == ends_[list_]) ++list_;
-      constexpr int64_t kLine = 64;
-      const std::byte* row = rows_ + item * row_bytes_;
-      for (int64_t at = 0; at < row_bytes_; at += kLine) __builtin_prefetch(row + at);
+      prefetch_row<false>(rows_ + item * row_bytes_, row_bytes_);
       __builtin_prefetch(biases_ + item * bias_bytes_);
     }
   }

@@ -65,10 +65,8 @@ void adapt_users(const Batch<scalar_t>& batch, const TaskBlocks& blocks, Wanted 
     Arena<scalar_t>& arena = thread_arena<scalar_t>();
     auto& [solver, ahead] = worker;
     for (int64_t t = first; t < last; ++t) {
-      arena.reset();
-      const Task<scalar_t> task = reader.read(t, arena, ahead);
+      const Task<scalar_t> task = reader.next(t, last, &batch.queries, arena, ahead);
       const Query<scalar_t> asked = read_query(reader, batch.queries, t, arena);
-      t + 1 < last ? reader.aim(ahead, t + 1, &batch.queries) : ahead.stop();
       const scalar_t* fast = solver.forward(task, arena, wanted.any(), whole_path);
       if (whole_path) fast = solver.path();
 
@@ -107,10 +105,8 @@ void adapt_items_too(const Batch<scalar_t>& batch, const TaskBlocks& blocks, Wan
     Arena<scalar_t>& arena = thread_arena<scalar_t>();
     auto& [items, ahead] = worker;
     for (int64_t t = first; t < last; ++t) {
-      arena.reset();
-      const Task<scalar_t> task = reader.read(t, arena, ahead);
+      const Task<scalar_t> task = reader.next(t, last, &batch.queries, arena, ahead);
       const Query<scalar_t> asked = read_query(reader, batch.queries, t, arena);
-      t + 1 < last ? reader.aim(ahead, t + 1, &batch.queries) : ahead.stop();
       items.find(reader.support, batch.queries, t);
       const int64_t* place = items.query.data();
 

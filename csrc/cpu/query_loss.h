@@ -130,7 +130,7 @@ MULTIVERSION scalar_t judge_query(const QueryLoss<scalar_t>& outer, const scalar
     total += judge_points(outer.loss, own, targets, weights, entries, grad);
     for (int64_t q = 0; q < entries; ++q) grad_scores[q * group] = grad[q];
   }
-  if (outer.loss.bpr != 0 || outer.loss.softmax != 0) {
+  if (outer.loss.pairwise()) {
     scalar_t* shares = arena.take(entries);
     const auto scaled = [&](double part) {
       for (int64_t q = 0; q < entries; ++q) shares[q] = static_cast<scalar_t>(part) * weights[q];

@@ -53,12 +53,6 @@ MULTIVERSION scalar_t support_loss(const Task<scalar_t>& task, const OuterLoss& 
          sum(task.weights, task.size);
 }
 
-template <typename scalar_t>
-MULTIVERSION void score_support(const Rows<scalar_t>& rows, const scalar_t* base,
-                                const scalar_t* fast, scalar_t* scores) {
-  score_rows(rows, base, fast, scores);
-}
-
 // moved = share (before − after)
 template <typename scalar_t>
 MULTIVERSION void move_of(const scalar_t* before, const scalar_t* after, scalar_t share,
@@ -90,9 +84,7 @@ Result reptile_step_cpu(const Tensor& user_init, const Tensor& user_bias_init,
     check_tensor("task_weights", *task_weights, inputs.dtype(), item_bias);
     check_size("task_weights", *task_weights, inputs.T());
   }
-  const RaggedItems nothing("query", empty(support_items, ScalarType::Long, {0}),
-                            torch::stable::new_zeros(support_offsets, {inputs.T() + 1}),
-                            item_table);
+  const RaggedItems nothing = inputs.support.without_entries();
   const OuterLoss judged{loop.loss == Loss::kSquared ? 1.0 : 0.0,
                          loop.loss == Loss::kLogistic ? 1.0 : 0.0, 0, 0, 0};
   const Wanted wanted{loop.adapts_items ? 3 : 1};  // the start, and items
@@ -103,7 +95,6 @@ Result reptile_step_cpu(const Tensor& user_init, const Tensor& user_bias_init,
     using scalar_t = decltype(zero);
     const TaskReader<scalar_t> reader(inputs, loop);
     const Layout<scalar_t>& layout = reader.layout;
-    const EntryData<scalar_t> none(nothing);
     const scalar_t* task_weight = task_weights ? task_weights->const_data_ptr<scalar_t>() : nullptr;
     const int64_t T = inputs.T();
     scalar_t total = 0, judged_total = 0;
@@ -120,24 +111,22 @@ Result reptile_step_cpu(const Tensor& user_init, const Tensor& user_bias_init,
     Gradients<scalar_t> gradients(inputs, loop, wanted, nothing, blocks.size());
     struct Worker {
       InnerSolver<scalar_t> solver;
-      FullItems items;
+      ItemIndex index;
       RowsAhead ahead;
     };
     const auto make_worker = [] { return Worker(); };
     blocks.run(make_worker, [&](int64_t block, int64_t first, int64_t last, auto& worker) {
       Arena<scalar_t>& arena = thread_arena<scalar_t>();
       for (int64_t t = first; t < last; ++t) {
-        arena.reset();
-        const Task<scalar_t> task = reader.read(t, arena, worker.ahead);
-        t + 1 < last ? reader.aim(worker.ahead, t + 1, nullptr) : worker.ahead.stop();
+        const Task<scalar_t> task = reader.next(t, last, nullptr, arena, worker.ahead);
         const scalar_t weight = task_weight == nullptr ? 1 : task_weight[t];
         const int64_t begin = reader.support.begin(t);
         scalar_t* scores = arena.take(task.size);
         FullGradients<scalar_t> moves{arena.take(layout.stride), nullptr, nullptr, 0, nullptr, {}};
         const scalar_t* fast = nullptr;
         if (loop.adapts_items) {
-          worker.items.find(reader.support, none, t);
-          const ItemIndex& index = worker.items.index;
+          ItemIndex& index = worker.index;
+          index.assign(reader.support.items + begin, task.size);
           FullPath<scalar_t> path;
           start_full(task, index, arena, path);
           scalar_t* before = arena.take(path.items * layout.width);
@@ -148,7 +137,8 @@ Result reptile_step_cpu(const Tensor& user_init, const Tensor& user_bias_init,
           fast = path.fast + reader.loop.steps * layout.stride;
 
           scalar_t* item_scores = arena.take(path.items);
-          score_support(path.item_rows(layout.width), path.biases, fast, item_scores);
+          score_query<scalar_t>({path.items, 1, path.item_rows(layout.width), path.biases}, fast,
+                                item_scores);
           for (int64_t e = 0; e < task.size; ++e) scores[e] = item_scores[index.place[e]];
           moves.rows = before;
           moves.biases = biases_before;
@@ -160,14 +150,14 @@ Result reptile_step_cpu(const Tensor& user_init, const Tensor& user_bias_init,
           }
         } else {
           fast = worker.solver.forward(task, arena, /*backward=*/false);
-          score_support(task.rows, task.base, fast, scores);
+          score_query<scalar_t>({task.size, 1, task.rows, task.base}, fast, scores);
         }
         const scalar_t share = total > 0 ? weight / total : 0;
         move_of(task.start, fast, share, layout.stride, moves.fast);
         if (task.size > 0)
           gradients.add_loss(block,
                              weight / judged_total * support_loss(task, judged, scores, arena));
-        gradients.add_moves(block, task, moves, worker.items.index, begin);
+        gradients.add_moves(block, task, moves, worker.index, begin);
       }
     });
     if (loop.adapts_items) shares.clear(reader.support, T);

@@ -144,11 +144,13 @@ ALWAYS_INLINE void sum_group(const Entries& entries, int64_t first, int64_t last
   }
 }
 
-// The cache lines that hold `width` numbers will be needed soon, to be read or (kWrite) changed.
-template <bool kWrite, typename scalar_t>
-ALWAYS_INLINE void prefetch_row(const scalar_t* row, int64_t width) {
-  constexpr int64_t kLine = 64 / sizeof(scalar_t);
-  for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(row + d, kWrite);
+constexpr int64_t kAhead = 8;  // entries whose rows are under way
+
+// Calls ask(place) for the places that come up, kAhead further on, while [place, end) is computed.
+template <typename Entries, typename Ask>
+ALWAYS_INLINE void look_ahead(const Entries& entries, int64_t place, int64_t end, const Ask& ask) {
+  const int64_t last = std::min(end + kAhead, entries.size());
+  for (int64_t soon = place + kAhead; soon < last; ++soon) ask(soon);
 }
 
 }  // namespace metarec_fast::cpu

@@ -15,8 +15,6 @@
 namespace metarec_fast::cpu {
 namespace {
 
-constexpr int64_t kAhead = 8;  // entries whose rows are under way
-
 // m ← m + (1 − β1)(g − m),  v ← v + (1 − β2)(g² − v),  p ← p − η m / (√v + ε),
 // η = lr √(1 − β2ᵗ) / (1 − β1ᵗ)
 template <typename scalar_t>
@@ -106,14 +104,12 @@ MULTIVERSION void update_range(const std::vector<Part<scalar_t, Rule>>& parts,
     end = entries.end_of(place);
     if (!entries.begins(place)) continue;
     const int64_t id = entries.id(place), entry = entries.entry(place);
-    const int64_t soon_end = std::min(end + kAhead, entries.size());
-    for (int64_t soon = place + kAhead; soon < soon_end; ++soon) {
-      const int64_t soon_id = entries.id(soon), soon_entry = entries.entry(soon);
+    look_ahead(entries, place, end, [&](int64_t soon) {
       for (const auto& [rule, rows, width] : parts) {
-        prefetch_row<false>(rows + soon_entry * width, width);
-        rule.prefetch(soon_id * width, width);
+        prefetch_row<false>(rows + entries.entry(soon) * width, width);
+        rule.prefetch(entries.id(soon) * width, width);
       }
-    }
+    });
     for (const auto& [rule, rows, width] : parts) {
       const scalar_t* gradient = rows + entry * width;
       if (end > place + 1) {

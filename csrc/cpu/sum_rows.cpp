@@ -6,8 +6,6 @@
 namespace metarec_fast::cpu {
 namespace {
 
-constexpr int64_t kAhead = 8;  // entries whose rows are under way
-
 // sums[i] = Σ rows of the id, ids[i] = it: for each id whose entries begin in places [first, last),
 // with i from `at` on.
 template <typename scalar_t, typename Entries>
@@ -16,8 +14,9 @@ MULTIVERSION void sum_distinct(const Entries& entries, int64_t first, int64_t la
   for (int64_t place = first, end; place < last; place = end) {
     end = entries.end_of(place);
     if (!entries.begins(place)) continue;
-    for (int64_t soon = place + kAhead; soon < std::min(end + kAhead, entries.size()); ++soon)
+    look_ahead(entries, place, end, [&](int64_t soon) {
       prefetch_row<false>(rows + entries.entry(soon) * width, width);
+    });
     ids[at] = entries.id(place);
     sum_group(entries, place, end, rows, width, sums + at * width);
     ++at;
@@ -31,8 +30,9 @@ MULTIVERSION void sum_all(const Entries& entries, int64_t first, int64_t last, c
   for (int64_t place = first, end; place < last; place = end) {
     end = entries.end_of(place);
     if (!entries.begins(place)) continue;
-    for (int64_t soon = place + kAhead; soon < std::min(end + kAhead, entries.size()); ++soon)
+    look_ahead(entries, place, end, [&](int64_t soon) {
       prefetch_row<false>(rows + entries.entry(soon) * width, width);
+    });
     const int64_t id = entries.id(place), before = place == 0 ? -1 : entries.id(place - 1);
     std::fill(sums + (before + 1) * width, sums + id * width, scalar_t{0});
     sum_group(entries, place, end, rows, width, sums + id * width);

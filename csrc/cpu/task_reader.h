@@ -79,6 +79,38 @@ class TaskReader {
     return loop.loss == Loss::kSoftmax ? 1 + support.num_negatives : 1;
   }
 
+  // Task t of a worker whose last is `last` − 1, in an arena that held the one before it; rows of
+  // the next, of `query` too, are going to be asked for meanwhile.
+  Task<scalar_t> next(int64_t t, int64_t last, const EntryData<scalar_t>* query,
+                      Arena<scalar_t>& arena, RowsAhead& ahead) const {
+    arena.reset();
+    if (t + 1 < last)
+      aim(ahead, t + 1, query);
+    else
+      ahead.stop();
+    return read(t, arena, ahead);
+  }
+
+  // The first `group` candidates of every entry, and their scores at a fast vector 0.
+  ALWAYS_INLINE void read_rows(const EntryData<scalar_t>& entries, int64_t begin, int64_t size,
+                               int64_t group, scalar_t* rows, scalar_t* base) const {
+    const ItemTable<scalar_t> table = item_table_;  // where stores cannot change it
+    const scalar_t* item_bias = item_bias_;
+    const scalar_t offset = offset_;
+    const int64_t width = layout.width;
+    for (int64_t s = 0, r = 0; s < size; ++s)
+      for (int64_t j = 0; j < group; ++j, ++r) {
+        const int64_t item = entries.candidate(begin + s, j);
+        table.read(item, rows + r * width);
+        base[r] = offset + item_bias[item];
+      }
+  }
+
+  const Layout<scalar_t> layout;
+  const InnerLoop<scalar_t> loop;
+  const EntryData<scalar_t> support;
+
+ private:
   // Task t, its rows gathered into the arena.
   MULTIVERSION Task<scalar_t> read(int64_t t, Arena<scalar_t>& arena, RowsAhead& ahead) const {
     const int64_t begin = support.begin(t), size = support.size(t), group = this->group(),
@@ -96,6 +128,8 @@ class TaskReader {
       std::fill(targets, targets + count, scalar_t{1});
     } else {
       read_rows(support, begin, size, group, rows, base);
+      if (support.log_q != nullptr)
+        for (int64_t r = 0; r < count; ++r) base[r] -= support.log_q[begin * group + r];
       if (loop.loss == Loss::kSoftmax)
         for (int64_t r = 0; r < count; ++r) targets[r] = r % group == 0 ? 1 : 0;
       else
@@ -117,23 +151,6 @@ class TaskReader {
                                    : scalar_t{1};
   }
 
-  // The first `group` candidates of every entry, and their scores at a fast vector 0, less log_q.
-  ALWAYS_INLINE void read_rows(const EntryData<scalar_t>& entries, int64_t begin, int64_t size,
-                               int64_t group, scalar_t* rows, scalar_t* base) const {
-    const ItemTable<scalar_t> table = item_table_;  // where stores cannot change it
-    const scalar_t* item_bias = item_bias_;
-    const scalar_t offset = offset_;
-    const int64_t width = layout.width;
-    for (int64_t s = 0, r = 0; s < size; ++s)
-      for (int64_t j = 0; j < group; ++j, ++r) {
-        const int64_t item = entries.candidate(begin + s, j);
-        table.read(item, rows + r * width);
-        base[r] = offset + item_bias[item];
-        if (entries.log_q != nullptr && &entries == &support)
-          base[r] -= entries.log_q[(begin + s) * group + j];
-      }
-  }
-
   // Lets `ahead` ask for the rows of task `t`, bit by bit while the one before it is computed.
   void aim(RowsAhead& ahead, int64_t t, const EntryData<scalar_t>* query) const {
     // Asked as often as there are steps, there and back, and by those who read and judge.
@@ -147,11 +164,6 @@ class TaskReader {
     }
   }
 
-  const Layout<scalar_t> layout;
-  const InnerLoop<scalar_t> loop;
-  const EntryData<scalar_t> support;
-
- private:
   ALWAYS_INLINE void read_differences(int64_t begin, int64_t size, scalar_t* less, scalar_t* rows,
                                       scalar_t* base) const {
     const int64_t M = support.num_negatives, width = layout.width;

@@ -193,6 +193,13 @@ ALWAYS_INLINE void add(const scalar_t* source, int64_t count, scalar_t* result) 
   for (; i < count; ++i) result[i] += source[i];
 }
 
+// The cache lines that hold `width` numbers will be needed soon, to be read or (kWrite) changed.
+template <bool kWrite, typename scalar_t>
+ALWAYS_INLINE void prefetch_row(const scalar_t* row, int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(scalar_t);
+  for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(row + d, kWrite);
+}
+
 // Lane i of the result is the sum of all lanes whose number is i modulo 4.
 ALWAYS_INLINE Quad<float> fold(const Vector<float>& v) {
   const auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
