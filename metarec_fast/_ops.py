@@ -101,7 +101,7 @@ def _inputs(model: Model, support: Entries) -> tuple[Tensor | None, ...]:
     targets = model.item_bias.new_zeros(len(support)) if support.targets is None else support.targets
     return (
         model.user_init, model.user_bias_init, model.item_table, model.item_bias, model.offset,
-        support.items, targets, support.offsets, support.weights, _negatives(support), support.log_q,
+        support.items, targets, support.offsets, support.weights, support.negative_rows, support.log_q,
     )  # fmt: skip
 
 
@@ -110,14 +110,8 @@ def _query(batch: TaskBatch) -> tuple[Tensor | None, ...]:
     query = batch.query
     assert query is not None
     return (
-        query.items, query.targets, query.offsets, query.weights, _negatives(query), query.log_q, batch.weights,
+        query.items, query.targets, query.offsets, query.weights, query.negative_rows, query.log_q, batch.weights,
     )  # fmt: skip
-
-
-def _negatives(entries: Entries) -> Tensor | None:
-    """As [n, M]."""
-    negatives = entries.negatives
-    return negatives if negatives is None or negatives.dim() == 2 else negatives[:, None]
 
 
 def _loop(loop: InnerLoop) -> tuple[Any, ...]:

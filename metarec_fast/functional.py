@@ -138,7 +138,8 @@ def adapt_and_score(
     candidates = _with_negatives(batch)
     run = _ops.adapt_and_score if _library.loaded_for(item_table) else reference.adapt_and_score
     _, scores = run(model, candidates, loop)
-    return scores if candidates is batch else scores.view(len(batch.query or ()), -1)
+    negatives = None if batch.query is None else batch.query.negative_rows
+    return scores if negatives is None else scores.view(-1, 1 + negatives.shape[1])
 
 
 def meta_step(
@@ -329,11 +330,9 @@ def _count_tasks(name: str, tasks: Entries | TaskBatch) -> int:
 def _with_negatives(batch: TaskBatch) -> TaskBatch:
     """The batch with each query entry followed by its negatives, if it has any."""
     query = batch.query
-    if query is None or query.negatives is None:
+    if query is None or query.negative_rows is None:
         return batch
-    candidates = query.negatives.reshape(len(query), -1)
-    items = candidates.new_empty(len(query), 1 + candidates.shape[1])
-    items[:, 0], items[:, 1:] = query.items, candidates
+    items = torch.cat([query.items[:, None], query.negative_rows], dim=1)
     width = items.shape[1]
     flat = Entries.unchecked(
         items.reshape(-1), None, query.offsets * width, max_size=query.max_size * width, max_item=query.max_item

@@ -299,8 +299,8 @@ def _split_tasks(entries: Entries) -> list[_Task]:
     weights = torch.ones_like(targets) if entries.weights is None else entries.weights
     sizes = entries.sizes().tolist()
     candidates = entries.items[:, None]
-    if entries.negatives is not None:
-        candidates = torch.cat([candidates, entries.negatives.reshape(len(entries), -1)], dim=1)
+    if entries.negative_rows is not None:
+        candidates = torch.cat([candidates, entries.negative_rows], dim=1)
     log_q = [None] * len(sizes) if entries.log_q is None else entries.log_q.split(sizes)
     parts = zip(*(part.split(sizes) for part in (entries.items, targets, weights, candidates)), log_q, strict=True)
     return [_Task(*part, *torch.unique(part[0], return_inverse=True)) for part in parts]

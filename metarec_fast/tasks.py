@@ -87,6 +87,12 @@ class Entries:
     def __len__(self) -> int:
         return self.items.numel()
 
+    @property
+    def negative_rows(self) -> Tensor | None:
+        """The negatives as int64 [n, M], whatever shape they were given in."""
+        negatives = self.negatives
+        return negatives if negatives is None or negatives.dim() == 2 else negatives[:, None]
+
     def sizes(self) -> Tensor:
         """Entries of each task, int64 [T]."""
         return self.offsets.diff()
@@ -258,7 +264,7 @@ def _check_entries(entries: Entries) -> tuple[int, int]:
         where = int((entries.weights <= 0).nonzero()[0])
         raise ValueError(f"weights: must be > 0, got {float(entries.weights[where])} at position {where}")
     if entries.log_q is not None:
-        width = 1 + (1 if entries.negatives is None else entries.negatives.reshape(n, -1).shape[1] if n else 0)
+        width = 1 + (0 if entries.negative_rows is None else entries.negative_rows.shape[1])
         if entries.negatives is None or (n and entries.log_q.shape[1] != width):
             raise ValueError(
                 f"log_q: expected shape [n, 1 + M] beside negatives [n, M], got {tuple(entries.log_q.shape)}"
