@@ -112,14 +112,8 @@ def _prepare(
             skipped[peer.name] = reason
             continue
         begin = time.perf_counter()
-        try:
-            step = peer.prepare(problem)
-            outputs = step()
-        except (AttributeError, ValueError, NotImplementedError) as error:
-            if not peer.name.startswith(OURS):
-                raise
-            skipped[peer.name] = f"not in this version ({error})"
-            continue
+        step = peer.prepare(problem)
+        outputs = step()
         steps[peer.name], first[peer.name] = step, time.perf_counter() - begin
         expected = outputs if expected is None else expected
         try:

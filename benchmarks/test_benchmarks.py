@@ -35,13 +35,8 @@ def test_time(benchmark, work: Workload, peer: Peer):
     if peer.missing() is not None:
         pytest.skip(peer.missing())
     problem = Problem.draw(work)
-    try:
-        step = peer.prepare(problem)
-        outputs = step()
-    except (AttributeError, ValueError) as error:
-        if peer.name != OURS:
-            raise
-        pytest.skip(f"not in this version: {error}")
+    step = peer.prepare(problem)
+    outputs = step()
     first = next(each for each in PEERS if each.effort(work) == "quick" and each.name != OURS)
     measure.check_equal(outputs, first.prepare(problem)(), work)
     benchmark.group = work.name

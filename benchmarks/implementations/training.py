@@ -44,7 +44,7 @@ def _batches(work: Workload) -> Iterator[mf.TaskBatch]:
 
 def _prepare(
     gradient: Callable[[Problem], Callable[[mf.TaskBatch, Tensor, Tensor, Tensor], tuple[Tensor, ...]]],
-    optimizer: Callable[[], type[torch.optim.Optimizer]],
+    optimizer: type[torch.optim.Optimizer],
 ) -> Callable[[Problem], Step]:
     """`gradient(problem)` gives loss, user, ids [n], rows [n, D] and biases [n] of a batch."""
 
@@ -52,7 +52,7 @@ def _prepare(
         user, table, bias = problem.user.clone(), problem.item_table.clone(), problem.item_bias.clone()
         for parameter in (table, bias):
             parameter.requires_grad_()
-        adam, gradients = optimizer()([table, bias], lr=OUTER_LR), gradient(problem)
+        adam, gradients = optimizer([table, bias], lr=OUTER_LR), gradient(problem)
         batches = _batches(problem.workload)
 
         def step() -> Outputs:
@@ -109,21 +109,17 @@ def _effort(work: Workload) -> str | None:
     return "quick" if work.kind == "train" else None
 
 
-def _missing_optimizer() -> str | None:
-    return None if hasattr(mf, "SparseAdam") else "metarec_fast.SparseAdam does not exist in this version"
-
-
 PEERS = (
-    Peer("metarec_fast", _prepare(_ours, lambda: mf.SparseAdam), _effort, _missing_optimizer),
-    Peer("metarec_fast, torch.optim.SparseAdam", _prepare(_ours, lambda: torch.optim.SparseAdam), _effort),
+    Peer("metarec_fast", _prepare(_ours, mf.SparseAdam), _effort),
+    Peer("metarec_fast, torch.optim.SparseAdam", _prepare(_ours, torch.optim.SparseAdam), _effort),
     Peer(
         "hand adjoint, torch.optim.SparseAdam",
-        _prepare(_adjoint("gram", False), lambda: torch.optim.SparseAdam),
+        _prepare(_adjoint("gram", False), torch.optim.SparseAdam),
         _effort,
     ),
     Peer(
         "hand adjoint, compiled, torch.optim.SparseAdam",
-        _prepare(_adjoint("direct", True), lambda: torch.optim.SparseAdam),
+        _prepare(_adjoint("direct", True), torch.optim.SparseAdam),
         lambda work: "normal" if work.kind == "train" else None,
         compiles=True,
     ),
