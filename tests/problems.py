@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from metarec_fast import _ops, reference
 from metarec_fast._arguments import InnerLoop, Model, differentiable
 from metarec_fast.results import SparseRows
 from metarec_fast.tasks import Entries, TaskBatch
@@ -125,3 +126,22 @@ def relative_error(actual: Tensor | SparseRows, expected: Tensor | SparseRows) -
     largest = float(expected.abs().max())
     difference = float((actual - expected).abs().max())
     return difference if largest == 0 else difference / largest
+
+
+def compare_with_reference(model, batch, loop, losses, step_weights=None, *, unmoved=()):
+    """meta_step's kernels against the reference: the loss and every gradient to 1e-10, and those `unmoved` zero.
+
+    Rows are compared entry by entry; where items adapt, whose gradients the reference sums by id, as dense tables.
+    """
+    actual = _ops.meta_step(model, batch, loop, losses, step_weights)
+    expected = reference.meta_step(model, batch, loop, losses, step_weights)
+    assert relative_error(actual.loss, expected.loss) < 1e-10
+    assert actual.grads.keys() == expected.grads.keys()
+    for name, gradient in expected.grads.items():
+        pair = [actual.grads[name], gradient]
+        if loop.adapt == "all":
+            pair = [each.to_dense(len(model.item_bias)) if isinstance(each, SparseRows) else each for each in pair]
+        if name in unmoved:
+            assert pair[0].abs().max() < 1e-14
+        else:
+            assert relative_error(*pair) < 1e-10, name

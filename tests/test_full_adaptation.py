@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from problems import Draw, relative_error, tracked
+from problems import Draw, compare_with_reference, relative_error, tracked
 from test_meta_step import OUTER
 from torch.library import opcheck
 
 from metarec_fast import _ops, reference
 from metarec_fast import functional as F
-from metarec_fast.results import SparseRows
 
 # 12 items for up to 40 entries: support repeats items, and the query asks for adapted ones.
 FEW = 12
@@ -16,20 +15,6 @@ FEW = 12
 
 def loop_of(draw, steps, **settings):
     return draw.loop(steps, adapt="all", extra_count=1.5, inner_lr=0.05 * draw.uniform(steps), **settings)
-
-
-def dense(gradient, num_items):
-    return gradient.to_dense(num_items) if isinstance(gradient, SparseRows) else gradient
-
-
-def compare_with_reference(model, batch, loop, losses, step_weights=None):
-    actual = _ops.meta_step(model, batch, loop, losses, step_weights)
-    expected = reference.meta_step(model, batch, loop, losses, step_weights)
-    assert relative_error(actual.loss, expected.loss) < 1e-10
-    assert actual.grads.keys() == expected.grads.keys()
-    for name, gradient in expected.grads.items():
-        pair = (dense(each, len(model.item_bias)) for each in (actual.grads[name], gradient))
-        assert relative_error(*pair) < 1e-10, name
 
 
 @pytest.mark.parametrize("first_order", [False, True])

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import RAGGED, Draw, relative_error, tracked
+from problems import RAGGED, Draw, compare_with_reference, relative_error, tracked
 from torch.library import opcheck
 
 from metarec_fast import _ops, reference
@@ -14,15 +14,6 @@ from metarec_fast.results import SparseRows
 from metarec_fast.tasks import TaskBatch
 
 OUTER = ({"squared": 1.0}, {"logistic": 1.0}, {"absolute": 1.0}, {"squared": 0.5, "logistic": 0.2, "absolute": 0.3})
-
-
-def compare_with_reference(model, batch, loop, losses, step_weights=None):
-    actual = _ops.meta_step(model, batch, loop, losses, step_weights)
-    expected = reference.meta_step(model, batch, loop, losses, step_weights)
-    assert relative_error(actual.loss, expected.loss) < 1e-10
-    assert actual.grads.keys() == expected.grads.keys()
-    for name, gradient in expected.grads.items():
-        assert relative_error(actual.grads[name], gradient) < 1e-10, name
 
 
 @pytest.mark.parametrize("losses", OUTER)
