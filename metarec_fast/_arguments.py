@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from metarec_fast.tasks import Entries, TaskBatch
@@ -64,6 +65,31 @@ def differentiable(model: Model, loop: InnerLoop, support: Entries) -> dict[str,
         "momentum": loop.momentum,
         "support_weights": support.weights,
     }
+
+
+def check_differentiation(model: Model, loop: InnerLoop, batch: TaskBatch, step_weights: Tensor | None = None) -> None:
+    """Raises where a derivative would be missing without a word: of data, and in forward mode of anything."""
+    if torch.compiler.is_compiling():
+        return
+    forward = getattr(forward_ad, "_current_level", -1) >= 0
+    if not forward and not torch.is_grad_enabled():
+        return
+    support, query = batch.support, batch.query
+    data = {
+        "support.targets": support.targets,
+        "support.log_q": support.log_q,
+        "batch.weights": batch.weights,
+        "step_weights": step_weights,
+    }
+    if query is not None:
+        data |= {"query.targets": query.targets, "query.weights": query.weights, "query.log_q": query.log_q}
+    for name, value in data.items():
+        if value is not None and value.requires_grad:
+            raise ValueError(f"{name}: no gradient is taken of it, but it requires one; detach() it")
+    if forward:
+        for name, value in {**data, **differentiable(model, loop, support)}.items():
+            if value is not None and forward_ad.unpack_dual(value).tangent is not None:
+                raise NotImplementedError(f"{name}: derivatives in forward mode are not available")
 
 
 def check_model(
@@ -175,8 +201,9 @@ def check_entries(name: str, entries: Entries, item_bias: Tensor, losses: Iterab
                     f"got {int(ids.reshape(-1)[position])} at position {position}"
                 )
     _check_parts(name, entries, tuple(losses))
-    value = next((v for v in (entries.targets, entries.weights, entries.log_q) if v is not None), None)
-    return entries if value is None or value.dtype == item_bias.dtype else entries.to(item_bias.device, item_bias.dtype)
+    values = (value for value in (entries.targets, entries.weights, entries.log_q) if value is not None)
+    fits = all(value.dtype == item_bias.dtype for value in values)
+    return entries if fits else entries.to(item_bias.device, item_bias.dtype)
 
 
 def _check_parts(name: str, entries: Entries, losses: tuple[str, ...]) -> None:
@@ -201,9 +228,9 @@ def check_batch(batch: TaskBatch, item_bias: Tensor, loss: str, outer_losses: It
         raise ValueError("batch.query: expected Entries, got None")
     support = check_entries("support", batch.support, item_bias, (loss,))
     query = check_entries("query", batch.query, item_bias, outer_losses)
-    if support is batch.support and query is batch.query:
+    weights = None if batch.weights is None else batch.weights.to(item_bias)
+    if support is batch.support and query is batch.query and weights is batch.weights:
         return batch
-    weights = None if batch.weights is None else batch.weights.to(item_bias.dtype)
     return TaskBatch(support, query, batch.users, weights)
 
 
@@ -218,9 +245,14 @@ def check_outer_loss(outer_loss: str | Mapping[str, float]) -> dict[str, float]:
     return losses
 
 
-def check_per_task(name: str, value: Tensor, like: Tensor, num_tasks: int) -> Tensor:
-    """A number for each task, [T]."""
-    return _tensor(name, value, like, ((num_tasks,),), "[T]")
+def check_task_weights(task_weights: Tensor | None, like: Tensor, num_tasks: int) -> Tensor | None:
+    """ω ≥ 0 of each task, [T]."""
+    if task_weights is None:
+        return None
+    weights = _tensor("task_weights", task_weights, like, ((num_tasks,),), "[T]")
+    if not torch.compiler.is_compiling() and not bool(((weights >= 0) & weights.isfinite()).all()):
+        raise ValueError("task_weights: must be finite and ≥ 0")
+    return weights
 
 
 def check_step_weights(step_weights: Tensor | None, loop: InnerLoop, like: Tensor) -> Tensor | None:
@@ -245,7 +277,9 @@ def _tensor(name: str, value: Number, like: Tensor, shapes: tuple[tuple[int, ...
     if value.dtype != like.dtype and value.is_floating_point() and torch.is_autocast_enabled(like.device.type):
         value = value.to(like.dtype)
     if value.dtype != like.dtype:
-        raise TypeError(f"{name}: expected dtype {like.dtype}, like item_table, got {value.dtype}")
+        raise TypeError(
+            f"{name}: expected dtype {like.dtype}, like item_table (float32 beside a bfloat16 one), got {value.dtype}"
+        )
     if value.device != like.device:
         raise ValueError(f"{name}: expected to be on {like.device}, like item_table, got {value.device}")
     return value

@@ -42,8 +42,9 @@ class KnownGradients(torch.autograd.Function):
         needed = ctx.needs_input_grad[3:]
 
         def scale(grad_loss: Tensor, *inputs: Tensor) -> tuple[Tensor | None, ...]:
-            # On the CPU looking at the number costs nothing, elsewhere it would wait for the device.
-            factor = None if grad_loss.device.type == "cpu" and float(grad_loss) == 1 else grad_loss
+            # On the CPU looking at the number costs nothing; elsewhere it would wait for the device, or break a graph.
+            looks = grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
+            factor = None if looks and float(grad_loss) == 1 else grad_loss
             return tuple(
                 _scaled(ctx, place, factor, value.shape) if needed[place] else None
                 for place, value in enumerate(inputs)

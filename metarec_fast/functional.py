@@ -19,12 +19,13 @@ from metarec_fast._arguments import (
     Model,
     Number,
     check_batch,
+    check_differentiation,
     check_entries,
     check_inner_loop,
     check_model,
     check_outer_loss,
-    check_per_task,
     check_step_weights,
+    check_task_weights,
 )
 from metarec_fast.results import FastWeights, MetaStep, SparseRows, TopK
 from metarec_fast.tasks import Entries, TaskBatch
@@ -78,11 +79,13 @@ def adapt(
 
     Returns:
         The adapted user vectors [T, D] and biases [T]; with adapt="all" also the row [n, D] and bias [n] that each
-        support entry's item has become.
+        support entry's item has become. Gradients as of `adapt_and_score`; with adapt="all" they come from autograd
+        through plain PyTorch, one task after the other, far slower than those of `adapt_and_score` and `meta_step`.
 
     Raises:
         IndexError: An item id lies outside the table.
         ValueError, TypeError: An argument does not fit; the message names it.
+        NotImplementedError: Derivatives are asked for in forward mode (`torch.func.jvp`).
     """
     num_tasks = _count_tasks("support", support)
     model = check_model(user_init, user_bias_init, item_table, item_bias, offset, num_tasks)
@@ -92,6 +95,7 @@ def adapt(
         adapt=adapt,
     )  # fmt: skip
     support = check_entries("support", support, item_bias, (loss,))
+    check_differentiation(model, loop, TaskBatch(support))
     run = _ops.adapt if _ops.can_adapt(model, support, loop) else reference.adapt
     return run(model, support, loop)
 
@@ -135,6 +139,7 @@ def adapt_and_score(
         adapt=adapt,
     )  # fmt: skip
     batch = check_batch(batch, item_bias, loss, outer_losses=())
+    check_differentiation(model, loop, batch)
     candidates = _with_negatives(batch)
     run = _ops.adapt_and_score if _library.loaded_for(item_table) else reference.adapt_and_score
     _, scores = run(model, candidates, loop)
@@ -196,6 +201,7 @@ def meta_step(
     losses = check_outer_loss(outer_loss)
     batch = check_batch(batch, item_bias, loss, losses)
     step_weights = check_step_weights(step_weights, loop, item_bias)
+    check_differentiation(model, loop, batch, step_weights)
     run = _ops.meta_step if _library.loaded_for(item_table) else reference.meta_step
     result = run(model, batch, loop, losses, step_weights)
     if coalesce:
@@ -251,7 +257,7 @@ def reptile_step(
         prior_pull=prior_pull, extra_count=extra_count, momentum=momentum, loss=loss, first_order=False, adapt=adapt,
     )  # fmt: skip
     support = check_entries("support", support, item_bias, (loss,))
-    weights = None if task_weights is None else check_per_task("task_weights", task_weights, item_bias, num_tasks)
+    weights = check_task_weights(task_weights, item_bias, num_tasks)
     run = _ops.reptile_step if _library.loaded_for(item_table) else reference.reptile_step
     return run(model, support, weights, loop)
 

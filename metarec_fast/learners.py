@@ -241,9 +241,9 @@ class Learner(nn.Module):
         if query != "targets" and self.model.loss in PAIRWISE and batch.support.negatives is None:
             support = draw_negatives(batch.support, self.model.num_items, self.num_negatives)
             batch = TaskBatch(support, batch.query, batch.users, batch.weights)
-        if self.model.loss not in PAIRWISE and any(loss in PAIRWISE for loss in self.outer_loss):
-            pointwise = batch.support.with_items(batch.support.items)  # a sampler draws negatives for both parts
-            batch = TaskBatch(pointwise, batch.query, batch.users, batch.weights)
+        inside, outside = (any(loss in PAIRWISE for loss in losses) for losses in ((self.model.loss,), self.outer_loss))
+        if inside != outside:  # a sampler draws negatives for both parts, and one has no use for them
+            batch = batch.with_negatives_of(support=inside, query=outside or query == "items")
         check_entries("support", batch.support, item_bias, (self.model.loss,))
         if query is not None and batch.query is not None:
             check_entries("query", batch.query, item_bias, self.outer_loss if query == "targets" else ())

@@ -59,7 +59,8 @@ class _SparseOptimizer(Optimizer):
             together: dict[Any, list[_Part]] = {}  # parts whose gradients have the same ids
             for parameter, gradient in gradients:
                 part = _Part(parameter.detach(), self.state[parameter], gradient)
-                self._count(part, group)
+                if not part.state:
+                    part.state.update(self._start(part.table, group))
                 ids = gradient.ids.data_ptr(), gradient.ids.numel(), gradient.ids.stride(0)
                 key = ids, part.table.dtype, part.state.get("step"), _can_run(part.table, gradient.rows)
                 together.setdefault(key, []).append(part)
@@ -68,8 +69,17 @@ class _SparseOptimizer(Optimizer):
                 self._update(parts, group, can_run)
         return loss
 
-    def _count(self, part: _Part, group: Mapping[str, Any]) -> None:
-        """Makes the state of a parameter that has none, and counts the step in it."""
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self._check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def _check(self, group: Mapping[str, Any]) -> None:
+        """Raises unless the settings of a group make sense."""
+        _check_positive(lr=group["lr"])
+
+    def _start(self, table: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of a parameter before its first step."""
+        return {}
 
     def _update(self, parts: Sequence[_Part], group: Mapping[str, Any], can_run: bool) -> None:
         """One step on parameters that share ids, with the kernels or without."""
@@ -127,23 +137,27 @@ class SparseAdam(_SparseOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        _check_positive(lr=lr, eps=eps)
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps})
+
+    def _check(self, group: Mapping[str, Any]) -> None:
+        _check_positive(lr=group["lr"], eps=group["eps"])
+        betas = group["betas"]
+        if len(betas) != 2:
+            raise ValueError(f"betas: expected two numbers, got {betas}")
         for place, beta in enumerate(betas):
             if not 0 <= beta < 1:
                 raise ValueError(f"betas[{place}]: must be in [0, 1), got {beta}")
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps})
 
-    def _count(self, part: _Part, group: Mapping[str, Any]) -> None:
-        state = part.state
-        if not state:
-            state.update(step=0, exp_avg=_new_state(part.table), exp_avg_sq=_new_state(part.table))
-        state["step"] = int(state["step"]) + 1
+    def _start(self, table: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        return {"step": 0, "exp_avg": _new_state(table), "exp_avg_sq": _new_state(table)}
 
     def _update(self, parts: Sequence[_Part], group: Mapping[str, Any], can_run: bool) -> None:
-        (beta1, beta2), step = group["betas"], parts[0].state["step"]
+        (beta1, beta2), step = group["betas"], int(parts[0].state["step"]) + 1
         numbers = {"lr": float(group["lr"]), "beta1": beta1, "beta2": beta2, "eps": group["eps"], "step": step}
         states = [[part.state[name] for part in parts] for name in ("exp_avg", "exp_avg_sq")]
         _run("sparse_adam", parts, states, numbers, can_run)
+        for part in parts:
+            part.state["step"] = step
 
 
 class SparseAdagrad(_SparseOptimizer):
@@ -164,14 +178,16 @@ class SparseAdagrad(_SparseOptimizer):
     def __init__(
         self, params: Parameters, lr: float = 1e-2, initial_accumulator_value: float = 0.0, eps: float = 1e-10
     ) -> None:
-        _check_positive(lr=lr, eps=eps)
-        if not 0 <= initial_accumulator_value < math.inf:
-            raise ValueError(f"initial_accumulator_value: must be ≥ 0 and finite, got {initial_accumulator_value}")
         super().__init__(params, {"lr": lr, "initial_accumulator_value": initial_accumulator_value, "eps": eps})
 
-    def _count(self, part: _Part, group: Mapping[str, Any]) -> None:
-        if not part.state:
-            part.state["sum"] = _new_state(part.table, group["initial_accumulator_value"])
+    def _check(self, group: Mapping[str, Any]) -> None:
+        _check_positive(lr=group["lr"], eps=group["eps"])
+        start = group["initial_accumulator_value"]
+        if not 0 <= start < math.inf:
+            raise ValueError(f"initial_accumulator_value: must be ≥ 0 and finite, got {start}")
+
+    def _start(self, table: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        return {"sum": _new_state(table, group["initial_accumulator_value"])}
 
     def _update(self, parts: Sequence[_Part], group: Mapping[str, Any], can_run: bool) -> None:
         numbers = {"lr": float(group["lr"]), "eps": group["eps"]}
@@ -190,7 +206,6 @@ class SparseSGD(_SparseOptimizer):
     """
 
     def __init__(self, params: Parameters, lr: float = 1e-3) -> None:
-        _check_positive(lr=lr)
         super().__init__(params, {"lr": lr})
 
     def _update(self, parts: Sequence[_Part], group: Mapping[str, Any], can_run: bool) -> None:
@@ -229,7 +244,7 @@ def _coalesced(gradient: Tensor) -> Tensor:
     rows = gradient._values()
     if gradient.sparse_dim() != 1 or rows.dtype not in DTYPES:
         return gradient.coalesce()
-    flat = SparseRows(gradient._indices()[0], rows.reshape(rows.shape[0], -1))
+    flat = SparseRows(gradient._indices()[0], rows if rows.dim() == 1 else rows.flatten(1))
     return sparse_tensor(functional.coalesce_rows(flat), gradient.shape, is_coalesced=True)
 
 

@@ -93,8 +93,8 @@ def adapt(model: Model, support: Entries, loop: InnerLoop) -> FastWeights:
         return FastWeights(user, bias)
     rows = [weights.rows[task.position] for weights, task in zip(last, tasks, strict=True)]
     biases = [weights.biases[task.position] for weights, task in zip(last, tasks, strict=True)]
-    table, item_bias = model.item_table, model.item_bias
-    return FastWeights(user, bias, AdaptedItems(torch.cat([table[:0], *rows]), torch.cat([item_bias[:0], *biases])))
+    none = _rows(model, support.items[:0])
+    return FastWeights(user, bias, AdaptedItems(torch.cat([none, *rows]), torch.cat([model.item_bias[:0], *biases])))
 
 
 def adapt_and_score(model: Model, batch: TaskBatch, loop: InnerLoop) -> tuple[FastWeights, Tensor]:
@@ -170,8 +170,7 @@ def meta_step(
         prior_pull=given.get("prior_pull"),
         momentum=given.get("momentum"),
     )
-    if support.weights is not None:
-        local.support.weights = given["support_weights"]
+    local = TaskBatch(local.support.with_weights(given.get("support_weights")), local.query, weights=batch.weights)
     with torch.enable_grad():
         loss = outer_loss(leaf_model, local, leaf_loop, losses, step_weights)
         slopes = torch.autograd.grad(loss, list(given.values()), allow_unused=True, materialize_grads=True)
@@ -376,7 +375,7 @@ def _split(vector: Tensor) -> tuple[Tensor, Tensor]:
 
 def _stack(model: Model, weights: Sequence[TaskWeights]) -> tuple[Tensor, Tensor]:
     if not weights:
-        return model.item_table.new_empty(0, model.item_table.shape[1]), model.item_table.new_empty(0)
+        return model.item_bias.new_empty(0, model.item_table.shape[1]), model.item_bias.new_empty(0)
     return torch.stack([each.user for each in weights]), torch.stack([each.bias for each in weights])
 
 

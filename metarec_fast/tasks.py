@@ -35,7 +35,7 @@ class Entries:
     negatives: Tensor | None  # [n] or [n, M]
     log_q: Tensor | None  # [n, 1 + M]
     max_size: int  # entries of the largest task
-    max_item: int  # largest id, negatives included; −1 where there is none
+    max_item: int  # at least the largest id, negatives included; −1 where there is none
 
     def __init__(
         self,
@@ -117,6 +117,12 @@ class Entries:
             max_item=self.max_item,
         )  # fmt: skip
 
+    def without_negatives(self) -> Entries:
+        """The same entries for a loss that compares with nothing."""
+        return Entries.unchecked(
+            self.items, self.targets, self.offsets, self.weights, max_size=self.max_size, max_item=self.max_item
+        )
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None, non_blocking: bool = False) -> Entries:
         """A copy on `device`; targets, weights and log_q as `dtype` where it is given."""
         return self._map(_mover(device, dtype, non_blocking))
@@ -179,6 +185,18 @@ class TaskBatch:
         if self._unique_items is None or self._local is None:
             self._unique_items, self._local = _localize(self)
         return self._unique_items, self._local
+
+    def with_negatives_of(self, *, support: bool, query: bool) -> TaskBatch:
+        """The same batch, of whose negatives only those of the parts named are left."""
+        local = None if self._local is None else self._local.with_negatives_of(support=support, query=query)
+        return TaskBatch(
+            self.support if support else self.support.without_negatives(),
+            self.query if query or self.query is None else self.query.without_negatives(),
+            self.users,
+            self.weights,
+            self._unique_items,
+            local,
+        )
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None, non_blocking: bool = False) -> TaskBatch:
         """A copy on `device`; everything that is real-valued as `dtype` where it is given."""
@@ -257,6 +275,8 @@ def _check_entries(entries: Entries) -> tuple[int, int]:
         _check_tensor(name, value, dtypes, "[n]" if dims == (1,) else "[n, ...]", items, dims)
         if value.shape[0] != n:
             raise ValueError(f"{name}: expected {n} entries, one per item, got {value.shape[0]}")
+        if value.dim() == 2 and value.shape[1] == 0:
+            raise ValueError(f"{name}: expected at least one for each item, got shape {tuple(value.shape)}")
         if value.is_floating_point() and not bool(value.isfinite().all()):
             where = int((~value.isfinite().reshape(n, -1).all(1)).nonzero()[0])
             raise ValueError(f"{name}: values must be finite, got {value[where].tolist()} at position {where}")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "training.pt"
 _WARM_UP = 50  # steps, or a tenth of all if that is less
-_METRICS = {"squared": "rmse", "logistic": "log_loss"}  # by which validation judges; else the loss itself
+_METRICS = {"squared": "rmse", "logistic": "log_loss"}  # what validation by these losses is called; else as the loss
 _FINAL_RATE = 0.02  # of the outer learning rate, at the end of its decay
 
 
@@ -82,8 +82,8 @@ def fit(
         tensorboard: Directory for TensorBoard event files (needs the extra `tensorboard`).
 
     Returns:
-        The training loss, the validation figure (RMSE; for other losses than the squared one, that loss), the rate
-        and the seconds of each epoch.
+        The training loss, the validation figure (RMSE; for other losses than the squared one, that loss; where items
+        are compared, the outer loss), the rate and the seconds of each epoch.
 
     Raises:
         ValueError: An argument does not fit, or the checkpoint to resume was made with others; the message names it.
@@ -163,7 +163,7 @@ class _Training:
         self.rates = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in optimizers]
         self.total_steps = epochs * len(train)
         self.step = 0
-        self.history = History(_METRICS.get(learner.model.loss, learner.model.loss))
+        self.history = History(_METRICS.get(_judge(learner), _judge(learner)))
         self.best: dict[str, Tensor] | None = None
 
     @property
@@ -286,15 +286,25 @@ def _rate_factor(step: int, total: int) -> float:
     return min(1.0, (step + 1) / warm_up) * max(1 - step / total, _FINAL_RATE)
 
 
+def _judge(learner: Learner) -> str:
+    """The loss by which validation judges: the model's, that is what its scores mean; but the outer loss where the
+    two are of different kinds, or several, and one of them compares items."""
+    inner, outer = learner.model.loss, [name for name, share in learner.outer_loss.items() if share]
+    if inner not in PAIRWISE and not any(loss in PAIRWISE for loss in outer):
+        return inner
+    return outer[0] if len(outer) == 1 else "outer_loss"
+
+
 @torch.no_grad()
 def _validate(learner: Learner, tasks: TaskSampler) -> float:
     """Error of the query scores, over all query entries of the tasks, which are the same every time; for losses that
     compare items, the mean over tasks."""
     learner.eval()
     tasks.set_epoch(0)
+    loss = _judge(learner)
     total, count = 0.0, 0
     for batch in tasks:
-        if learner.model.loss in PAIRWISE:
+        if loss in PAIRWISE or loss == "outer_loss":
             total, count = total + float(learner(batch)) * batch.num_tasks, count + batch.num_tasks
             continue
         assert batch.query is not None
@@ -303,12 +313,12 @@ def _validate(learner: Learner, tasks: TaskSampler) -> float:
         if batch.query.negatives is not None:
             scores = scores[:, 0]
         targets = batch.query.targets.double()
-        if learner.model.loss == "squared" and learner.rating_range is not None:
+        if loss == "squared" and learner.rating_range is not None:
             scores = scores.clamp(*learner.rating_range)
-        total += float(pointwise_loss(learner.model.loss, scores, targets).sum())
+        total += float(pointwise_loss(loss, scores, targets).sum())
         count += len(targets)
     mean = total / max(count, 1)
-    return math.sqrt(mean) if learner.model.loss == "squared" else mean
+    return math.sqrt(mean) if loss == "squared" else mean
 
 
 def _check_arguments(

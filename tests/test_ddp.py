@@ -1,5 +1,6 @@
 """DistributedDataParallel over two processes gives the gradient of one process with all the tasks."""
 
+import gc
 import os
 from datetime import timedelta
 
@@ -59,6 +60,9 @@ def train_one_step(rank, rendezvous, results):
             found[name, sparse] = gradients_of(learner)
     if rank == 0:
         torch.save(found, results)
+    del parallel
+    gc.collect()  # a module still around would keep the group's threads running into the end of the process
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -11,7 +11,7 @@ from metarec_fast import _ops, reference
 from metarec_fast import functional as F
 from metarec_fast._arguments import InnerLoop
 from metarec_fast.results import SparseRows
-from metarec_fast.tasks import TaskBatch
+from metarec_fast.tasks import Entries, TaskBatch
 
 OUTER = ({"squared": 1.0}, {"logistic": 1.0}, {"absolute": 1.0}, {"squared": 0.5, "logistic": 0.2, "absolute": 0.3})
 
@@ -234,3 +234,91 @@ def test_a_form_that_would_be_wrong_is_never_chosen():
     draw = Draw(11)
     loop = replace(draw.loop(50, learned=True), form="auto")  # long and small: Gram's home, but A and ρ together
     compare_with_reference(draw.model(dim=7), draw.batch((2, 3), (2, 2), weights=True), loop, {"squared": 1.0})
+
+
+@pytest.mark.parametrize("name", ["support.targets", "query.targets", "query.weights", "batch.weights"])
+def test_gradients_of_data_are_refused_instead_of_missing(name):
+    draw = Draw(21)
+    model, batch = draw.model(), draw.batch(weights=True)
+    part, _, field = name.partition(".")
+    getattr(batch if part == "batch" else getattr(batch, part), field).requires_grad_()
+    with pytest.raises(ValueError, match=f"^{name}: no gradient is taken of it"):
+        F.meta_step(model.user_init, model.item_table, model.item_bias, batch)
+    with torch.no_grad():
+        F.meta_step(model.user_init, model.item_table, model.item_bias, batch)
+
+
+@pytest.mark.parametrize("run", [F.meta_step, F.adapt_and_score])
+def test_derivatives_in_forward_mode_are_refused_instead_of_zero(run):
+    draw = Draw(22)
+    model, batch = draw.model(), draw.batch()
+
+    def call(table):
+        result = run(model.user_init, table, model.item_bias, batch)
+        return result if isinstance(result, torch.Tensor) else result.loss
+
+    with pytest.raises(NotImplementedError, match="item_table: derivatives in forward mode"):
+        torch.func.jvp(call, (model.item_table,), (torch.ones_like(model.item_table),))
+
+
+@pytest.mark.parametrize("adapt", ["user", "all"])
+def test_the_reference_leaves_the_batch_as_it_is(adapt):
+    draw = Draw(23)
+    model, batch = draw.model(), draw.batch(weights=True)
+    weights = batch.support.weights
+    reference.meta_step(model, batch, draw.loop(2, adapt=adapt), {"squared": 1.0})
+    assert batch.support.weights is weights
+    assert not weights.requires_grad
+
+
+def test_parts_of_different_dtypes_meet_in_that_of_the_table():
+    draw, double = Draw(24, torch.float32), Draw(24)
+    model, batch, other = draw.model(), draw.batch(weights=True), double.batch(weights=True)
+    mixed = TaskBatch(
+        batch.support.with_weights(other.support.weights),
+        batch.query.with_weights(other.query.weights),
+        weights=torch.ones(batch.num_tasks, dtype=torch.int64),
+    )
+    same = TaskBatch(
+        batch.support.with_weights(other.support.weights.float()),
+        batch.query.with_weights(other.query.weights.float()),
+    )
+    results = [F.meta_step(model.user_init, model.item_table, model.item_bias, each) for each in (mixed, same)]
+    torch.testing.assert_close(results[0].loss, results[1].loss)
+
+
+def test_large_gradients_are_those_of_their_parts_and_their_memory_comes_again():
+    """From 32 MB on rows are written past the caches, and from 4 MB on their memory is kept for the next call."""
+    draw = Draw(25, torch.float32)
+    tasks, size, num_items = 8192, 9, 500
+    model = draw.model(num_items, 64)
+    whole = draw.batch((size,) * tasks, (size,) * tasks, num_items)
+
+    def part(entries, first, last):
+        here = slice(first * size, last * size)
+        offsets = entries.offsets[first : last + 1] - first * size
+        return Entries(entries.items[here], entries.targets[here], offsets)
+
+    def gradients(batch):
+        return F.meta_step(model.user_init, model.item_table, model.item_bias, batch, inner_steps=2).grads
+
+    parts = [(0, tasks // 2), (tasks // 2, tasks)]
+    halves = [TaskBatch(part(whole.support, *ends), part(whole.query, *ends)) for ends in parts]
+    rows = [gradients(half)["item_table"].rows for half in halves]
+    support = torch.cat([half[: len(half) // 2] for half in rows])
+    query = torch.cat([half[len(half) // 2 :] for half in rows])
+    expected = torch.cat([support, query]) / 2  # a mean over twice as many tasks, so exactly half of it
+    assert expected.nbytes >= 32 << 20
+    seen = set()
+    for _ in range(4):
+        actual = gradients(whole)["item_table"].rows
+        seen.add(actual.data_ptr())
+        assert torch.equal(actual, expected)
+        actual.fill_(float("nan"))
+        del actual
+    if _keeps_result_memory():
+        assert len(seen) < 4
+
+
+def _keeps_result_memory():
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)

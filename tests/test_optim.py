@@ -350,6 +350,7 @@ def test_dense_gradients_are_refused_by_the_parameters_name(pair):
     [
         (lambda p: mf.SparseAdam(p, lr=0.0), "lr: must be > 0 and finite, got 0.0"),
         (lambda p: mf.SparseAdam(p, betas=(0.9, 1.0)), r"betas\[1\]: must be in \[0, 1\), got 1.0"),
+        (lambda p: mf.SparseAdam(p, betas=(0.9, 0.9, 0.9)), r"betas: expected two numbers, got \(0.9, 0.9, 0.9\)"),
         (lambda p: mf.SparseAdam(p, eps=-1.0), "eps: must be > 0 and finite, got -1.0"),
         (lambda p: mf.SparseAdagrad(p, lr=float("inf")), "lr: must be > 0 and finite, got inf"),
         (lambda p: mf.SparseAdagrad(p, initial_accumulator_value=-1.0), "initial_accumulator_value: must be ≥ 0"),
@@ -376,6 +377,36 @@ def test_clipping_bounds_the_norm_of_the_coalesced_gradient(limit):
     for parameter, gradient in zip(parameters, before, strict=True):
         torch.testing.assert_close(parameter.grad.to_dense(), factor * gradient)
     assert model[0].weight.grad.is_coalesced()
+
+
+def test_clipping_takes_gradients_without_rows():
+    embedding = nn.Embedding(4, 3, sparse=True)
+    embedding(torch.empty(0, dtype=torch.int64)).sum().backward()
+    assert optim.clip_grad_norm_(embedding.parameters(), 1.0) == 0
+
+
+def test_many_entries_of_one_id_are_summed_in_time_that_grows_with_their_number():
+    gradient = SparseRows(torch.full((1_000_000,), 3), torch.ones(1_000_000, dtype=torch.float64))
+    ids, rows = F.coalesce_rows(gradient)  # took seconds when every range looked for the end of the id
+    assert ids.tolist() == [3]
+    assert rows.tolist() == [1_000_000]
+
+
+def test_a_refused_step_is_not_counted():
+    weight = nn.Parameter(torch.ones(3, 2))
+    optimizer = mf.SparseAdam([weight])
+    weight.grad = torch.sparse_coo_tensor(torch.tensor([[7]]), torch.ones(1, 2), (3, 2), check_invariants=False)
+    with pytest.raises(RuntimeError, match=r"ids: must be in \[0, 3\), got 7"):
+        optimizer.step()
+    assert torch.equal(weight, torch.ones(3, 2))
+    assert optimizer.state[weight]["step"] == 0
+
+
+def test_added_groups_are_checked_and_refused_whole():
+    optimizer = mf.SparseAdam([nn.Parameter(torch.ones(3, 2))])
+    with pytest.raises(ValueError, match="lr: must be > 0 and finite, got -1"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3, 2))], "lr": -1.0})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_large_tables_keep_their_values_when_they_move_to_huge_pages():

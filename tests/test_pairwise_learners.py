@@ -20,10 +20,11 @@ def choices(num_users=120, seed=0):
     return Interactions.from_arrays(users, np.concatenate(chosen), np.ones(len(users)))
 
 
-def trained(algorithm, loss, **settings):
+def trained(algorithm, loss, *, sparse=False, **settings):
     torch.manual_seed(0)
     split = split_users(choices(), valid=0.2, test=0.2, seed=0)
-    learner = algorithm(mf.DotRecommender(NUM_ITEMS, 4, loss=loss), inner_lr=1.0, **settings)
+    model = mf.DotRecommender(NUM_ITEMS, 4, loss=loss, sparse=sparse)
+    learner = algorithm(model, inner_lr=0.1 if loss == "squared" else 1.0, **settings)
     outer_lr = 0.01 if algorithm is mf.MAMLR else 0.05  # its steps and rates learn at 50 times that
     history = learner.fit(
         split.train, valid=split.valid, support=4, epochs=8, patience=None, outer_lr=outer_lr, progress=False
@@ -44,9 +45,36 @@ def test_training_finds_what_users_like(algorithm, loss):
     assert report.results[learner.name]["catalogue_ndcg@5"] > report.results["popularity"]["catalogue_ndcg@5"]
 
 
-def test_a_pairwise_outer_loss_judges_what_adapts_on_ratings():
-    _, history, _ = trained(mf.MAML, "squared", outer_loss="bpr")
-    assert history.metric == "rmse"
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(
+    ("inner", "outer", "metric"),
+    [
+        ("squared", "bpr", "bpr"),
+        ("squared", {"squared": 0.5, "softmax": 0.5}, "outer_loss"),
+        ("logistic", "softmax", "softmax"),
+        ("bpr", "squared", "rmse"),
+        ("softmax", {"logistic": 1.0}, "log_loss"),
+        ("bpr", "softmax", "softmax"),
+    ],
+)
+def test_any_outer_loss_trains_what_adapts_on_any_other(inner, outer, metric, sparse):
+    learner, history, split = trained(mf.MAML, inner, outer_loss=outer, sparse=sparse)
+    assert history.metric == metric
+    assert all(np.isfinite(epoch.train_loss) for epoch in history.epochs[1:])
+    assert history.epochs[-1].train_loss < history.epochs[1].train_loss
+    batch = next(iter(TaskSampler(split.test, support=4, negatives=3)))
+    assert learner.predict(batch).shape == (len(batch.query), 4)
+
+
+def test_a_part_without_use_for_negatives_keeps_the_distinct_ids_of_the_sampler():
+    batch = next(iter(TaskSampler(choices(), support=4, negatives=3)))
+    less = batch.with_negatives_of(support=False, query=True)
+    assert less.support.negatives is None
+    assert less.query.negatives is not None
+    (unique, local), (all_unique, all_local) = less.localize(), batch.localize()
+    assert torch.equal(unique, all_unique)
+    assert local.support.negatives is None
+    assert torch.equal(local.query.negatives, all_local.query.negatives)
 
 
 def test_a_learner_comes_back_from_disk_the_same(tmp_path):

@@ -8,6 +8,7 @@ from torch.library import opcheck
 from metarec_fast import _ops, reference
 from metarec_fast import functional as F
 from metarec_fast._arguments import InnerLoop
+from metarec_fast.results import SparseRows
 
 FEW = 12
 SIZES = (3, 0, 1, 13, 40, 5)
@@ -59,6 +60,16 @@ def test_without_tasks_or_support_nothing_moves():
         assert not result.grads["user_init"].any()
 
 
+def test_tasks_without_weight_move_nothing():
+    draw = Draw(4)
+    model, support = draw.model(FEW), draw.entries(SIZES, FEW)
+    weights = torch.tensor([0.0 if size else 1.0 for size in SIZES], dtype=torch.float64)
+    arguments = (model.user_init, model.item_table, model.item_bias, support)
+    result = F.reptile_step(*arguments, task_weights=weights)
+    assert result.loss == 0
+    assert all(not (grad.rows if isinstance(grad, SparseRows) else grad).any() for grad in result.grads.values())
+
+
 def test_opcheck_finds_nothing():
     draw = Draw(5)
     model, support, loop = draw.model(FEW), draw.entries(SIZES, FEW, weights=True), draw.loop(2, adapt="all")
@@ -83,6 +94,7 @@ def test_the_same_bits_for_any_number_of_threads():
     [
         ({"loss": "bpr"}, "loss: Reptile adapts on a loss of single scores, got 'bpr'"),
         ({"task_weights": torch.ones(2).double()}, r"task_weights: expected shape \[T\] = \(6,\), got \(2,\)"),
+        ({"task_weights": -torch.ones(6).double()}, "task_weights: must be finite and ≥ 0"),
         ({"momentum": 0.5}, "adapt='all' cannot be combined with momentum"),
     ],
 )

@@ -154,7 +154,7 @@ Result reptile_step_cpu(const Tensor& user_init, const Tensor& user_bias_init,
         }
         const scalar_t share = total > 0 ? weight / total : 0;
         move_of(task.start, fast, share, layout.stride, moves.fast);
-        if (task.size > 0)
+        if (task.size > 0 && weight > 0)
           gradients.add_loss(block,
                              weight / judged_total * support_loss(task, judged, scores, arena));
         gradients.add_moves(block, task, moves, worker.index, begin);

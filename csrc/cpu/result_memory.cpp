@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <mutex>
-#include <vector>
 
 #include "huge_pages.h"
 
@@ -32,22 +31,19 @@ struct Block {
   size_t bytes;
 };
 
+// Nobody waits for the lock: whoever does not get it does without kept memory. So the child of a
+// fork() that happened while another thread held it cannot hang.
 class KeptBlocks {
  public:
   // At least `bytes`, and at most a quarter more.
   Block take(size_t bytes) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      auto best = free_.end();
-      for (auto block = free_.begin(); block != free_.end(); ++block)
+    if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) {
+      Block* best = nullptr;
+      for (Block* block = free_; block != free_ + count_; ++block)
         if (block->bytes >= bytes && block->bytes <= bytes + bytes / 4 &&
-            (best == free_.end() || block->bytes < best->bytes))
+            (best == nullptr || block->bytes < best->bytes))
           best = block;
-      if (best != free_.end()) {
-        const Block found = *best;
-        free_.erase(best);
-        return found;
-      }
+      if (best != nullptr) return remove(best);
     }
     const size_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     void* data = std::aligned_alloc(kHugePage, whole);
@@ -57,21 +53,27 @@ class KeptBlocks {
   }
 
   void give_back(const Block& block) {
+    if (block.bytes > kMostKept) return std::free(block.data);
     madvise(block.data, block.bytes, MADV_FREE);
-    const std::lock_guard<std::mutex> lock(mutex_);
-    free_.push_back(block);
-    size_t kept = 0;
-    for (const Block& each : free_) kept += each.bytes;
-    while (kept > kMostKept || free_.size() > kMostBlocks) {  // the longest unused first
-      kept -= free_.front().bytes;
-      std::free(free_.front().data);
-      free_.erase(free_.begin());
-    }
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock) return std::free(block.data);
+    while (count_ == kMostBlocks || kept_ + block.bytes > kMostKept)  // the longest unused first
+      std::free(remove(free_).data);
+    free_[count_++] = block;
+    kept_ += block.bytes;
   }
 
  private:
+  Block remove(Block* place) {
+    const Block block = *place;
+    std::copy(place + 1, free_ + count_--, place);
+    kept_ -= block.bytes;
+    return block;
+  }
+
   std::mutex mutex_;
-  std::vector<Block> free_;
+  Block free_[kMostBlocks];
+  size_t count_ = 0, kept_ = 0;  // blocks, and their bytes
 };
 
 // Never destroyed: tensors may outlive whatever is.
@@ -97,10 +99,12 @@ Tensor empty_result(const Tensor& like, ScalarType dtype, std::initializer_list<
   if (torch_from_blob != nullptr && bytes >= kSmallest) {
     Block* block = new Block(kept_blocks().take(bytes));
     AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    const AOTITorchError error =
         torch_from_blob(block->data, layout.dim, sizes.begin(), layout.strides.data(),
                         /*storage_offset=*/0, layout.dtype, layout.device_type, layout.device_index,
-                        &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, block));
+                        &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, block);
+    if (error != AOTI_TORCH_SUCCESS) give_back(nullptr, block);
+    STABLE_TORCH_ERROR_CODE_CHECK(error);
     return Tensor(handle);
   }
 #endif

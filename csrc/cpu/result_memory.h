@@ -4,7 +4,8 @@
 // The C library gives so large a block back to the system, which then has to clear every page
 // again: a quarter of the time of a large meta-step. Blocks that are kept here are marked as free
 // to take (MADV_FREE): whenever the system is short of memory it does, and they cost nothing but a
-// fault.
+// fault. Until then they count as resident: at most 8 blocks of 2 GiB together. A result in such
+// memory cannot be resized in place.
 #pragma once
 
 #include "../tensor.h"

@@ -45,6 +45,11 @@ class SortedEntries {
   ALWAYS_INLINE bool begins(int64_t place) const {
     return place == 0 || id(place) != id(place - 1);
   }
+  // The first place in [place, last) where an id begins; `last` if none does.
+  ALWAYS_INLINE int64_t next_beginning(int64_t place, int64_t last) const {
+    while (place < last && !begins(place)) ++place;
+    return place;
+  }
   // Where the entries of the id at `place` end.
   ALWAYS_INLINE int64_t end_of(int64_t place) const {
     int64_t end = place + 1;
@@ -146,10 +151,11 @@ ALWAYS_INLINE void sum_group(const Entries& entries, int64_t first, int64_t last
 
 constexpr int64_t kAhead = 8;  // entries whose rows are under way
 
-// Calls ask(place) for the places that come up, kAhead further on, while [place, end) is computed.
+// Calls ask(place) for the places that come up, kAhead further on, while [place, end) is computed;
+// of an id with many entries only for the first ones, more than a cache holds helps nobody.
 template <typename Entries, typename Ask>
 ALWAYS_INLINE void look_ahead(const Entries& entries, int64_t place, int64_t end, const Ask& ask) {
-  const int64_t last = std::min(end + kAhead, entries.size());
+  const int64_t last = std::min({end + kAhead, place + 4 * kAhead, entries.size()});
   for (int64_t soon = place + kAhead; soon < last; ++soon) ask(soon);
 }
 

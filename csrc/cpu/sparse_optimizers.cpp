@@ -100,9 +100,8 @@ struct Part {
 template <typename scalar_t, template <typename> class Rule, typename Entries>
 MULTIVERSION void update_range(const std::vector<Part<scalar_t, Rule>>& parts,
                                const Entries& entries, int64_t first, int64_t last, scalar_t* sum) {
-  for (int64_t place = first, end; place < last; place = end) {
+  for (int64_t place = entries.next_beginning(first, last), end; place < last; place = end) {
     end = entries.end_of(place);
-    if (!entries.begins(place)) continue;
     const int64_t id = entries.id(place), entry = entries.entry(place);
     look_ahead(entries, place, end, [&](int64_t soon) {
       for (const auto& [rule, rows, width] : parts) {

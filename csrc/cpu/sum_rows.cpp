@@ -11,9 +11,8 @@ namespace {
 template <typename scalar_t, typename Entries>
 MULTIVERSION void sum_distinct(const Entries& entries, int64_t first, int64_t last, int64_t at,
                                const scalar_t* rows, int64_t width, int64_t* ids, scalar_t* sums) {
-  for (int64_t place = first, end; place < last; place = end) {
+  for (int64_t place = entries.next_beginning(first, last), end; place < last; place = end) {
     end = entries.end_of(place);
-    if (!entries.begins(place)) continue;
     look_ahead(entries, place, end, [&](int64_t soon) {
       prefetch_row<false>(rows + entries.entry(soon) * width, width);
     });
@@ -27,9 +26,8 @@ MULTIVERSION void sum_distinct(const Entries& entries, int64_t first, int64_t la
 template <typename scalar_t, typename Entries>
 MULTIVERSION void sum_all(const Entries& entries, int64_t first, int64_t last, const scalar_t* rows,
                           int64_t width, scalar_t* sums) {
-  for (int64_t place = first, end; place < last; place = end) {
+  for (int64_t place = entries.next_beginning(first, last), end; place < last; place = end) {
     end = entries.end_of(place);
-    if (!entries.begins(place)) continue;
     look_ahead(entries, place, end, [&](int64_t soon) {
       prefetch_row<false>(rows + entries.entry(soon) * width, width);
     });
