@@ -38,24 +38,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapt_all_cpu(
     scalar_t* biases_out = biases.mutable_data_ptr<scalar_t>();
 
     const TaskBlocks blocks(T, reader.support.offsets, nullptr, reader.entry_cost());
-    const auto make_index = [] { return std::pair<ItemIndex, RowsAhead>(); };
-    blocks.run(make_index, [&](int64_t, int64_t first, int64_t last, auto& worker) {
-      Arena<scalar_t>& arena = thread_arena<scalar_t>();
-      auto& [index, ahead] = worker;
-      for (int64_t t = first; t < last; ++t) {
-        const Task<scalar_t> task = reader.next(t, last, nullptr, arena, ahead);
-        const int64_t begin = reader.support.begin(t);
-        index.assign(reader.support.items + begin, task.size);
-        FullPath<scalar_t> path = adapt_full(task, index, arena);
+    blocks.run<Worker<scalar_t, ItemIndex>>([&](int64_t, int64_t t, int64_t last, auto& worker) {
+      auto& [arena, ahead, index] = worker;
+      const Task<scalar_t> task = reader.next(t, last, nullptr, arena, ahead);
+      const int64_t begin = reader.support.begin(t);
+      index.assign(reader.support.items + begin, task.size);
+      FullPath<scalar_t> path = adapt_full(task, index, arena);
 
-        const scalar_t* fast = path.fast + reader.loop.steps * layout.stride;
-        std::copy(fast, fast + D, user_out + t * D);
-        bias_out[t] = fast[layout.width];
-        for (int64_t s = 0; s < task.size; ++s) {
-          const scalar_t* row = path.rows + index.place[s] * layout.width;
-          std::copy(row, row + D, rows_out + (begin + s) * D);
-          biases_out[begin + s] = path.biases[index.place[s]] - m;
-        }
+      const scalar_t* fast = path.fast + reader.loop.steps * layout.stride;
+      std::copy(fast, fast + D, user_out + t * D);
+      bias_out[t] = fast[layout.width];
+      for (int64_t s = 0; s < task.size; ++s) {
+        const scalar_t* row = path.rows + index.place[s] * layout.width;
+        std::copy(row, row + D, rows_out + (begin + s) * D);
+        biases_out[begin + s] = path.biases[index.place[s]] - m;
       }
     });
   });

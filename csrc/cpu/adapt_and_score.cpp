@@ -36,38 +36,30 @@ Adapted run_forward(const Inputs& inputs, const RaggedItems& query, const LoopAr
       bias[t] = fast[layout.width];
       std::copy(own, own + queries.size(t), scores + queries.begin(t));
     };
-    const auto make_solver = [] { return std::pair<InnerSolver<scalar_t>, RowsAhead>(); };
-    const auto make_items = [] { return std::pair<FullItems, RowsAhead>(); };
-    const auto adapt_users = [&](int64_t, int64_t first, int64_t last, auto& worker) {
-      Arena<scalar_t>& arena = thread_arena<scalar_t>();
-      auto& [solver, ahead] = worker;
-      for (int64_t t = first; t < last; ++t) {
-        const Task<scalar_t> task = reader.next(t, last, &queries, arena, ahead);
-        const scalar_t* fast = solver.forward(task, arena, /*backward=*/false);
-        const Query<scalar_t> asked = read_query(reader, queries, t, arena);
-        scalar_t* own = arena.take(asked.size());
-        score_query(asked, fast, own);
-        put(t, fast, own);
-      }
+    const auto adapt_users = [&](int64_t, int64_t t, int64_t last, auto& worker) {
+      auto& [arena, ahead, solver] = worker;
+      const Task<scalar_t> task = reader.next(t, last, &queries, arena, ahead);
+      const scalar_t* fast = solver.forward(task, arena, /*backward=*/false);
+      const Query<scalar_t> asked = read_query(reader, queries, t, arena);
+      scalar_t* own = arena.take(asked.size());
+      score_query(asked, fast, own);
+      put(t, fast, own);
     };
-    const auto adapt_items_too = [&](int64_t, int64_t first, int64_t last, auto& worker) {
-      Arena<scalar_t>& arena = thread_arena<scalar_t>();
-      auto& [items, ahead] = worker;
-      for (int64_t t = first; t < last; ++t) {
-        const Task<scalar_t> task = reader.next(t, last, &queries, arena, ahead);
-        items.find(reader.support, queries, t);
-        FullPath<scalar_t> path = adapt_full(task, items.index, arena);
-        const scalar_t* fast = path.fast + reader.loop.steps * layout.stride;
-        const Query<scalar_t> asked = read_query(reader, queries, t, arena);
-        scalar_t* own = arena.take(asked.size());
-        score_full(asked, items.query.data(), path, fast, own);
-        put(t, fast, own);
-      }
+    const auto adapt_items_too = [&](int64_t, int64_t t, int64_t last, auto& worker) {
+      auto& [arena, ahead, items] = worker;
+      const Task<scalar_t> task = reader.next(t, last, &queries, arena, ahead);
+      items.find(reader.support, queries, t);
+      FullPath<scalar_t> path = adapt_full(task, items.index, arena);
+      const scalar_t* fast = path.fast + reader.loop.steps * layout.stride;
+      const Query<scalar_t> asked = read_query(reader, queries, t, arena);
+      scalar_t* own = arena.take(asked.size());
+      score_full(asked, items.query.data(), path, fast, own);
+      put(t, fast, own);
     };
     if (loop.adapts_items)
-      blocks.run(make_items, adapt_items_too);
+      blocks.run<Worker<scalar_t, FullItems>>(adapt_items_too);
     else
-      blocks.run(make_solver, adapt_users);
+      blocks.run<Worker<scalar_t, InnerSolver<scalar_t>>>(adapt_users);
   });
   return result;
 }
@@ -161,56 +153,46 @@ GradientTuple adapt_and_score_backward_cpu(
       pack(from_user + t * layout.dim, from_bias[t], layout, grad_fast);
       return std::pair(grad_scores, grad_fast);
     };
-    const auto make_solver = [] { return std::pair<InnerSolver<scalar_t>, RowsAhead>(); };
-    const auto make_items = [] { return std::pair<FullItems, RowsAhead>(); };
-    const auto undo_users = [&](int64_t block, int64_t first, int64_t last, auto& worker) {
-      Arena<scalar_t>& arena = thread_arena<scalar_t>();
-      auto& [solver, ahead] = worker;
-      for (int64_t t = first; t < last; ++t) {
-        const Task<scalar_t> task = reader.next(t, last, &queries, arena, ahead);
-        const Query<scalar_t> asked = read_query(reader, queries, t, arena);
-        const scalar_t* fast = solver.forward(task, arena, /*backward=*/true);
+    const auto undo_users = [&](int64_t block, int64_t t, int64_t last, auto& worker) {
+      auto& [arena, ahead, solver] = worker;
+      const Task<scalar_t> task = reader.next(t, last, &queries, arena, ahead);
+      const Query<scalar_t> asked = read_query(reader, queries, t, arena);
+      const scalar_t* fast = solver.forward(task, arena, /*backward=*/true);
 
-        const int64_t begin = queries.begin(t), support_begin = reader.support.begin(t);
-        const auto [grad_scores, grad_fast] = arrivals(t, asked.size(), arena);
-        scalar_t* from_query = arena.take(layout.stride);
-        query_adjoint(asked, grad_scores, from_query);
-        for (int64_t d = 0; d < layout.stride; ++d) grad_fast[d] += from_query[d];
-        write_query_rows(asked, begin, layout, grad_scores, 0, fast, 1, arena, gradients);
-        const TaskGradients<scalar_t> grads = gradients.of_task(block, task, support_begin, arena);
-        solver.adjoint(task, arena, grad_fast, /*whole_path=*/false, grads);
-        gradients.add_task(block, task, grads, support_begin, grad_scores, asked, begin);
-      }
-      if (gradients.stream()) finish_streaming();
+      const int64_t begin = queries.begin(t), support_begin = reader.support.begin(t);
+      const auto [grad_scores, grad_fast] = arrivals(t, asked.size(), arena);
+      scalar_t* from_query = arena.take(layout.stride);
+      query_adjoint(asked, grad_scores, from_query);
+      for (int64_t d = 0; d < layout.stride; ++d) grad_fast[d] += from_query[d];
+      write_query_rows(asked, begin, layout, grad_scores, 0, fast, 1, arena, gradients);
+      const TaskGradients<scalar_t> grads = gradients.of_task(block, task, support_begin, arena);
+      solver.adjoint(task, arena, grad_fast, /*whole_path=*/false, grads);
+      gradients.add_task(block, task, grads, support_begin, grad_scores, asked, begin);
     };
-    const auto undo_items_too = [&](int64_t block, int64_t first, int64_t last, auto& worker) {
-      Arena<scalar_t>& arena = thread_arena<scalar_t>();
-      auto& [items, ahead] = worker;
-      for (int64_t t = first; t < last; ++t) {
-        const Task<scalar_t> task = reader.next(t, last, &queries, arena, ahead);
-        const Query<scalar_t> asked = read_query(reader, queries, t, arena);
-        items.find(reader.support, queries, t);
-        FullPath<scalar_t> path = adapt_full(task, items.index, arena);
+    const auto undo_items_too = [&](int64_t block, int64_t t, int64_t last, auto& worker) {
+      auto& [arena, ahead, items] = worker;
+      const Task<scalar_t> task = reader.next(t, last, &queries, arena, ahead);
+      const Query<scalar_t> asked = read_query(reader, queries, t, arena);
+      items.find(reader.support, queries, t);
+      FullPath<scalar_t> path = adapt_full(task, items.index, arena);
 
-        const int64_t begin = queries.begin(t), support_begin = reader.support.begin(t);
-        const auto [grad_scores, grad_fast] = arrivals(t, asked.size(), arena);
-        const int64_t K = reader.loop.steps;
-        const scalar_t* fast = path.fast + K * layout.stride;
-        FullGradients<scalar_t> grads =
-            gradients.of_full_task(block, path.items, support_begin, arena);
-        for (int64_t d = 0; d < layout.stride; ++d) grads.fast[d] = grad_fast[d];
-        add_query_full(asked, items.query.data(), layout, path, fast, arena, grad_scores, grads);
-        write_query_rows(asked, begin, layout, grad_scores, 0, fast, 1, arena, gradients);
-        for (int64_t k = K - 1; k >= 0; --k) undo_full(task, items.index, k, arena, path, grads);
-        gradients.add_full_task(block, task, grads, items.index, support_begin, grad_scores, asked,
-                                begin);
-      }
-      if (gradients.stream()) finish_streaming();
+      const int64_t begin = queries.begin(t), support_begin = reader.support.begin(t);
+      const auto [grad_scores, grad_fast] = arrivals(t, asked.size(), arena);
+      const int64_t K = reader.loop.steps;
+      const scalar_t* fast = path.fast + K * layout.stride;
+      FullGradients<scalar_t> grads =
+          gradients.of_full_task(block, path.items, support_begin, arena);
+      for (int64_t d = 0; d < layout.stride; ++d) grads.fast[d] = grad_fast[d];
+      add_query_full(asked, items.query.data(), layout, path, fast, grad_scores, grads);
+      write_query_rows(asked, begin, layout, grad_scores, 0, fast, 1, arena, gradients);
+      for (int64_t k = K - 1; k >= 0; --k) undo_full(task, items.index, k, arena, path, grads);
+      gradients.add_full_task(block, task, grads, items.index, support_begin, grad_scores, asked,
+                              begin);
     };
     if (loop.adapts_items)
-      blocks.run(make_items, undo_items_too);
+      blocks.run<Worker<scalar_t, FullItems>>(undo_items_too);
     else
-      blocks.run(make_solver, undo_users);
+      blocks.run<Worker<scalar_t, InnerSolver<scalar_t>>>(undo_users);
     gradients.finish();
     result = gradients.tuple();
     if (wanted.items()) {

@@ -56,15 +56,15 @@ MULTIVERSION void exact_forward(const Task<scalar_t>& task, Arena<scalar_t>& are
   if (path.dual_system) {
     scalar_t* products = arena.take(S);
     for (int64_t s = 0; s < S; ++s) {
-      dots<scalar_t>(rows.values + s * rows.width, {rows.values, s + 1, rows.width, rows.bias},
-                     rows.bias * rows.bias, products);
+      dots<scalar_t>(rows[s], {rows.at, s + 1, rows.width, rows.bias}, rows.bias * rows.bias,
+                     nullptr, products);
       std::copy(products, products + s + 1, path.factor + s * S);
       path.factor[s * S + s] += path.ridge / task.weights[s];
       path.dual[s] = residuals[s];
     }
     cholesky(path.factor, S);
     cholesky_solve(path.factor, S, path.dual);
-    combine(path.dual, rows, path.fast);
+    combine<scalar_t>(path.dual, rows, nullptr, path.fast);
   } else {
     scalar_t* matrix = arena.take(normal_size * P);
     normal_equations(task, arena, matrix, path.fast);
@@ -74,7 +74,7 @@ MULTIVERSION void exact_forward(const Task<scalar_t>& task, Arena<scalar_t>& are
     }
     cholesky(path.factor, normal_size);
     cholesky_solve(path.factor, normal_size, path.fast);
-    dots(path.fast, rows, rows.bias * path.fast[layout.width], path.dual);
+    dots<scalar_t>(path.fast, rows, rows.bias * path.fast[layout.width], nullptr, path.dual);
     for (int64_t s = 0; s < S; ++s)  // a = W (y − p)/λ
       path.dual[s] = task.weights[s] / path.ridge * (residuals[s] - path.dual[s]);
   }
@@ -91,18 +91,18 @@ MULTIVERSION void exact_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& are
   const int64_t S = task.size, P = layout.stride;
   scalar_t* v = arena.take(S);
   if (path.dual_system) {
-    dots(grad_fast, rows, rows.bias * grad_fast[layout.width], v);
+    dots<scalar_t>(grad_fast, rows, rows.bias * grad_fast[layout.width], nullptr, v);
     cholesky_solve(path.factor, S, v);
   } else {  // v = W X (Xᵀ W X + λ I)⁻¹ φ̄
     scalar_t* solved = arena.take_zeros(P);
     std::copy(grad_fast, grad_fast + path.size, solved);
     cholesky_solve(path.factor, path.size, solved);
-    dots(solved, rows, rows.bias * solved[layout.width], v);
+    dots<scalar_t>(solved, rows, rows.bias * solved[layout.width], nullptr, v);
     for (int64_t s = 0; s < S; ++s) v[s] *= task.weights[s];
   }
 
   scalar_t* basis = arena.take(2 * P);  // φ̄ − Xᵀ v, φ
-  combine(v, rows, basis);
+  combine<scalar_t>(v, rows, nullptr, basis);
   for (int64_t d = 0; d < P; ++d) {
     basis[d] = grad_fast[d] - basis[d];
     basis[P + d] = path.fast[d];

@@ -45,13 +45,12 @@ MULTIVERSION void start_full(const Task<scalar_t>& task, const ItemIndex& index,
   path.slopes = arena.take(K * path.stride);
   path.pushes = arena.take(K * path.entries);
   path.curvatures = arena.take(K * path.entries);
-  const scalar_t* from = task.rows.values;
   for (int64_t e = 0; e < task.size; ++e) {
     const int64_t i = index.place[e];
     biases[i] = task.base[e];
-    for (int64_t d = 0; d < width; d += kLane)
-      store(rows + i * width + d) = load(from + e * width + d);
+    for (int64_t d = 0; d < width; d += kLane) store(rows + i * width + d) = load(task.rows[e] + d);
   }
+  path.item_rows = rows_of<scalar_t>({rows, width}, path.items, width, 1, arena);
   for (int64_t d = path.items * width; d < FullPath<scalar_t>::padded_rows(path.items) * width;
        d += kLane)
     store(rows + d) = Vector<scalar_t>{};
@@ -74,7 +73,7 @@ MULTIVERSION void step_full(const Task<scalar_t>& task, const ItemIndex& index, 
   scalar_t* moves = arena.take(items);  // s g
   task.ahead.some();
 
-  score_rows(path.item_rows(width), biases, now, scores);
+  score_rows(path.item_rows, biases, now, scores);
   spread_to_entries(scores, index, task.size, entry_scores);
   differentiate(task, entry_scores, push, path.curvatures + k * path.entries);
   sum_by_item(push, index, task.size, path.stride, slopes);
@@ -183,8 +182,8 @@ MULTIVERSION void score_full(const Query<scalar_t>& query, const int64_t* place,
 template <typename scalar_t>
 MULTIVERSION void add_query_full(const Query<scalar_t>& query, const int64_t* place,
                                  const Layout<scalar_t>& layout, const FullPath<scalar_t>& path,
-                                 const scalar_t* fast, Arena<scalar_t>& arena,
-                                 scalar_t* grad_scores, FullGradients<scalar_t>& grads) {
+                                 const scalar_t* fast, scalar_t* grad_scores,
+                                 FullGradients<scalar_t>& grads) {
   constexpr int64_t kLane = kLanes<scalar_t>;
   const int64_t width = layout.width;
   grads.offset += sum(grad_scores, query.size());
@@ -200,9 +199,7 @@ MULTIVERSION void add_query_full(const Query<scalar_t>& query, const int64_t* pl
     grads.biases[i] += grad;
     grad_scores[q] = 0;
   }
-  scalar_t* sum = arena.take(layout.stride);
-  combine(grad_scores, query.rows, sum);
-  for (int64_t d = 0; d < layout.stride; d += kLane) store(grads.fast + d) += load(sum + d);
+  combine(grad_scores, query.rows, grads.fast, grads.fast);
 }
 
 template void start_full<float>(const Task<float>& task, const ItemIndex& index,
@@ -225,11 +222,11 @@ template void score_full<double>(const Query<double>& query, const int64_t* plac
                                  const FullPath<double>& path, const double* fast, double* scores);
 template void add_query_full<float>(const Query<float>& query, const int64_t* place,
                                     const Layout<float>& layout, const FullPath<float>& path,
-                                    const float* fast, Arena<float>& arena, float* grad_scores,
+                                    const float* fast, float* grad_scores,
                                     FullGradients<float>& grads);
 template void add_query_full<double>(const Query<double>& query, const int64_t* place,
                                      const Layout<double>& layout, const FullPath<double>& path,
-                                     const double* fast, Arena<double>& arena, double* grad_scores,
+                                     const double* fast, double* grad_scores,
                                      FullGradients<double>& grads);
 
 }  // namespace metarec_fast::cpu

@@ -15,20 +15,19 @@ namespace metarec_fast::cpu {
 
 template <typename scalar_t>
 struct FullPath {
-  int64_t items;         // I
-  int64_t stride;        // I, padded
-  int64_t entries;       // R, padded
-  scalar_t* rows;        // e of the distinct items, as they are now [I, width]
-  scalar_t* biases;      // m + b, likewise [I]
-  scalar_t* fast;        // (u, c)_0 … (u, c)_K [K + 1, layout.stride]
-  scalar_t* slopes;      // g_0 … g_{K−1} [K, stride]
-  scalar_t* pushes;      // w ∘ ℓ'/(S + n0) of the entries [K, entries]
-  scalar_t* curvatures;  // w ∘ ℓ''/(S + n0) [K, entries]
+  int64_t items;             // I
+  int64_t stride;            // I, padded
+  int64_t entries;           // R, padded
+  scalar_t* rows;            // e of the distinct items, as they are now [I, width]
+  Rows<scalar_t> item_rows;  // the same
+  scalar_t* biases;          // m + b, likewise [I]
+  scalar_t* fast;            // (u, c)_0 … (u, c)_K [K + 1, layout.stride]
+  scalar_t* slopes;          // g_0 … g_{K−1} [K, stride]
+  scalar_t* pushes;          // w ∘ ℓ'/(S + n0) of the entries [K, entries]
+  scalar_t* curvatures;      // w ∘ ℓ''/(S + n0) [K, entries]
 
   // Room for rows: a whole number of fours, zeros at the end.
   static int64_t padded_rows(int64_t count) { return (count + 3) / 4 * 4; }
-
-  Rows<scalar_t> item_rows(int64_t width) const { return {rows, items, width, 1}; }
 };
 
 // What arrives at (u, c), the rows and the biases from what comes later.
@@ -93,7 +92,6 @@ void score_full(const Query<scalar_t>& query, const int64_t* place, const FullPa
 template <typename scalar_t>
 void add_query_full(const Query<scalar_t>& query, const int64_t* place,
                     const Layout<scalar_t>& layout, const FullPath<scalar_t>& path,
-                    const scalar_t* fast, Arena<scalar_t>& arena, scalar_t* grad_scores,
-                    FullGradients<scalar_t>& grads);
+                    const scalar_t* fast, scalar_t* grad_scores, FullGradients<scalar_t>& grads);
 
 }  // namespace metarec_fast::cpu

@@ -101,7 +101,9 @@ class Gradients {
     offset_at_ = place(1);
     loss_at_ = place(1);
     record_size_ = end;
-    records_ = arena_.take_zeros(num_blocks * record_size_);
+    static thread_local Arena<scalar_t> kept;
+    kept.reset();
+    records_ = kept.take_zeros(num_blocks * record_size_);
     rows_ = data(item_rows);
     stream_ = rows * inputs.D() * static_cast<int64_t>(sizeof(scalar_t)) >= kStreamFrom &&
               layout_.dim == layout_.width && reinterpret_cast<uintptr_t>(rows_) % 16 == 0;
@@ -138,15 +140,13 @@ class Gradients {
                              const TaskGradients<scalar_t>& grads, int64_t support_begin,
                              const scalar_t* grad_scores, const Query<scalar_t>& query,
                              int64_t query_begin) {
-    scalar_t sum = 0;
-    if (loss_ != Loss::kBpr)  // a difference of two scores knows no offset
-      for (int64_t r = 0; r < task.size; ++r) sum += grads.base[r];
-    for (int64_t q = 0; q < query.size(); ++q) sum += grad_scores[q];
-    add_start(block, task.index, grads.start, sum);
+    scalar_t total = sum(grad_scores, query.size());
+    if (loss_ != Loss::kBpr) total += sum(grads.base, task.size);  // differences know no offset
+    add_start(block, task.index, grads.start, total);
     if (pairwise())
       add_pairs(task, grads, support_begin);
     else if (rows_ != nullptr && places.support)
-      std::copy(grads.base, grads.base + task.size, biases_ + support_begin);
+      copy_out(grads.base, task.size, biases_ + support_begin);
     add_query_biases(grad_scores, query, query_begin);
   }
 
@@ -197,22 +197,25 @@ class Gradients {
 
   void add_loss(int64_t block, scalar_t loss) { records_[block * record_size_ + loss_at_] += loss; }
 
-  // Sums the blocks' records; returns the loss.
+  // Sums the blocks' records, always in the same order; returns the loss.
   double finish() {
+    totals_.assign(record_size_, 0.0);
+    for (int64_t block = 0; block < num_blocks_; ++block)
+      add_record(records_ + block * record_size_, record_size_, totals_.data());
     if (user_init.numel() > 0 && per_task_user_ == nullptr)
-      sum_blocks(start_at_, layout_.dim, data(user_init));
+      take_total(start_at_, layout_.dim, data(user_init));
     if (user_bias_init.numel() > 0 && per_task_bias_ == nullptr)
-      sum_blocks(start_at_ + layout_.width, 1, data(user_bias_init));
-    if (offset.numel() > 0) sum_blocks(offset_at_, 1, data(offset));
-    if (inner_lr.numel() > 0) sum_blocks(inner_lr_at_, inner_lr.numel(), data(inner_lr));
-    if (momentum.numel() > 0) sum_blocks(momentum_at_, momentum.numel(), data(momentum));
-    if (prior_pull.numel() > 0 && shared_pull_) sum_blocks(pull_at_, 1, data(prior_pull));
+      take_total(start_at_ + layout_.width, 1, data(user_bias_init));
+    if (offset.numel() > 0) take_total(offset_at_, 1, data(offset));
+    if (inner_lr.numel() > 0) take_total(inner_lr_at_, inner_lr.numel(), data(inner_lr));
+    if (momentum.numel() > 0) take_total(momentum_at_, momentum.numel(), data(momentum));
+    if (prior_pull.numel() > 0 && shared_pull_) take_total(pull_at_, 1, data(prior_pull));
     if (preconditioner.numel() > 0) {
-      sum_blocks(scale_at_, layout_.dim, data(preconditioner));
-      sum_blocks(scale_at_ + layout_.width, 1, data(preconditioner) + layout_.dim);
+      take_total(scale_at_, layout_.dim, data(preconditioner));
+      take_total(scale_at_ + layout_.width, 1, data(preconditioner) + layout_.dim);
     }
     scalar_t loss = 0;
-    sum_blocks(loss_at_, 1, &loss);
+    take_total(loss_at_, 1, &loss);
     return loss;
   }
 
@@ -238,13 +241,16 @@ class Gradients {
     if (per_task_user_ != nullptr)
       std::copy(start, start + layout_.dim, per_task_user_ + task * layout_.dim);
     if (per_task_bias_ != nullptr) per_task_bias_[task] = start[layout_.width];
-    for (int64_t d = 0; d < layout_.stride; ++d) record[start_at_ + d] += start[d];
+    for (int64_t d = 0; d < layout_.stride; d += kLanes<scalar_t>)
+      store(record + start_at_ + d) += load(start + d);
     record[offset_at_] += offset;
   }
 
   ALWAYS_INLINE void add_query_biases(const scalar_t* grad_scores, const Query<scalar_t>& query,
                                       int64_t begin) {
     if (rows_ == nullptr) return;
+    if (query.group == 1)
+      return copy_out(grad_scores, query.num_entries, biases_ + places.of_query(begin, 0));
     for (int64_t q = 0, i = 0; q < query.num_entries; ++q)
       for (int64_t j = 0; j < query.group; ++j)
         biases_[places.of_query(begin + q, j)] = grad_scores[i++];
@@ -292,13 +298,11 @@ class Gradients {
     }
   }
 
-  void sum_blocks(int64_t at, int64_t count, scalar_t* result) const {
-    for (int64_t i = 0; i < count; ++i) {
-      double sum = 0;
-      for (int64_t block = 0; block < num_blocks_; ++block)
-        sum += records_[block * record_size_ + at + i];
-      result[i] = static_cast<scalar_t>(sum);
-    }
+  MULTIVERSION static void add_record(const scalar_t* record, int64_t count, double* totals) {
+    for (int64_t i = 0; i < count; ++i) totals[i] += record[i];
+  }
+  void take_total(int64_t at, int64_t count, scalar_t* result) const {
+    for (int64_t i = 0; i < count; ++i) result[i] = static_cast<scalar_t>(totals_[at + i]);
   }
 
   Layout<scalar_t> layout_;
@@ -306,8 +310,8 @@ class Gradients {
   int64_t num_blocks_;
   int64_t start_at_, scale_at_, inner_lr_at_, momentum_at_, pull_at_, offset_at_, loss_at_;
   int64_t record_size_;
-  Arena<scalar_t> arena_;
-  scalar_t* records_;
+  scalar_t* records_;           // [num_blocks, record_size], this thread's
+  std::vector<double> totals_;  // of all records
   scalar_t *rows_, *biases_, *per_task_user_, *per_task_bias_;
   bool shared_pull_, stream_;
 };

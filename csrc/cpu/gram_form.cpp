@@ -7,7 +7,8 @@ namespace {
 template <typename scalar_t>
 ALWAYS_INLINE void apply_gram(const GramPath<scalar_t>& path, int64_t size, const scalar_t* x,
                               scalar_t* result) {
-  multiply<scalar_t>({x, 0, 1}, 1, path.gram, path.stride, size, path.stride, result, path.stride);
+  multiply<scalar_t>({x, 0, 1}, 1, Stack<scalar_t>{path.gram, path.stride}, size, path.stride,
+                     result, path.stride);
 }
 
 }  // namespace
@@ -25,10 +26,9 @@ MULTIVERSION void gram_forward(const Task<scalar_t>& task, Arena<scalar_t>& aren
     scalar_t* scaled = arena.take(R * width);
     for (int64_t r = 0; r < R; ++r)
       for (int64_t i = 0; i < width; i += kLane)
-        store(scaled + r * width + i) =
-            load(task.scale + i) * load(task.rows.values + r * width + i);
-    path.scaled.values = scaled;
-    path.scaled.bias *= task.scale[width];
+        store(scaled + r * width + i) = load(task.scale + i) * load(task.rows[r] + i);
+    path.scaled =
+        rows_of<scalar_t>({scaled, width}, R, width, task.rows.bias * task.scale[width], arena);
     bias_square *= task.scale[width];
   }
   path.gram = arena.take((R + 3) / 4 * 4 * stride);
@@ -39,7 +39,7 @@ MULTIVERSION void gram_forward(const Task<scalar_t>& task, Arena<scalar_t>& aren
   scalar_t* scores = arena.take(stride);
 
   score_rows(task.rows, task.base, task.start, first_scores);
-  symmetric_products(path.scaled.values, task.rows, bias_square, path.gram, stride);
+  symmetric_products(path.scaled, task.rows, bias_square, path.gram, stride);
   for (int64_t r = 0; r < R; ++r)
     for (int64_t j = R; j < stride; ++j) path.gram[r * stride + j] = 0;
 
@@ -59,8 +59,7 @@ MULTIVERSION void gram_forward(const Task<scalar_t>& task, Arena<scalar_t>& aren
       store(next + i) = keep * load(now + i) - rate * load(push + i) - momentum * load(before + i);
   }
 
-  combine(path.coefficients + K * stride, path.scaled, fast);
-  for (int64_t i = 0; i < task.layout.stride; i += kLane) store(fast + i) += load(task.start + i);
+  combine(path.coefficients + K * stride, path.scaled, task.start, fast);
 }
 
 template <typename scalar_t>
@@ -79,7 +78,7 @@ MULTIVERSION void gram_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& aren
   scalar_t* grad_base = arena.take_zeros(stride);
   if (grads.weights != nullptr) std::fill(grads.weights, grads.weights + R, scalar_t{0});
 
-  dots(grad_fast, path.scaled, path.scaled.bias * grad_fast[width], adjoint);
+  dots<scalar_t>(grad_fast, path.scaled, path.scaled.bias * grad_fast[width], nullptr, adjoint);
   for (int64_t k = K - 1; k >= 0; --k) {
     task.ahead.some();
     const scalar_t* now = path.coefficients + k * stride;
@@ -115,8 +114,7 @@ MULTIVERSION void gram_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& aren
     std::swap(adjoint, earlier);
   }
 
-  combine(grad_base, task.rows, grads.start);
-  for (int64_t i = 0; i < layout.stride; i += kLane) store(grads.start + i) += load(grad_fast + i);
+  combine(grad_base, task.rows, grad_fast, grads.start);
   if (grads.base != nullptr) copy_out(grad_base, R, grads.base);
   const scalar_t* last = path.coefficients + K * stride;
 
@@ -126,15 +124,15 @@ MULTIVERSION void gram_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& aren
     scalar_t* row = arena.take(layout.stride);
     scalar_t* grad_gram = arena.take_zeros(R * stride);  // Ḡ
     if (second_order)
-      multiply<scalar_t>({bends, 1, stride}, R, path.coefficients, stride, K, stride, grad_gram,
-                         stride);
-    combine(last, task.rows, row);
+      multiply<scalar_t>({bends, 1, stride}, R, Stack<scalar_t>{path.coefficients, stride}, K,
+                         stride, grad_gram, stride);
+    combine<scalar_t>(last, task.rows, nullptr, row);
     for (int64_t i = 0; i < layout.stride; i += kLane)
       store(grads.scale + i) += load(grad_fast + i) * load(row + i);
     for (int64_t r = 0; r < R; ++r) {
-      combine(grad_gram + r * stride, task.rows, row);
+      combine<scalar_t>(grad_gram + r * stride, task.rows, nullptr, row);
       for (int64_t i = 0; i < width; i += kLane)
-        store(grads.scale + i) += load(task.rows.values + r * width + i) * load(row + i);
+        store(grads.scale + i) += load(task.rows[r] + i) * load(row + i);
       grads.scale[width] += task.rows.bias * row[width];
     }
   }
@@ -142,7 +140,7 @@ MULTIVERSION void gram_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& aren
   scalar_t* basis = arena.take((R + 2) * layout.stride);
   for (int64_t r = 0; r < R; ++r)
     for (int64_t i = 0; i < width; i += kLane)
-      store(basis + r * layout.stride + i) = load(path.scaled.values + r * width + i);
+      store(basis + r * layout.stride + i) = load(path.scaled[r] + i);
   for (int64_t i = 0; i < width; i += kLane) {
     store(basis + R * layout.stride + i) = load(task.start + i);
     store(basis + (R + 1) * layout.stride + i) = load(task.scale + i) * load(grad_fast + i);
@@ -155,7 +153,8 @@ MULTIVERSION void gram_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& aren
   }
   const int64_t columns = stride + kLane;
   scalar_t* coefficients = arena.take(R * columns);
-  multiply<scalar_t>({left, 1, stride}, R, right, stride, 2 * K, stride, coefficients, columns);
+  multiply<scalar_t>({left, 1, stride}, R, Stack<scalar_t>{right, stride}, 2 * K, stride,
+                     coefficients, columns);
   for (int64_t r = 0; r < R; ++r) {
     coefficients[r * columns + R] = grad_base[r];
     coefficients[r * columns + R + 1] = last[r];

@@ -14,7 +14,9 @@ class ItemTable {
       : data(static_cast<const std::byte*>(table.const_data_ptr())),
         row_bytes(dim * table.element_size()),
         dim_(dim),
-        narrow_(table.scalar_type() == ScalarType::BFloat16) {}
+        narrow_(table.scalar_type() == ScalarType::BFloat16),
+        in_place_(!narrow_ && dim % kLanes<scalar_t> == 0 &&
+                  reinterpret_cast<uintptr_t>(data) % kRegisterBytes == 0) {}
 
   // A row, its last register filled up with zeros.
   ALWAYS_INLINE void read(int64_t item, scalar_t* result) const {
@@ -24,12 +26,18 @@ class ItemTable {
     copy_in(reinterpret_cast<const scalar_t*>(row), dim_, result);
   }
 
+  // Whether a row is, where it lies, what `read` would make of it.
+  bool in_place() const { return in_place_; }
+  ALWAYS_INLINE const scalar_t* row(int64_t item) const {
+    return reinterpret_cast<const scalar_t*>(data + item * row_bytes);
+  }
+
   const std::byte* const data;
   const int64_t row_bytes;
 
  private:
   int64_t dim_;
-  bool narrow_;
+  bool narrow_, in_place_;
 };
 
 // Asks for rows and biases of a list of items, a few at a time: all at once they would wait for
@@ -62,8 +70,8 @@ class RowsAhead {
     for (int64_t i = 0; i < share_ && list_ < lists_; ++i) {
       const int64_t item = *begins_[list_]++;
       if (begins_[list_] == ends_[list_]) ++list_;
-      prefetch_row<false>(rows_ + item * row_bytes_, row_bytes_);
-      __builtin_prefetch(biases_ + item * bias_bytes_);
+      prefetch_row<false, 2>(rows_ + item * row_bytes_, row_bytes_);
+      __builtin_prefetch(biases_ + item * bias_bytes_, 0, 2);
     }
   }
 

@@ -60,37 +60,32 @@ void adapt_users(const Batch<scalar_t>& batch, const TaskBlocks& blocks, Wanted 
   const Layout<scalar_t>& layout = reader.layout;
   const bool whole_path = batch.whole_path();
   const int64_t judged = batch.num_judged();
-  const auto make_worker = [] { return std::pair<InnerSolver<scalar_t>, RowsAhead>(); };
-  blocks.run(make_worker, [&](int64_t block, int64_t first, int64_t last, auto& worker) {
-    Arena<scalar_t>& arena = thread_arena<scalar_t>();
-    auto& [solver, ahead] = worker;
-    for (int64_t t = first; t < last; ++t) {
-      const Task<scalar_t> task = reader.next(t, last, &batch.queries, arena, ahead);
-      const Query<scalar_t> asked = read_query(reader, batch.queries, t, arena);
-      const scalar_t* fast = solver.forward(task, arena, wanted.any(), whole_path);
-      if (whole_path) fast = solver.path();
+  blocks.run<Worker<scalar_t, InnerSolver<scalar_t>>>([&](int64_t block, int64_t t, int64_t last,
+                                                          auto& worker) {
+    auto& [arena, ahead, solver] = worker;
+    const Task<scalar_t> task = reader.next(t, last, &batch.queries, arena, ahead);
+    const Query<scalar_t> asked = read_query(reader, batch.queries, t, arena);
+    const scalar_t* fast = solver.forward(task, arena, wanted.any(), whole_path);
+    if (whole_path) fast = solver.path();
 
-      const int64_t begin = batch.queries.begin(t), room = padded<scalar_t>(asked.size());
-      scalar_t* scores = arena.take(asked.size());
-      scalar_t* grad_scores = arena.take_zeros(judged * room);
-      scalar_t* grad_path = arena.take_zeros(judged * layout.stride);
-      for (int64_t k = 0; k < judged && asked.size() > 0; ++k) {
-        score_query(asked, fast + k * layout.stride, scores);
-        gradients.add_loss(block, batch.judge(asked, t, k, scores, arena, grad_scores + k * room));
-        if (wanted.any())
-          query_adjoint(asked, grad_scores + k * room, grad_path + k * layout.stride);
-      }
-      if (!wanted.any()) continue;
-      write_query_rows(asked, begin, layout, grad_scores, room, fast, judged, arena, gradients);
-      for (int64_t k = 1; k < judged; ++k)
-        for (int64_t q = 0; q < asked.size(); ++q) grad_scores[q] += grad_scores[k * room + q];
-
-      const int64_t support_begin = reader.support.begin(t);
-      const TaskGradients<scalar_t> grads = gradients.of_task(block, task, support_begin, arena);
-      solver.adjoint(task, arena, grad_path, whole_path, grads);
-      gradients.add_task(block, task, grads, support_begin, grad_scores, asked, begin);
+    const int64_t begin = batch.queries.begin(t), room = padded<scalar_t>(asked.size());
+    scalar_t* scores = arena.take(asked.size());
+    scalar_t* grad_scores = arena.take_zeros(judged * room);
+    scalar_t* grad_path = arena.take_zeros(judged * layout.stride);
+    for (int64_t k = 0; k < judged && asked.size() > 0; ++k) {
+      score_query(asked, fast + k * layout.stride, scores);
+      gradients.add_loss(block, batch.judge(asked, t, k, scores, arena, grad_scores + k * room));
+      if (wanted.any()) query_adjoint(asked, grad_scores + k * room, grad_path + k * layout.stride);
     }
-    if (gradients.stream()) finish_streaming();
+    if (!wanted.any()) return;
+    write_query_rows(asked, begin, layout, grad_scores, room, fast, judged, arena, gradients);
+    for (int64_t k = 1; k < judged; ++k)
+      for (int64_t q = 0; q < asked.size(); ++q) grad_scores[q] += grad_scores[k * room + q];
+
+    const int64_t support_begin = reader.support.begin(t);
+    const TaskGradients<scalar_t> grads = gradients.of_task(block, task, support_begin, arena);
+    solver.adjoint(task, arena, grad_path, whole_path, grads);
+    gradients.add_task(block, task, grads, support_begin, grad_scores, asked, begin);
   });
 }
 
@@ -100,49 +95,43 @@ void adapt_items_too(const Batch<scalar_t>& batch, const TaskBlocks& blocks, Wan
   const TaskReader<scalar_t>& reader = batch.reader;
   const Layout<scalar_t>& layout = reader.layout;
   const int64_t K = reader.loop.steps, judged = batch.num_judged(), first_judged = K + 1 - judged;
-  const auto make_worker = [] { return std::pair<FullItems, RowsAhead>(); };
-  blocks.run(make_worker, [&](int64_t block, int64_t first, int64_t last, auto& worker) {
-    Arena<scalar_t>& arena = thread_arena<scalar_t>();
-    auto& [items, ahead] = worker;
-    for (int64_t t = first; t < last; ++t) {
-      const Task<scalar_t> task = reader.next(t, last, &batch.queries, arena, ahead);
-      const Query<scalar_t> asked = read_query(reader, batch.queries, t, arena);
-      items.find(reader.support, batch.queries, t);
-      const int64_t* place = items.query.data();
+  blocks.run<Worker<scalar_t, FullItems>>([&](int64_t block, int64_t t, int64_t last,
+                                              auto& worker) {
+    auto& [arena, ahead, items] = worker;
+    const Task<scalar_t> task = reader.next(t, last, &batch.queries, arena, ahead);
+    const Query<scalar_t> asked = read_query(reader, batch.queries, t, arena);
+    items.find(reader.support, batch.queries, t);
+    const int64_t* place = items.query.data();
 
-      const int64_t begin = batch.queries.begin(t), room = padded<scalar_t>(asked.size());
-      scalar_t* scores = arena.take(asked.size());
-      scalar_t* grad_scores = arena.take_zeros(judged * room);
-      FullPath<scalar_t> path;
-      start_full(task, items.index, arena, path);
-      for (int64_t k = 0; k <= K; ++k) {
-        if (k >= first_judged && asked.size() > 0) {
-          const int64_t j = k - first_judged;
-          score_full(asked, place, path, path.fast + k * layout.stride, scores);
-          gradients.add_loss(block,
-                             batch.judge(asked, t, j, scores, arena, grad_scores + j * room));
-        }
-        if (k < K) step_full(task, items.index, k, arena, path);
+    const int64_t begin = batch.queries.begin(t), room = padded<scalar_t>(asked.size());
+    scalar_t* scores = arena.take(asked.size());
+    scalar_t* grad_scores = arena.take_zeros(judged * room);
+    FullPath<scalar_t> path;
+    start_full(task, items.index, arena, path);
+    for (int64_t k = 0; k <= K; ++k) {
+      if (k >= first_judged && asked.size() > 0) {
+        const int64_t j = k - first_judged;
+        score_full(asked, place, path, path.fast + k * layout.stride, scores);
+        gradients.add_loss(block, batch.judge(asked, t, j, scores, arena, grad_scores + j * room));
       }
-      if (!wanted.any()) continue;
-
-      const int64_t support_begin = reader.support.begin(t);
-      FullGradients<scalar_t> grads =
-          gradients.of_full_task(block, path.items, support_begin, arena);
-      for (int64_t k = K; k >= 0; --k) {
-        if (k < K) undo_full(task, items.index, k, arena, path, grads);
-        if (k >= first_judged && asked.size() > 0)
-          add_query_full(asked, place, layout, path, path.fast + k * layout.stride, arena,
-                         grad_scores + (k - first_judged) * room, grads);
-      }
-      write_query_rows(asked, begin, layout, grad_scores, room,
-                       path.fast + first_judged * layout.stride, judged, arena, gradients);
-      for (int64_t k = 1; k < judged; ++k)
-        for (int64_t q = 0; q < asked.size(); ++q) grad_scores[q] += grad_scores[k * room + q];
-      gradients.add_full_task(block, task, grads, items.index, support_begin, grad_scores, asked,
-                              begin);
+      if (k < K) step_full(task, items.index, k, arena, path);
     }
-    if (gradients.stream()) finish_streaming();
+    if (!wanted.any()) return;
+
+    const int64_t support_begin = reader.support.begin(t);
+    FullGradients<scalar_t> grads = gradients.of_full_task(block, path.items, support_begin, arena);
+    for (int64_t k = K; k >= 0; --k) {
+      if (k < K) undo_full(task, items.index, k, arena, path, grads);
+      if (k >= first_judged && asked.size() > 0)
+        add_query_full(asked, place, layout, path, path.fast + k * layout.stride,
+                       grad_scores + (k - first_judged) * room, grads);
+    }
+    write_query_rows(asked, begin, layout, grad_scores, room,
+                     path.fast + first_judged * layout.stride, judged, arena, gradients);
+    for (int64_t k = 1; k < judged; ++k)
+      for (int64_t q = 0; q < asked.size(); ++q) grad_scores[q] += grad_scores[k * room + q];
+    gradients.add_full_task(block, task, grads, items.index, support_begin, grad_scores, asked,
+                            begin);
   });
 }
 

@@ -18,12 +18,13 @@ ALWAYS_INLINE void normal_equations(const Task<scalar_t>& task, Arena<scalar_t>&
   for (int64_t r = 0; r < R; ++r) {
     residuals[r] = task.weights[r] * (task.targets[r] - residuals[r]);
     for (int64_t i = 0; i < width; i += kLanes<scalar_t>)
-      store(weighted + r * width + i) = task.weights[r] * load(rows.values + r * width + i);
+      store(weighted + r * width + i) = task.weights[r] * load(rows[r] + i);
   }
   for (int64_t r = R; r < padded<scalar_t>(R); ++r) residuals[r] = 0;
-  combine(residuals, rows, vector);
-  multiply<scalar_t>({weighted, 1, width}, width, rows.values, width, R, width, matrix, stride);
-  combine(task.weights, rows, column);  // the column of the bias, before its own factor
+  combine<scalar_t>(residuals, rows, nullptr, vector);
+  multiply<scalar_t>({weighted, 1, width}, width, rows, R, width, matrix, stride);
+  combine<scalar_t>(task.weights, rows, nullptr,
+                    column);  // the column of the bias, before its own factor
   for (int64_t d = 0; d < width; ++d) {
     store(matrix + d * stride + width) = Vector<scalar_t>{};
     matrix[d * stride + width] = rows.bias * column[d];

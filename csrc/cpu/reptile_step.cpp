@@ -109,56 +109,51 @@ Result reptile_step_cpu(const Tensor& user_init, const Tensor& user_bias_init,
 
     const TaskBlocks blocks(T, reader.support.offsets, nullptr, reader.entry_cost());
     Gradients<scalar_t> gradients(inputs, loop, wanted, nothing, blocks.size());
-    struct Worker {
+    struct State {
       InnerSolver<scalar_t> solver;
       ItemIndex index;
-      RowsAhead ahead;
     };
-    const auto make_worker = [] { return Worker(); };
-    blocks.run(make_worker, [&](int64_t block, int64_t first, int64_t last, auto& worker) {
-      Arena<scalar_t>& arena = thread_arena<scalar_t>();
-      for (int64_t t = first; t < last; ++t) {
-        const Task<scalar_t> task = reader.next(t, last, nullptr, arena, worker.ahead);
-        const scalar_t weight = task_weight == nullptr ? 1 : task_weight[t];
-        const int64_t begin = reader.support.begin(t);
-        scalar_t* scores = arena.take(task.size);
-        FullGradients<scalar_t> moves{arena.take(layout.stride), nullptr, nullptr, 0, nullptr, {}};
-        const scalar_t* fast = nullptr;
-        if (loop.adapts_items) {
-          ItemIndex& index = worker.index;
-          index.assign(reader.support.items + begin, task.size);
-          FullPath<scalar_t> path;
-          start_full(task, index, arena, path);
-          scalar_t* before = arena.take(path.items * layout.width);
-          scalar_t* biases_before = arena.take(path.items);
-          std::copy_n(path.rows, path.items * layout.width, before);
-          std::copy_n(path.biases, path.items, biases_before);
-          for (int64_t k = 0; k < reader.loop.steps; ++k) step_full(task, index, k, arena, path);
-          fast = path.fast + reader.loop.steps * layout.stride;
+    blocks.run<Worker<scalar_t, State>>([&](int64_t block, int64_t t, int64_t last, auto& worker) {
+      auto& [arena, ahead, state] = worker;
+      const Task<scalar_t> task = reader.next(t, last, nullptr, arena, ahead);
+      const scalar_t weight = task_weight == nullptr ? 1 : task_weight[t];
+      const int64_t begin = reader.support.begin(t);
+      scalar_t* scores = arena.take(task.size);
+      FullGradients<scalar_t> moves{arena.take(layout.stride), nullptr, nullptr, 0, nullptr, {}};
+      const scalar_t* fast = nullptr;
+      if (loop.adapts_items) {
+        ItemIndex& index = state.index;
+        index.assign(reader.support.items + begin, task.size);
+        FullPath<scalar_t> path;
+        start_full(task, index, arena, path);
+        scalar_t* before = arena.take(path.items * layout.width);
+        scalar_t* biases_before = arena.take(path.items);
+        std::copy_n(path.rows, path.items * layout.width, before);
+        std::copy_n(path.biases, path.items, biases_before);
+        for (int64_t k = 0; k < reader.loop.steps; ++k) step_full(task, index, k, arena, path);
+        fast = path.fast + reader.loop.steps * layout.stride;
 
-          scalar_t* item_scores = arena.take(path.items);
-          score_query<scalar_t>({path.items, 1, path.item_rows(layout.width), path.biases}, fast,
-                                item_scores);
-          for (int64_t e = 0; e < task.size; ++e) scores[e] = item_scores[index.place[e]];
-          moves.rows = before;
-          moves.biases = biases_before;
-          for (int64_t i = 0; i < path.items; ++i) {
-            const scalar_t share = weight * shares[index.ids[i]];
-            scalar_t* row = before + i * layout.width;
-            move_of(row, path.rows + i * layout.width, share, layout.width, row);
-            biases_before[i] = share * (biases_before[i] - path.biases[i]);
-          }
-        } else {
-          fast = worker.solver.forward(task, arena, /*backward=*/false);
-          score_query<scalar_t>({task.size, 1, task.rows, task.base}, fast, scores);
+        scalar_t* item_scores = arena.take(path.items);
+        score_query<scalar_t>({path.items, 1, path.item_rows, path.biases}, fast, item_scores);
+        for (int64_t e = 0; e < task.size; ++e) scores[e] = item_scores[index.place[e]];
+        moves.rows = before;
+        moves.biases = biases_before;
+        for (int64_t i = 0; i < path.items; ++i) {
+          const scalar_t share = weight * shares[index.ids[i]];
+          scalar_t* row = before + i * layout.width;
+          move_of(row, path.rows + i * layout.width, share, layout.width, row);
+          biases_before[i] = share * (biases_before[i] - path.biases[i]);
         }
-        const scalar_t share = total > 0 ? weight / total : 0;
-        move_of(task.start, fast, share, layout.stride, moves.fast);
-        if (task.size > 0 && weight > 0)
-          gradients.add_loss(block,
-                             weight / judged_total * support_loss(task, judged, scores, arena));
-        gradients.add_moves(block, task, moves, worker.index, begin);
+      } else {
+        fast = state.solver.forward(task, arena, /*backward=*/false);
+        score_query<scalar_t>({task.size, 1, task.rows, task.base}, fast, scores);
       }
+      const scalar_t share = total > 0 ? weight / total : 0;
+      move_of(task.start, fast, share, layout.stride, moves.fast);
+      if (task.size > 0 && weight > 0)
+        gradients.add_loss(block,
+                           weight / judged_total * support_loss(task, judged, scores, arena));
+      gradients.add_moves(block, task, moves, state.index, begin);
     });
     if (loop.adapts_items) shares.clear(reader.support, T);
     *loss.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(gradients.finish());

@@ -26,7 +26,7 @@ MULTIVERSION void step_forward(const Task<scalar_t>& task, Arena<scalar_t>& aren
     target = arena.take(P);
     moved = arena.take(P);
     normal_equations(task, arena, matrix, target);
-    path.matrix = {matrix, layout.width + 1, P, 0};
+    path.matrix = rows_of<scalar_t>({matrix, P}, layout.width + 1, P, 0, arena);
   }
 
   const scalar_t pull = task.pull();
@@ -38,7 +38,7 @@ MULTIVERSION void step_forward(const Task<scalar_t>& task, Arena<scalar_t>& aren
     scalar_t* slope = path.slopes + k * P;
     if (normal) {
       for (int64_t i = 0; i < P; i += kLane) store(moved + i) = load(now + i) - load(start + i);
-      dots(moved, path.matrix, scalar_t{0}, slope);
+      dots<scalar_t>(moved, path.matrix, 0, nullptr, slope);
       const scalar_t twice = 2 * task.mean();
       for (int64_t i = 0; i < P; i += kLane)
         store(slope + i) = twice * (load(slope + i) - load(target + i));
@@ -46,7 +46,7 @@ MULTIVERSION void step_forward(const Task<scalar_t>& task, Arena<scalar_t>& aren
       scalar_t* push = path.pushes + k * R;
       score_rows(rows, base, now, scores);
       differentiate(task, scores, push, path.curvatures + k * R);
-      combine(push, rows, slope);
+      combine<scalar_t>(push, rows, nullptr, slope);
     }
     const scalar_t rate = task.loop.inner_lr[k], momentum = task.loop.momentum[k];
     for (int64_t i = 0; i < P; i += kLane) {
@@ -113,14 +113,14 @@ MULTIVERSION void step_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& aren
     }
 
     if (second_order && path.normal) {
-      dots(direction, path.matrix, scalar_t{0}, earlier);
+      dots<scalar_t>(direction, path.matrix, 0, nullptr, earlier);
       const scalar_t factor = -2 * task.mean() * rate;
       for (int64_t i = 0; i < P; i += kLane) store(earlier + i) *= factor;
     } else if (second_order) {
       scalar_t* h = coefficients + k * R;
-      dots(direction, rows, rows.bias * direction[layout.width], along + k * R);
+      dots<scalar_t>(direction, rows, rows.bias * direction[layout.width], nullptr, along + k * R);
       bend(task, path.curvatures + k * R, rate, along + k * R, h);
-      combine(h, rows, earlier);
+      combine<scalar_t>(h, rows, nullptr, earlier);
     } else {
       for (int64_t i = 0; i < P; i += kLane) store(earlier + i) = Vector<scalar_t>{};
     }
@@ -150,7 +150,7 @@ MULTIVERSION void step_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& aren
     for (int64_t k = 0; k < K; ++k) {
       scalar_t* push = path.pushes + k * R;
       const scalar_t* direction = directions + k * P;
-      dots(direction, rows, rows.bias * direction[layout.width], along + k * R);
+      dots<scalar_t>(direction, rows, rows.bias * direction[layout.width], nullptr, along + k * R);
       score_rows(rows, task.base, path.fast + k * P, push);
       differentiate(task, push, push, path.curvatures + k * R);
       bend(task, path.curvatures + k * R, task.loop.inner_lr[k], along + k * R,

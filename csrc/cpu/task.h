@@ -68,8 +68,7 @@ ALWAYS_INLINE void pack(const scalar_t* vector, scalar_t bias, const Layout<scal
 template <typename scalar_t>
 ALWAYS_INLINE void score_rows(const Rows<scalar_t>& rows, const scalar_t* base,
                               const scalar_t* fast, scalar_t* scores) {
-  dots(fast, rows, rows.bias * fast[rows.width], scores);
-  for (int64_t r = 0; r < rows.count; r += kLanes<scalar_t>) store(scores + r) += load(base + r);
+  dots(fast, rows, rows.bias * fast[rows.width], base, scores);
 }
 
 // π = softmax of `scores` in every group of rows.
@@ -91,6 +90,23 @@ ALWAYS_INLINE void group_softmax(const scalar_t* scores, int64_t count, int64_t 
   }
 }
 
+// push = w ∘ ℓ'/(S + n0) and curvature = w ∘ ℓ''/(S + n0) of the rows from r on, a register of them
+// with these scores; not for softmax. Beyond the last row w is zero, so the scores may be garbage.
+template <typename scalar_t>
+ALWAYS_INLINE void differentiate_points(const Task<scalar_t>& task, int64_t r,
+                                        const Vector<scalar_t>& scores, Vector<scalar_t>& push,
+                                        Vector<scalar_t>& curvature) {
+  const Vector<scalar_t> share = task.mean() * load(task.weights + r);
+  if (task.loop.loss == Loss::kSquared) {
+    curvature = 2 * share;
+    push = curvature * (scores - load(task.targets + r));
+  } else {
+    const Vector<scalar_t> probability = sigmoid<scalar_t>(scores);
+    push = share * (probability - load(task.targets + r));
+    curvature = share * probability * (1 - probability);
+  }
+}
+
 // push = w ∘ ℓ'/(S + n0) at `scores`, and what `bend` needs to know of ℓ'': w ℓ''/(S + n0), for
 // softmax π.
 template <typename scalar_t>
@@ -99,24 +115,15 @@ ALWAYS_INLINE void differentiate(const Task<scalar_t>& task, const scalar_t* sco
   const scalar_t mean = task.mean();
   const int64_t size = task.size;
   constexpr int64_t kLane = kLanes<scalar_t>;
-  if (task.loop.loss == Loss::kSquared) {
-    for (int64_t r = 0; r < size; r += kLane) {
-      const Vector<scalar_t> twice = 2 * mean * load(task.weights + r);
-      store(push + r) = twice * (load(scores + r) - load(task.targets + r));
-      store(curvature + r) = twice;
-    }
-  } else if (task.loop.loss == Loss::kSoftmax) {
+  if (task.loop.loss == Loss::kSoftmax) {
     group_softmax(scores, size, task.group, curvature);
     for (int64_t r = 0; r < size; r += kLane)
       store(push + r) =
           mean * load(task.weights + r) * (load(curvature + r) - load(task.targets + r));
   } else {
-    for (int64_t r = 0; r < size; r += kLane) {
-      const Vector<scalar_t> probability = sigmoid<scalar_t>(load(scores + r)),
-                             share = mean * load(task.weights + r);
-      store(push + r) = share * (probability - load(task.targets + r));
-      store(curvature + r) = share * probability * (1 - probability);
-    }
+    for (int64_t r = 0; r < size; r += kLane)
+      differentiate_points<scalar_t>(task, r, load(scores + r), store(push + r),
+                                     store(curvature + r));
   }
 }
 
@@ -153,8 +160,8 @@ ALWAYS_INLINE void write_rows(const Layout<scalar_t>& layout,
                               const scalar_t* basis, int64_t basis_size, Arena<scalar_t>& arena,
                               scalar_t* rows, int64_t row_stride, bool stream) {
   if (layout.dim == layout.width) {
-    multiply(coefficients, count, basis, layout.stride, basis_size, layout.width, rows, row_stride,
-             stream);
+    multiply<scalar_t>(coefficients, count, Stack<scalar_t>{basis, layout.stride}, basis_size,
+                       layout.width, rows, row_stride, stream);
     return;
   }
   constexpr int64_t kRows = 4;
@@ -163,7 +170,8 @@ ALWAYS_INLINE void write_rows(const Layout<scalar_t>& layout,
     const int64_t block = std::min(kRows, count - r);
     multiply<scalar_t>({coefficients.values + r * coefficients.row_stride, coefficients.row_stride,
                         coefficients.column_stride},
-                       block, basis, layout.stride, basis_size, layout.width, wide, layout.width);
+                       block, Stack<scalar_t>{basis, layout.stride}, basis_size, layout.width, wide,
+                       layout.width);
     for (int64_t i = 0; i < block; ++i)
       copy_out(wide + i * layout.width, layout.dim, rows + (r + i) * row_stride);
   }

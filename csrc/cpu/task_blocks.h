@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../arguments.h"
+#include "vector.h"
 
 namespace metarec_fast::cpu {
 
@@ -24,26 +25,37 @@ class TaskBlocks {
       return support[task] + (query == nullptr ? 0 : query[task]) + kTaskCost * task;
     };
     const int64_t total = cost(num_tasks);
-    const int64_t blocks = std::min(kMostBlocks, std::max<int64_t>(num_tasks, 1));
+    const int64_t work = total * entry_cost;
+    const int64_t blocks =
+        std::max<int64_t>(1, std::min({kMostBlocks, num_tasks, work / kLeastWork}));
     bounds_.push_back(0);
     for (int64_t block = 1, task = 0; block <= blocks; ++block) {
       while (task < num_tasks && cost(task) * blocks < total * block) ++task;
       bounds_.push_back(block == blocks ? num_tasks : task);
     }
-    worth_sharing_ = total * entry_cost > kWorthSharing;
+    worth_sharing_ = work > kWorthSharing;
   }
 
   int64_t size() const { return static_cast<int64_t>(bounds_.size()) - 1; }
 
-  // body(block, first task, last task + 1, worker state), each block once; `make_state()` once a
-  // worker.
-  template <typename MakeState, typename Body>
-  void run(const MakeState& make_state, const Body& body) const {
+  // body(block, task, last, worker) for every task, with a Worker of the thread that computes it. A
+  // thread takes several blocks at once, fewer and fewer of them: it goes on to the task after this
+  // one as long as that lies before `last`.
+  template <typename Worker, typename Body>
+  void run(const Body& body) const {
     std::atomic<int64_t> next{0};
+    const int64_t threads = worth_sharing_ ? torch::stable::get_num_threads() : 1;
     const auto work = [&](int64_t, int64_t) {
-      auto state = make_state();
-      for (int64_t block; (block = next.fetch_add(1)) < size();)
-        body(block, bounds_[block], bounds_[block + 1], state);
+      Worker worker{};
+      for (int64_t block = next.load(); block < size();) {
+        const int64_t end = block + std::max<int64_t>(1, (size() - block) / (2 * threads));
+        if (!next.compare_exchange_weak(block, end)) continue;
+        for (; block < end; ++block)
+          for (int64_t task = bounds_[block]; task < bounds_[block + 1]; ++task)
+            body(block, task, bounds_[end], worker);
+        block = next.load();
+      }
+      finish_streaming();
     };
     if (worth_sharing_)
       torch::stable::parallel_for(0, size(), 1, work);
@@ -53,7 +65,8 @@ class TaskBlocks {
 
  private:
   static constexpr int64_t kTaskCost = 8;
-  static constexpr int64_t kWorthSharing = 500'000;  // multiply-adds that take as long as waking up
+  // Multiply-adds that take about as long as waking a thread up, and as what a block costs.
+  static constexpr int64_t kWorthSharing = 500'000, kLeastWork = 100'000;
   bool worth_sharing_;
   std::vector<int64_t> bounds_;
 };

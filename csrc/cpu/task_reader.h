@@ -15,6 +15,14 @@ Arena<scalar_t>& thread_arena() {
   return arena;
 }
 
+// What a thread works with: its scratch, the rows that it has asked for, and what a form keeps.
+template <typename scalar_t, typename State>
+struct Worker {
+  Arena<scalar_t>& arena = thread_arena<scalar_t>();
+  RowsAhead ahead;
+  State state;
+};
+
 // The entries of all tasks as plain pointers.
 template <typename scalar_t>
 struct EntryData {
@@ -91,19 +99,30 @@ class TaskReader {
     return read(t, arena, ahead);
   }
 
-  // The first `group` candidates of every entry, and their scores at a fast vector 0.
-  ALWAYS_INLINE void read_rows(const EntryData<scalar_t>& entries, int64_t begin, int64_t size,
-                               int64_t group, scalar_t* rows, scalar_t* base) const {
+  // The first `group` candidates of every entry, and their scores at a fast vector 0. Rows stay in
+  // the table if they can.
+  ALWAYS_INLINE Rows<scalar_t> read_rows(const EntryData<scalar_t>& entries, int64_t begin,
+                                         int64_t size, int64_t group, Arena<scalar_t>& arena,
+                                         scalar_t* base) const {
     const ItemTable<scalar_t> table = item_table_;  // where stores cannot change it
     const scalar_t* item_bias = item_bias_;
     const scalar_t offset = offset_;
-    const int64_t width = layout.width;
+    const int64_t width = layout.width, count = size * group;
+    scalar_t* copies = table.in_place() ? nullptr : arena.take(count * width);
+    const scalar_t** at = take_addresses<scalar_t>(arena, count);
     for (int64_t s = 0, r = 0; s < size; ++s)
       for (int64_t j = 0; j < group; ++j, ++r) {
         const int64_t item = entries.candidate(begin + s, j);
-        table.read(item, rows + r * width);
+        if (copies == nullptr) {
+          at[r] = table.row(item);
+        } else {
+          table.read(item, copies + r * width);
+          at[r] = copies + r * width;
+        }
         base[r] = offset + item_bias[item];
       }
+    fill_up(at, count);
+    return {at, count, width, 1};
   }
 
   const Layout<scalar_t> layout;
@@ -115,19 +134,17 @@ class TaskReader {
   MULTIVERSION Task<scalar_t> read(int64_t t, Arena<scalar_t>& arena, RowsAhead& ahead) const {
     const int64_t begin = support.begin(t), size = support.size(t), group = this->group(),
                   count = size * group;
-    scalar_t* rows = arena.take(count * layout.width);
+    Rows<scalar_t> rows;
     scalar_t* base = arena.take(count);
     scalar_t* targets = arena.take(count);
     scalar_t* weights = arena.take(count);
     scalar_t* start = arena.take(layout.stride);
     pack(user_init_ + t * user_stride_, user_bias_init_[t * bias_stride_], layout, start);
-    scalar_t bias = 1;
     if (loop.loss == Loss::kBpr) {
-      bias = 0;
-      read_differences(begin, size, arena.take(layout.width), rows, base);
+      rows = read_differences(begin, size, arena, base);
       std::fill(targets, targets + count, scalar_t{1});
     } else {
-      read_rows(support, begin, size, group, rows, base);
+      rows = read_rows(support, begin, size, group, arena, base);
       if (support.log_q != nullptr)
         for (int64_t r = 0; r < count; ++r) base[r] -= support.log_q[begin * group + r];
       if (loop.loss == Loss::kSoftmax)
@@ -141,7 +158,7 @@ class TaskReader {
       copy_in(weights_ + begin, size, weights);
     else
       for (int64_t r = 0; r < count; ++r) weights[r] = weights_[begin + r / group] * entry_share();
-    return {layout, loop,    t,       size,  group,  count, {rows, count, layout.width, bias},
+    return {layout, loop,    t,       size,  group,  count, rows,
             base,   targets, weights, start, scale_, ahead};
   }
 
@@ -164,10 +181,11 @@ class TaskReader {
     }
   }
 
-  ALWAYS_INLINE void read_differences(int64_t begin, int64_t size, scalar_t* less, scalar_t* rows,
-                                      scalar_t* base) const {
-    const int64_t M = support.num_negatives, width = layout.width;
-    scalar_t* row = rows;
+  // A row for each pair of an entry's item and a negative: their difference.
+  ALWAYS_INLINE Rows<scalar_t> read_differences(int64_t begin, int64_t size, Arena<scalar_t>& arena,
+                                                scalar_t* base) const {
+    const int64_t M = support.num_negatives, width = layout.width, count = size * M;
+    scalar_t *less = arena.take(width), *rows = arena.take(count * width), *row = rows;
     for (int64_t s = begin; s < begin + size; ++s)
       for (int64_t m = 0; m < M; ++m, row += width) {
         const int64_t chosen = support.items[s], other = support.negatives[s * M + m];
@@ -176,6 +194,7 @@ class TaskReader {
         for (int64_t i = 0; i < width; i += kLanes<scalar_t>) store(row + i) -= load(less + i);
         *base++ = item_bias_[chosen] - item_bias_[other];
       }
+    return rows_of<scalar_t>({rows, width}, count, width, 0, arena);
   }
 
   const scalar_t *user_init_, *user_bias_init_;
@@ -204,10 +223,9 @@ MULTIVERSION Query<scalar_t> read_query(const TaskReader<scalar_t>& reader,
                                         const EntryData<scalar_t>& entries, int64_t t,
                                         Arena<scalar_t>& arena) {
   const int64_t size = entries.size(t), group = 1 + entries.num_negatives;
-  scalar_t* rows = arena.take(size * group * reader.layout.width);
   scalar_t* base = arena.take(size * group);
-  reader.read_rows(entries, entries.begin(t), size, group, rows, base);
-  return {size, group, {rows, size * group, reader.layout.width, 1}, base};
+  const Rows<scalar_t> rows = reader.read_rows(entries, entries.begin(t), size, group, arena, base);
+  return {size, group, rows, base};
 }
 
 // scores[q] = m + b_q + c + u·e_q, padded
@@ -221,7 +239,7 @@ MULTIVERSION void score_query(const Query<scalar_t>& query, const scalar_t* fast
 template <typename scalar_t>
 MULTIVERSION void query_adjoint(const Query<scalar_t>& query, const scalar_t* grad_scores,
                                 scalar_t* grad_fast) {
-  combine(grad_scores, query.rows, grad_fast);
+  combine<scalar_t>(grad_scores, query.rows, nullptr, grad_fast);
 }
 
 }  // namespace metarec_fast::cpu

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #ifdef __SSE2__
@@ -26,6 +27,7 @@
 #define MULTIVERSION
 #endif
 #define ALWAYS_INLINE inline __attribute__((always_inline))
+#define ALWAYS_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace metarec_fast::cpu {
 
@@ -193,11 +195,12 @@ ALWAYS_INLINE void add(const scalar_t* source, int64_t count, scalar_t* result) 
   for (; i < count; ++i) result[i] += source[i];
 }
 
-// The cache lines that hold `width` numbers will be needed soon, to be read or (kWrite) changed.
-template <bool kWrite, typename scalar_t>
+// The cache lines that hold `width` numbers will be needed soon, to be read or (kWrite) changed. By
+// kNear 3 they go to the innermost cache, by 2 to the next: what is computed meanwhile fills that.
+template <bool kWrite, int kNear = 3, typename scalar_t>
 ALWAYS_INLINE void prefetch_row(const scalar_t* row, int64_t width) {
   constexpr int64_t kLine = 64 / sizeof(scalar_t);
-  for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(row + d, kWrite);
+  for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(row + d, kWrite, kNear);
 }
 
 // Lane i of the result is the sum of all lanes whose number is i modulo 4.
@@ -230,14 +233,80 @@ ALWAYS_INLINE Quad<scalar_t> sum_lanes(const Vector<scalar_t>* vectors) {
   return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 }
 
-// Rows of `width` numbers, one after the other. Each also has an entry `bias` that a fast vector's
-// bias multiplies: 1 for items, 0 for differences of two.
+// Four numbers each, one after the other.
+template <typename scalar_t>
+ALWAYS_INLINE Vector<scalar_t> joined(const Quad<scalar_t>* quads);
+template <>
+ALWAYS_INLINE Vector<float> joined<float>(const Quad<float>* quads) {
+  const auto low = __builtin_shufflevector(quads[0], quads[1], 0, 1, 2, 3, 4, 5, 6, 7);
+  const auto high = __builtin_shufflevector(quads[2], quads[3], 0, 1, 2, 3, 4, 5, 6, 7);
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+template <>
+ALWAYS_INLINE Vector<double> joined<double>(const Quad<double>* quads) {
+  return __builtin_shufflevector(quads[0], quads[1], 0, 1, 2, 3, 4, 5, 6, 7);
+}
+
+// The first `count` lanes, and zeros.
+template <typename scalar_t>
+ALWAYS_INLINE Vector<scalar_t> lower_lanes(const Vector<scalar_t>& vector, int64_t count) {
+  typedef std::conditional_t<sizeof(scalar_t) == 4, int32_t, int64_t> Integer;
+  typedef Integer Integers __attribute__((vector_size(kRegisterBytes)));
+  Integers lane;
+  for (int i = 0; i < kLanes<scalar_t>; ++i) lane[i] = i;
+  return lane < static_cast<Integer>(count) ? vector : Vector<scalar_t>{};
+}
+
+// Lane 0 is the value, the others are zero.
+template <typename scalar_t>
+ALWAYS_INLINE Vector<scalar_t> first_lane(scalar_t value) {
+  Vector<scalar_t> result = {};
+  result[0] = value;
+  return result;
+}
+
+// Rows of `width` numbers, wherever they lie: in a table, or in scratch. Each also has an entry
+// `bias` that a fast vector's bias multiplies: 1 for items, 0 for differences of two.
 template <typename scalar_t>
 struct Rows {
-  const scalar_t* values;  // [count, width]
+  const scalar_t* const* at;  // [count], the last one again up to a multiple of kRowsAtOnce
   int64_t count, width;
   scalar_t bias;
+
+  ALWAYS_INLINE const scalar_t* operator[](int64_t row) const { return at[row]; }
 };
+
+// As many sums at once hide the latency of an addition.
+constexpr int64_t kRowsAtOnce = 4;
+
+// Rows that follow each other.
+template <typename scalar_t>
+struct Stack {
+  const scalar_t* values;
+  int64_t stride;
+
+  ALWAYS_INLINE const scalar_t* operator[](int64_t row) const { return values + row * stride; }
+};
+
+// Room for the addresses of `count` rows, and what makes them such as Rows needs them.
+template <typename scalar_t>
+ALWAYS_INLINE const scalar_t** take_addresses(Arena<scalar_t>& arena, int64_t count) {
+  constexpr int64_t kEach = sizeof(const scalar_t*) / sizeof(scalar_t);
+  return reinterpret_cast<const scalar_t**>(arena.take((count + kRowsAtOnce) * kEach));
+}
+template <typename scalar_t>
+ALWAYS_INLINE void fill_up(const scalar_t** at, int64_t count) {
+  for (int64_t r = count; r % kRowsAtOnce != 0; ++r) at[r] = at[count - 1];
+}
+
+template <typename scalar_t>
+ALWAYS_INLINE Rows<scalar_t> rows_of(const Stack<scalar_t>& stack, int64_t count, int64_t width,
+                                     scalar_t bias, Arena<scalar_t>& arena) {
+  const scalar_t** at = take_addresses(arena, count);
+  for (int64_t r = 0; r < count; ++r) at[r] = stack[r];
+  fill_up(at, count);
+  return {at, count, width, bias};
+}
 
 // Σ a_i b_i over `width` numbers, a multiple of a register.
 template <typename scalar_t>
@@ -247,34 +316,53 @@ ALWAYS_INLINE scalar_t dot(const scalar_t* a, const scalar_t* b, int64_t width) 
   return sum_lanes<scalar_t>(sum);
 }
 
-// result[j] = left · row_j + shift,  j < count;  the last register is filled up with zeros.
+// Calls sink(j, left · row_j … ) with a register of products for j = 0, kLanes, … < count; what
+// lies beyond the last row is garbage.
+template <typename scalar_t, typename Sink>
+ALWAYS_INLINE void each_dots(const scalar_t* left, const Rows<scalar_t>& rows, const Sink& sink) {
+  constexpr int64_t kLane = kLanes<scalar_t>;
+  const int64_t width = rows.width, count = rows.count;
+  for (int64_t first = 0; first < count; first += kLane) {
+    Quad<scalar_t> quads[kLane / kRowsAtOnce] = {};
+    for (int64_t q = 0; q < kLane / kRowsAtOnce && first + q * kRowsAtOnce < count; ++q) {
+      const scalar_t* const* row = rows.at + first + q * kRowsAtOnce;
+      const scalar_t *a = row[0], *b = row[1], *c = row[2], *d = row[3];
+      Vector<scalar_t> sums[kRowsAtOnce] = {};
+      for (int64_t i = 0; i < width; i += kLane) {
+        const Vector<scalar_t> other = load(left + i);
+        sums[0] += other * load(a + i);
+        sums[1] += other * load(b + i);
+        sums[2] += other * load(c + i);
+        sums[3] += other * load(d + i);
+      }
+      quads[q] = sum_lanes<scalar_t>(sums);
+    }
+    sink(first, joined<scalar_t>(quads));
+  }
+}
+
+// result[j] = left · row_j + shift + base[j],  j < count;  the last register is filled up with
+// zeros. Without `base` it counts as zero.
 template <typename scalar_t>
 ALWAYS_INLINE void dots(const scalar_t* left, const Rows<scalar_t>& rows, scalar_t shift,
-                        scalar_t* result) {
-  constexpr int64_t kRows = 4;  // as many sums at once hide the latency of an addition
-  const scalar_t* values = rows.values;
-  const int64_t width = rows.width, count = rows.count, last = count - 1;
-  if (count == 0) return;
-  store(result + padded<scalar_t>(count) - kLanes<scalar_t>) = Vector<scalar_t>{};
-  for (int64_t j = 0; j < count; j += kRows) {
-    const scalar_t* row[kRows];  // beyond the end: the last row again
-    for (int64_t r = 0; r < kRows; ++r) row[r] = values + std::min(j + r, last) * width;
-    Vector<scalar_t> sums[kRows] = {};
-    for (int64_t i = 0; i < width; i += kLanes<scalar_t>)
-      for (int64_t r = 0; r < kRows; ++r) sums[r] += load(left + i) * load(row[r] + i);
-    put(result + j, sum_lanes<scalar_t>(sums) + shift);
-  }
-  for (int64_t j = count; j % kRows != 0; ++j) result[j] = 0;
+                        const scalar_t* base, scalar_t* result) {
+  const int64_t count = rows.count;
+  each_dots(left, rows, [=](int64_t j, const Vector<scalar_t>& products) ALWAYS_INLINE_LAMBDA {
+    Vector<scalar_t> sums = products + shift;
+    if (base != nullptr) sums += load(base + j);
+    store(result + j) =
+        j + kLanes<scalar_t> > count ? lower_lanes<scalar_t>(sums, count - j) : sums;
+  });
 }
 
 // result[i, j] = left_i · row_j + shift for all i, j < count, which must be symmetric: left rows
 // are rows, scaled column by column. Tiles of 4 × 4 below the diagonal, each written twice. result
 // is [count, stride] with room for rows up to a multiple of 4; columns from count on are garbage.
 template <typename scalar_t>
-ALWAYS_INLINE void symmetric_products(const scalar_t* left, const Rows<scalar_t>& rows,
+ALWAYS_INLINE void symmetric_products(const Rows<scalar_t>& left, const Rows<scalar_t>& rows,
                                       scalar_t shift, scalar_t* result, int64_t stride) {
-  constexpr int64_t kTile = 4, kHalf = 2;  // half a tile's sums fit into registers
-  const int64_t width = rows.width, last = rows.count - 1;
+  constexpr int64_t kTile = kRowsAtOnce, kHalf = 2;  // half a tile's sums fit into registers
+  const int64_t width = rows.width;
   for (int64_t i = 0; i < rows.count; i += kTile)
     for (int64_t j = 0; j <= i; j += kTile) {
       Quad<scalar_t> tile[kTile];
@@ -282,9 +370,8 @@ ALWAYS_INLINE void symmetric_products(const scalar_t* left, const Rows<scalar_t>
         Vector<scalar_t> sums[kHalf][kTile] = {};
         for (int64_t d = 0; d < width; d += kLanes<scalar_t>)
           for (int64_t a = 0; a < kHalf; ++a) {
-            const Vector<scalar_t> one = load(left + std::min(i + half + a, last) * width + d);
-            for (int64_t b = 0; b < kTile; ++b)
-              sums[a][b] += one * load(rows.values + std::min(j + b, last) * width + d);
+            const Vector<scalar_t> one = load(left[i + half + a] + d);
+            for (int64_t b = 0; b < kTile; ++b) sums[a][b] += one * load(rows[j + b] + d);
           }
         for (int64_t a = 0; a < kHalf; ++a) {
           tile[half + a] = sum_lanes<scalar_t>(sums[a]) + shift;
@@ -336,49 +423,45 @@ inline void finish_streaming() {
 #endif
 }
 
-// kRows × kVectors registers of  result = C · basis.
-template <int64_t kRows, int64_t kVectors, typename scalar_t>
+// kRows × kVectors registers of  result = C · basis, from column `first` on.
+template <int64_t kRows, int64_t kVectors, typename scalar_t, typename Basis>
 ALWAYS_INLINE void multiply_block(const Coefficients<scalar_t>& coefficients, int64_t row,
-                                  const scalar_t* basis, int64_t basis_stride, int64_t count,
+                                  const Basis& basis, int64_t first, int64_t count,
                                   scalar_t* result, int64_t result_stride, bool stream) {
   Vector<scalar_t> sums[kRows][kVectors] = {};
   for (int64_t j = 0; j < count; ++j)
     for (int64_t r = 0; r < kRows; ++r) {
       const scalar_t coefficient = coefficients.at(row + r, j);
       for (int64_t v = 0; v < kVectors; ++v)
-        sums[r][v] += coefficient * load(basis + j * basis_stride + v * kLanes<scalar_t>);
+        sums[r][v] += coefficient * load(basis[j] + first + v * kLanes<scalar_t>);
     }
+  scalar_t* out = result + row * result_stride + first;
   for (int64_t r = 0; r < kRows; ++r)
     for (int64_t v = 0; v < kVectors; ++v)
-      store_out<scalar_t>(sums[r][v], result + r * result_stride + v * kLanes<scalar_t>, stream);
+      store_out<scalar_t>(sums[r][v], out + r * result_stride + v * kLanes<scalar_t>, stream);
 }
 
 // result[m] = Σ_j C[m, j] basis[j],  m < rows, j < count, over `width` numbers, a multiple of a
-// register; result may lie anywhere.
-template <typename scalar_t>
+// register; basis is a Stack or Rows, result may lie anywhere.
+template <typename scalar_t, typename Basis>
 ALWAYS_INLINE void multiply(const Coefficients<scalar_t>& coefficients, int64_t rows,
-                            const scalar_t* basis, int64_t basis_stride, int64_t count,
-                            int64_t width, scalar_t* result, int64_t result_stride,
-                            bool stream = false) {
+                            const Basis& basis, int64_t count, int64_t width, scalar_t* result,
+                            int64_t result_stride, bool stream = false) {
   constexpr int64_t kLane = kLanes<scalar_t>;
   int64_t m = 0;
   for (; m + 4 <= rows; m += 4) {
     int64_t i = 0;
     for (; i + 2 * kLane <= width; i += 2 * kLane)
-      multiply_block<4, 2>(coefficients, m, basis + i, basis_stride, count,
-                           result + m * result_stride + i, result_stride, stream);
+      multiply_block<4, 2>(coefficients, m, basis, i, count, result, result_stride, stream);
     for (; i < width; i += kLane)
-      multiply_block<4, 1>(coefficients, m, basis + i, basis_stride, count,
-                           result + m * result_stride + i, result_stride, stream);
+      multiply_block<4, 1>(coefficients, m, basis, i, count, result, result_stride, stream);
   }
   for (; m < rows; ++m) {
     int64_t i = 0;
     for (; i + 4 * kLane <= width; i += 4 * kLane)
-      multiply_block<1, 4>(coefficients, m, basis + i, basis_stride, count,
-                           result + m * result_stride + i, result_stride, stream);
+      multiply_block<1, 4>(coefficients, m, basis, i, count, result, result_stride, stream);
     for (; i < width; i += kLane)
-      multiply_block<1, 1>(coefficients, m, basis + i, basis_stride, count,
-                           result + m * result_stride + i, result_stride, stream);
+      multiply_block<1, 1>(coefficients, m, basis, i, count, result, result_stride, stream);
   }
 }
 
@@ -390,38 +473,42 @@ ALWAYS_INLINE scalar_t sum(const scalar_t* values, int64_t count) {
   return sum_lanes<scalar_t>(total);
 }
 
-// kVectors registers of  Σ_j coefficients[j] rows[j], even and odd j apart: two chains of
-// additions.
+// kVectors registers of  plus + Σ_j coefficients[j] rows[j], from column `first` on; even and odd j
+// apart: two chains of additions.
 template <int64_t kVectors, typename scalar_t>
-ALWAYS_INLINE void combine_block(const scalar_t* coefficients, const scalar_t* rows, int64_t width,
-                                 int64_t count, scalar_t* result) {
+ALWAYS_INLINE void combine_block(const scalar_t* coefficients, const Rows<scalar_t>& rows,
+                                 int64_t first, const scalar_t* plus, scalar_t* result) {
+  constexpr int64_t kLane = kLanes<scalar_t>;
   Vector<scalar_t> even[kVectors] = {}, odd[kVectors] = {};
+  if (plus != nullptr)
+    for (int64_t v = 0; v < kVectors; ++v) even[v] = load(plus + first + v * kLane);
   int64_t j = 0;
-  for (; j + 2 <= count; j += 2)
+  for (; j + 2 <= rows.count; j += 2) {
+    const scalar_t *one = rows[j] + first, *other = rows[j + 1] + first;
     for (int64_t v = 0; v < kVectors; ++v) {
-      const scalar_t* at = rows + j * width + v * kLanes<scalar_t>;
-      even[v] += coefficients[j] * load(at);
-      odd[v] += coefficients[j + 1] * load(at + width);
+      even[v] += coefficients[j] * load(one + v * kLane);
+      odd[v] += coefficients[j + 1] * load(other + v * kLane);
     }
-  if (j < count)
+  }
+  if (j < rows.count)
     for (int64_t v = 0; v < kVectors; ++v)
-      even[v] += coefficients[j] * load(rows + j * width + v * kLanes<scalar_t>);
-  for (int64_t v = 0; v < kVectors; ++v) store(result + v * kLanes<scalar_t>) = even[v] + odd[v];
+      even[v] += coefficients[j] * load(rows[j] + first + v * kLane);
+  for (int64_t v = 0; v < kVectors; ++v) store(result + first + v * kLane) = even[v] + odd[v];
 }
 
-// result = Σ_j coefficients[j] (row_j, bias), a fast vector; the coefficients' last register is
-// filled up with zeros.
+// result = plus + Σ_j coefficients[j] (row_j, bias), fast vectors; the coefficients' last register
+// is filled up with zeros. Without `plus` it counts as zero.
 template <typename scalar_t>
 ALWAYS_INLINE void combine(const scalar_t* coefficients, const Rows<scalar_t>& rows,
-                           scalar_t* result) {
+                           const scalar_t* plus, scalar_t* result) {
   constexpr int64_t kLane = kLanes<scalar_t>;
+  const int64_t width = rows.width;
   int64_t i = 0;
-  for (; i + 4 * kLane <= rows.width; i += 4 * kLane)
-    combine_block<4>(coefficients, rows.values + i, rows.width, rows.count, result + i);
-  for (; i < rows.width; i += kLane)
-    combine_block<1>(coefficients, rows.values + i, rows.width, rows.count, result + i);
-  store(result + rows.width) = Vector<scalar_t>{};
-  result[rows.width] = rows.bias * sum(coefficients, rows.count);
+  for (; i + 4 * kLane <= width; i += 4 * kLane)
+    combine_block<4>(coefficients, rows, i, plus, result);
+  for (; i < width; i += kLane) combine_block<1>(coefficients, rows, i, plus, result);
+  const scalar_t before = plus == nullptr ? scalar_t{0} : plus[width];
+  store(result + width) = first_lane(before + rows.bias * sum(coefficients, rows.count));
 }
 
 }  // namespace metarec_fast::cpu
