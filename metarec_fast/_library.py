@@ -32,6 +32,13 @@ def _load(name: str) -> Library:
     return Library(name, True)
 
 
+def _load_cpu() -> Library:
+    """The operators for this processor, with the widest registers that torch uses too (ATEN_CPU_CAPABILITY bounds it)."""
+    levels = {"AVX512": ("_C_avx512", "_C_avx2"), "AVX2": ("_C_avx2",)}
+    names = (*levels.get(torch.backends.cpu.get_cpu_capability(), ()), "_C")
+    return _load(next((name for name in names if (FOLDER / f"{name}.so").exists()), "_C"))
+
+
 def _load_cuda() -> Library:
     """The CUDA kernels, only where torch has CUDA of the major version they were built for."""
     built_for = FOLDER / "_C_cuda.version"
@@ -47,7 +54,7 @@ def _load_cuda() -> Library:
     return _load("_C_cuda")
 
 
-cpu = _load("_C")
+cpu = _load_cpu()
 cuda = _load_cuda()
 if not cpu.loaded:
     warnings.warn(

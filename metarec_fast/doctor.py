@@ -24,7 +24,7 @@ def diagnose() -> tuple[list[str], bool]:
         "CUDA": _cuda(),
         "C++ compiler": _version("c++"),
         "nvcc": _version("nvcc"),
-        "_C": f"{_state(_library.cpu)} (operators on the CPU)",
+        "_C": f"{_state(_library.cpu)} (operators on the CPU, {_library.cpu.name})",
         "_C_cuda": f"{_state(_library.cuda)} (operators on the GPU)",
         "_tasks": f"{_state(tasks)} (task sampler)",
     }

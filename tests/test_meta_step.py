@@ -320,5 +320,14 @@ def test_large_gradients_are_those_of_their_parts_and_their_memory_comes_again()
         assert len(seen) < 4
 
 
+@pytest.mark.skipif("not _keeps_result_memory()")
+@pytest.mark.parametrize("megabytes", [4.1, 6.3, 8.0, 40.5])
+def test_results_of_any_large_size_get_the_memory_of_the_last_one(megabytes):
+    count = int(megabytes * 2**20 / 256)
+    gradient = SparseRows(torch.arange(count), torch.ones(count, 64))
+    first = F.coalesce_rows(gradient).rows.data_ptr()  # freed at once
+    assert F.coalesce_rows(gradient).rows.data_ptr() == first
+
+
 def _keeps_result_memory():
     return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)

@@ -38,8 +38,7 @@ ALWAYS_INLINE void cholesky_solve(const scalar_t* factor, int64_t size, scalar_t
 }  // namespace
 
 template <typename scalar_t>
-MULTIVERSION void exact_forward(const Task<scalar_t>& task, Arena<scalar_t>& arena,
-                                ExactPath<scalar_t>& path) {
+void exact_forward(const Task<scalar_t>& task, Arena<scalar_t>& arena, ExactPath<scalar_t>& path) {
   const Layout<scalar_t>& layout = task.layout;
   const Rows<scalar_t>& rows = task.rows;
   const int64_t S = task.size, P = layout.stride, normal_size = layout.width + 1;
@@ -82,10 +81,10 @@ MULTIVERSION void exact_forward(const Task<scalar_t>& task, Arena<scalar_t>& are
 }
 
 template <typename scalar_t>
-MULTIVERSION void exact_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
-                                const ExactPath<scalar_t>& path,
-                                const scalar_t* grad_fast,  // φ̄ [layout.stride]
-                                const TaskGradients<scalar_t>& grads) {
+void exact_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
+                   const ExactPath<scalar_t>& path,
+                   const scalar_t* grad_fast,  // φ̄ [layout.stride]
+                   const TaskGradients<scalar_t>& grads) {
   const Layout<scalar_t>& layout = task.layout;
   const Rows<scalar_t>& rows = task.rows;
   const int64_t S = task.size, P = layout.stride;

@@ -30,8 +30,8 @@ ALWAYS_INLINE void sum_by_item(const scalar_t* values, const ItemIndex& index, i
 }  // namespace
 
 template <typename scalar_t>
-MULTIVERSION void start_full(const Task<scalar_t>& task, const ItemIndex& index,
-                             Arena<scalar_t>& arena, FullPath<scalar_t>& path) {
+void start_full(const Task<scalar_t>& task, const ItemIndex& index, Arena<scalar_t>& arena,
+                FullPath<scalar_t>& path) {
   constexpr int64_t kLane = kLanes<scalar_t>;
   const int64_t K = task.loop.steps, width = task.layout.width, P = task.layout.stride;
   path.items = index.size();
@@ -58,8 +58,8 @@ MULTIVERSION void start_full(const Task<scalar_t>& task, const ItemIndex& index,
 }
 
 template <typename scalar_t>
-MULTIVERSION void step_full(const Task<scalar_t>& task, const ItemIndex& index, int64_t k,
-                            Arena<scalar_t>& arena, FullPath<scalar_t>& path) {
+void step_full(const Task<scalar_t>& task, const ItemIndex& index, int64_t k,
+               Arena<scalar_t>& arena, FullPath<scalar_t>& path) {
   constexpr int64_t kLane = kLanes<scalar_t>;
   const int64_t width = task.layout.width, P = task.layout.stride, items = path.items;
   const scalar_t rate = task.loop.inner_lr[k];
@@ -101,9 +101,8 @@ MULTIVERSION void step_full(const Task<scalar_t>& task, const ItemIndex& index, 
 }
 
 template <typename scalar_t>
-MULTIVERSION void undo_full(const Task<scalar_t>& task, const ItemIndex& index, int64_t k,
-                            Arena<scalar_t>& arena, FullPath<scalar_t>& path,
-                            FullGradients<scalar_t>& grads) {
+void undo_full(const Task<scalar_t>& task, const ItemIndex& index, int64_t k,
+               Arena<scalar_t>& arena, FullPath<scalar_t>& path, FullGradients<scalar_t>& grads) {
   constexpr int64_t kLane = kLanes<scalar_t>;
   const int64_t width = task.layout.width, items = path.items;
   const scalar_t rate = task.loop.inner_lr[k];
@@ -168,9 +167,8 @@ MULTIVERSION void undo_full(const Task<scalar_t>& task, const ItemIndex& index, 
 }
 
 template <typename scalar_t>
-MULTIVERSION void score_full(const Query<scalar_t>& query, const int64_t* place,
-                             const FullPath<scalar_t>& path, const scalar_t* fast,
-                             scalar_t* scores) {
+void score_full(const Query<scalar_t>& query, const int64_t* place, const FullPath<scalar_t>& path,
+                const scalar_t* fast, scalar_t* scores) {
   const int64_t width = query.rows.width;
   score_rows(query.rows, query.base, fast, scores);
   for (int64_t q = 0; q < query.size(); ++q)
@@ -180,10 +178,9 @@ MULTIVERSION void score_full(const Query<scalar_t>& query, const int64_t* place,
 }
 
 template <typename scalar_t>
-MULTIVERSION void add_query_full(const Query<scalar_t>& query, const int64_t* place,
-                                 const Layout<scalar_t>& layout, const FullPath<scalar_t>& path,
-                                 const scalar_t* fast, scalar_t* grad_scores,
-                                 FullGradients<scalar_t>& grads) {
+void add_query_full(const Query<scalar_t>& query, const int64_t* place,
+                    const Layout<scalar_t>& layout, const FullPath<scalar_t>& path,
+                    const scalar_t* fast, scalar_t* grad_scores, FullGradients<scalar_t>& grads) {
   constexpr int64_t kLane = kLanes<scalar_t>;
   const int64_t width = layout.width;
   grads.offset += sum(grad_scores, query.size());

@@ -106,7 +106,8 @@ class Gradients {
     records_ = kept.take_zeros(num_blocks * record_size_);
     rows_ = data(item_rows);
     stream_ = rows * inputs.D() * static_cast<int64_t>(sizeof(scalar_t)) >= kStreamFrom &&
-              layout_.dim == layout_.width && reinterpret_cast<uintptr_t>(rows_) % 16 == 0;
+              layout_.dim == layout_.width &&
+              reinterpret_cast<uintptr_t>(rows_) % kRegisterBytes<scalar_t> == 0;
     biases_ = data(item_bias_rows);
     per_task_user_ = inputs.per_task_start() && wanted.start() ? data(user_init) : nullptr;
     per_task_bias_ = inputs.per_task_bias() && wanted.start() ? data(user_bias_init) : nullptr;
@@ -136,10 +137,9 @@ class Gradients {
   }
 
   // Books what a task's adjoint has found, and the gradients p̄ [Q · group] of its query scores.
-  MULTIVERSION void add_task(int64_t block, const Task<scalar_t>& task,
-                             const TaskGradients<scalar_t>& grads, int64_t support_begin,
-                             const scalar_t* grad_scores, const Query<scalar_t>& query,
-                             int64_t query_begin) {
+  void add_task(int64_t block, const Task<scalar_t>& task, const TaskGradients<scalar_t>& grads,
+                int64_t support_begin, const scalar_t* grad_scores, const Query<scalar_t>& query,
+                int64_t query_begin) {
     scalar_t total = sum(grad_scores, query.size());
     if (loss_ != Loss::kBpr) total += sum(grads.base, task.size);  // differences know no offset
     add_start(block, task.index, grads.start, total);
@@ -161,9 +161,8 @@ class Gradients {
   }
 
   // Of that, what belongs to the start and to the support items.
-  MULTIVERSION void add_moves(int64_t block, const Task<scalar_t>& task,
-                              const FullGradients<scalar_t>& grads, const ItemIndex& index,
-                              int64_t support_begin) {
+  void add_moves(int64_t block, const Task<scalar_t>& task, const FullGradients<scalar_t>& grads,
+                 const ItemIndex& index, int64_t support_begin) {
     add_start(block, task.index, grads.fast, grads.offset);
     if (rows_ == nullptr) return;
     for (int64_t e = 0, next = 0; e < task.size; ++e) {
@@ -298,7 +297,7 @@ class Gradients {
     }
   }
 
-  MULTIVERSION static void add_record(const scalar_t* record, int64_t count, double* totals) {
+  static void add_record(const scalar_t* record, int64_t count, double* totals) {
     for (int64_t i = 0; i < count; ++i) totals[i] += record[i];
   }
   void take_total(int64_t at, int64_t count, scalar_t* result) const {
@@ -318,10 +317,9 @@ class Gradients {
 
 // Writes the rows  Σ_k C[q, k] φ_k  of the query's candidates;  C's column k holds the p̄ of step k.
 template <typename scalar_t>
-MULTIVERSION void write_query_rows(const Query<scalar_t>& query, int64_t begin,
-                                   const Layout<scalar_t>& layout, const scalar_t* grad_scores,
-                                   int64_t column_stride, const scalar_t* path, int64_t steps,
-                                   Arena<scalar_t>& arena, Gradients<scalar_t>& gradients) {
+void write_query_rows(const Query<scalar_t>& query, int64_t begin, const Layout<scalar_t>& layout,
+                      const scalar_t* grad_scores, int64_t column_stride, const scalar_t* path,
+                      int64_t steps, Arena<scalar_t>& arena, Gradients<scalar_t>& gradients) {
   if (query.num_entries == 0) return;
   for (int64_t j = 0; j < query.group; ++j) {
     scalar_t* first = gradients.query_row(begin, j);

@@ -14,8 +14,8 @@ ALWAYS_INLINE void apply_gram(const GramPath<scalar_t>& path, int64_t size, cons
 }  // namespace
 
 template <typename scalar_t>
-MULTIVERSION void gram_forward(const Task<scalar_t>& task, Arena<scalar_t>& arena,
-                               GramPath<scalar_t>& path, scalar_t* fast) {
+void gram_forward(const Task<scalar_t>& task, Arena<scalar_t>& arena, GramPath<scalar_t>& path,
+                  scalar_t* fast) {
   const int64_t R = task.size, K = task.loop.steps, stride = padded<scalar_t>(R);
   const int64_t width = task.layout.width;
   constexpr int64_t kLane = kLanes<scalar_t>;
@@ -63,10 +63,10 @@ MULTIVERSION void gram_forward(const Task<scalar_t>& task, Arena<scalar_t>& aren
 }
 
 template <typename scalar_t>
-MULTIVERSION void gram_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
-                               const GramPath<scalar_t>& path,
-                               const scalar_t* grad_fast,  // φ̄ [layout.stride]
-                               const TaskGradients<scalar_t>& grads) {
+void gram_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
+                  const GramPath<scalar_t>& path,
+                  const scalar_t* grad_fast,  // φ̄ [layout.stride]
+                  const TaskGradients<scalar_t>& grads) {
   const Layout<scalar_t>& layout = task.layout;
   const int64_t R = task.size, K = task.loop.steps, stride = path.stride, width = layout.width;
   constexpr int64_t kLane = kLanes<scalar_t>;

@@ -16,7 +16,7 @@ class ItemTable {
         dim_(dim),
         narrow_(table.scalar_type() == ScalarType::BFloat16),
         in_place_(!narrow_ && dim % kLanes<scalar_t> == 0 &&
-                  reinterpret_cast<uintptr_t>(data) % kRegisterBytes == 0) {}
+                  reinterpret_cast<uintptr_t>(data) % kRegisterBytes<scalar_t> == 0) {}
 
   // A row, its last register filled up with zeros.
   ALWAYS_INLINE void read(int64_t item, scalar_t* result) const {

@@ -3,8 +3,7 @@
 namespace metarec_fast::cpu {
 
 template <typename scalar_t>
-MULTIVERSION void plain_forward(const Task<scalar_t>& task, Arena<scalar_t>& arena,
-                                PlainPath<scalar_t>& path) {
+void plain_forward(const Task<scalar_t>& task, Arena<scalar_t>& arena, PlainPath<scalar_t>& path) {
   const Rows<scalar_t> rows = task.rows;
   const int64_t R = padded<scalar_t>(task.size), K = task.loop.steps, P = task.layout.stride;
   constexpr int64_t kLane = kLanes<scalar_t>;
@@ -44,9 +43,9 @@ MULTIVERSION void plain_forward(const Task<scalar_t>& task, Arena<scalar_t>& are
 }
 
 template <typename scalar_t>
-MULTIVERSION void plain_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
-                                const PlainPath<scalar_t>& path, const scalar_t* grad_path,
-                                bool whole_path, const TaskGradients<scalar_t>& grads) {
+void plain_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
+                   const PlainPath<scalar_t>& path, const scalar_t* grad_path, bool whole_path,
+                   const TaskGradients<scalar_t>& grads) {
   const Layout<scalar_t> layout = task.layout;
   const Rows<scalar_t> rows = task.rows;
   const int64_t R = path.entries, K = task.loop.steps, P = layout.stride, width = layout.width;

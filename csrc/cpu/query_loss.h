@@ -108,9 +108,9 @@ ALWAYS_INLINE scalar_t judge_softmax(const scalar_t* scores, const scalar_t* wei
 // The loss of a task whose query begins at entry `begin`, times `share`; grad_scores [Q · group]
 // is overwritten and padded with zeros.
 template <typename scalar_t>
-MULTIVERSION scalar_t judge_query(const QueryLoss<scalar_t>& outer, const scalar_t* scores,
-                                  int64_t begin, int64_t entries, int64_t group, scalar_t share,
-                                  Arena<scalar_t>& arena, scalar_t* grad_scores) {
+scalar_t judge_query(const QueryLoss<scalar_t>& outer, const scalar_t* scores, int64_t begin,
+                     int64_t entries, int64_t group, scalar_t share, Arena<scalar_t>& arena,
+                     scalar_t* grad_scores) {
   scalar_t* weights = arena.take(entries);
   for (int64_t q = 0; q < entries; ++q)
     weights[q] = outer.weights == nullptr ? share : share * outer.weights[begin + q];

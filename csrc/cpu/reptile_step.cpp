@@ -45,8 +45,8 @@ class ItemShares {
 
 // Σ w ℓ(p, y) / Σ w of a task's support entries
 template <typename scalar_t>
-MULTIVERSION scalar_t support_loss(const Task<scalar_t>& task, const OuterLoss& loss,
-                                   const scalar_t* scores, Arena<scalar_t>& arena) {
+scalar_t support_loss(const Task<scalar_t>& task, const OuterLoss& loss, const scalar_t* scores,
+                      Arena<scalar_t>& arena) {
   if (task.size == 0) return 0;
   scalar_t* ignored = arena.take(task.size);
   return judge_points(loss, scores, task.targets, task.weights, task.size, ignored) /
@@ -55,8 +55,8 @@ MULTIVERSION scalar_t support_loss(const Task<scalar_t>& task, const OuterLoss& 
 
 // moved = share (before − after)
 template <typename scalar_t>
-MULTIVERSION void move_of(const scalar_t* before, const scalar_t* after, scalar_t share,
-                          int64_t count, scalar_t* moved) {
+void move_of(const scalar_t* before, const scalar_t* after, scalar_t share, int64_t count,
+             scalar_t* moved) {
   for (int64_t i = 0; i < count; i += kLanes<scalar_t>)
     store(moved + i) = share * (load(before + i) - load(after + i));
 }

@@ -100,9 +100,9 @@ ALWAYS_INLINE void score_range(const scalar_t* users, const scalar_t* table, con
 }
 
 template <typename scalar_t>
-MULTIVERSION void score_group(int64_t users, const scalar_t* vectors, const scalar_t* table,
-                              const scalar_t* bias, int64_t dim, int64_t first, int64_t last,
-                              scalar_t* scores, int64_t stride) {
+void score_group(int64_t users, const scalar_t* vectors, const scalar_t* table,
+                 const scalar_t* bias, int64_t dim, int64_t first, int64_t last, scalar_t* scores,
+                 int64_t stride) {
   if (users == kUsersPerGroup) {
     score_range<kUsersPerGroup>(vectors, table, bias, dim, first, last, scores, stride);
   } else {

@@ -98,8 +98,8 @@ struct Part {
 
 // The ids whose entries begin in places [first, last); `sum` is scratch for the widest row.
 template <typename scalar_t, template <typename> class Rule, typename Entries>
-MULTIVERSION void update_range(const std::vector<Part<scalar_t, Rule>>& parts,
-                               const Entries& entries, int64_t first, int64_t last, scalar_t* sum) {
+void update_range(const std::vector<Part<scalar_t, Rule>>& parts, const Entries& entries,
+                  int64_t first, int64_t last, scalar_t* sum) {
   for (int64_t place = entries.next_beginning(first, last), end; place < last; place = end) {
     end = entries.end_of(place);
     const int64_t id = entries.id(place), entry = entries.entry(place);

@@ -5,8 +5,8 @@
 namespace metarec_fast::cpu {
 
 template <typename scalar_t>
-MULTIVERSION void step_forward(const Task<scalar_t>& task, Arena<scalar_t>& arena, bool normal,
-                               StepPath<scalar_t>& path) {
+void step_forward(const Task<scalar_t>& task, Arena<scalar_t>& arena, bool normal,
+                  StepPath<scalar_t>& path) {
   const Layout<scalar_t> layout = task.layout;
   const Rows<scalar_t> rows = task.rows;
   const scalar_t *start = task.start, *scale = task.scale, *base = task.base;
@@ -58,11 +58,11 @@ MULTIVERSION void step_forward(const Task<scalar_t>& task, Arena<scalar_t>& aren
 }
 
 template <typename scalar_t>
-MULTIVERSION void step_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
-                               const StepPath<scalar_t>& path,
-                               const scalar_t* grad_path,  // φ̄_0 … φ̄_K of the outer loss, or
-                               bool whole_path,            // only φ̄_K [layout.stride]
-                               const TaskGradients<scalar_t>& grads) {
+void step_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
+                  const StepPath<scalar_t>& path,
+                  const scalar_t* grad_path,  // φ̄_0 … φ̄_K of the outer loss, or
+                  bool whole_path,            // only φ̄_K [layout.stride]
+                  const TaskGradients<scalar_t>& grads) {
   const Layout<scalar_t> layout = task.layout;
   const Rows<scalar_t> rows = task.rows;
   const scalar_t *task_start = task.start, *scale = task.scale;

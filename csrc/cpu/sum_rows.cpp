@@ -9,8 +9,8 @@ namespace {
 // sums[i] = Σ rows of the id, ids[i] = it: for each id whose entries begin in places [first, last),
 // with i from `at` on.
 template <typename scalar_t, typename Entries>
-MULTIVERSION void sum_distinct(const Entries& entries, int64_t first, int64_t last, int64_t at,
-                               const scalar_t* rows, int64_t width, int64_t* ids, scalar_t* sums) {
+void sum_distinct(const Entries& entries, int64_t first, int64_t last, int64_t at,
+                  const scalar_t* rows, int64_t width, int64_t* ids, scalar_t* sums) {
   for (int64_t place = entries.next_beginning(first, last), end; place < last; place = end) {
     end = entries.end_of(place);
     look_ahead(entries, place, end, [&](int64_t soon) {
@@ -24,8 +24,8 @@ MULTIVERSION void sum_distinct(const Entries& entries, int64_t first, int64_t la
 
 // sums[id] = Σ rows of the id, for the same ids; and zeros for those between the one before and it.
 template <typename scalar_t, typename Entries>
-MULTIVERSION void sum_all(const Entries& entries, int64_t first, int64_t last, const scalar_t* rows,
-                          int64_t width, scalar_t* sums) {
+void sum_all(const Entries& entries, int64_t first, int64_t last, const scalar_t* rows,
+             int64_t width, scalar_t* sums) {
   for (int64_t place = entries.next_beginning(first, last), end; place < last; place = end) {
     end = entries.end_of(place);
     look_ahead(entries, place, end, [&](int64_t soon) {

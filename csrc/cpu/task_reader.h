@@ -131,7 +131,7 @@ class TaskReader {
 
  private:
   // Task t, its rows gathered into the arena.
-  MULTIVERSION Task<scalar_t> read(int64_t t, Arena<scalar_t>& arena, RowsAhead& ahead) const {
+  Task<scalar_t> read(int64_t t, Arena<scalar_t>& arena, RowsAhead& ahead) const {
     const int64_t begin = support.begin(t), size = support.size(t), group = this->group(),
                   count = size * group;
     Rows<scalar_t> rows;
@@ -219,9 +219,8 @@ struct Query {
 };
 
 template <typename scalar_t>
-MULTIVERSION Query<scalar_t> read_query(const TaskReader<scalar_t>& reader,
-                                        const EntryData<scalar_t>& entries, int64_t t,
-                                        Arena<scalar_t>& arena) {
+Query<scalar_t> read_query(const TaskReader<scalar_t>& reader, const EntryData<scalar_t>& entries,
+                           int64_t t, Arena<scalar_t>& arena) {
   const int64_t size = entries.size(t), group = 1 + entries.num_negatives;
   scalar_t* base = arena.take(size * group);
   const Rows<scalar_t> rows = reader.read_rows(entries, entries.begin(t), size, group, arena, base);
@@ -230,15 +229,13 @@ MULTIVERSION Query<scalar_t> read_query(const TaskReader<scalar_t>& reader,
 
 // scores[q] = m + b_q + c + u·e_q, padded
 template <typename scalar_t>
-MULTIVERSION void score_query(const Query<scalar_t>& query, const scalar_t* fast,
-                              scalar_t* scores) {
+void score_query(const Query<scalar_t>& query, const scalar_t* fast, scalar_t* scores) {
   score_rows(query.rows, query.base, fast, scores);
 }
 
 // φ̄ = Σ_q p̄_q (e_q, 1), from p̄ padded with zeros
 template <typename scalar_t>
-MULTIVERSION void query_adjoint(const Query<scalar_t>& query, const scalar_t* grad_scores,
-                                scalar_t* grad_fast) {
+void query_adjoint(const Query<scalar_t>& query, const scalar_t* grad_scores, scalar_t* grad_fast) {
   combine<scalar_t>(grad_scores, query.rows, nullptr, grad_fast);
 }
 

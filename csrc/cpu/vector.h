@@ -15,32 +15,38 @@
 #include <vector>
 
 #ifdef __SSE2__
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
-// One copy of a function for each kind of machine, the right one picked when the library loads.
-// What it calls must be ALWAYS_INLINE, or it is compiled for the oldest machine only.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#define MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define MULTIVERSION
-#endif
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 #define ALWAYS_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace metarec_fast::cpu {
 
-constexpr int64_t kRegisterBytes = 64;
+// All of this is compiled once for each kind of machine, into libraries of their own; which of them
+// to load is known when the package is imported (metarec_fast/_library.py).
+#if defined(__AVX512F__)
+constexpr int64_t kNativeBytes = 64;
+#elif defined(__AVX__)
+constexpr int64_t kNativeBytes = 32;
+#else
+constexpr int64_t kNativeBytes = 16;
+#endif
+constexpr int64_t kCacheLine = 64;
+
+// A register of at least four numbers: doubles take two where it has only 16 bytes.
+template <typename scalar_t>
+constexpr int64_t kRegisterBytes =
+    std::max<int64_t>(kNativeBytes, 4 * static_cast<int64_t>(sizeof(scalar_t)));
 
 template <typename scalar_t>
-constexpr int64_t kLanes = kRegisterBytes / static_cast<int64_t>(sizeof(scalar_t));
+constexpr int64_t kLanes = kRegisterBytes<scalar_t> / static_cast<int64_t>(sizeof(scalar_t));
 
 template <typename scalar_t>
 struct Register {
-  typedef scalar_t type __attribute__((vector_size(kRegisterBytes), may_alias));
+  typedef scalar_t type __attribute__((vector_size(kRegisterBytes<scalar_t>), may_alias));
   typedef scalar_t unaligned
-      __attribute__((vector_size(kRegisterBytes), may_alias, aligned(sizeof(scalar_t))));
+      __attribute__((vector_size(kRegisterBytes<scalar_t>), may_alias, aligned(sizeof(scalar_t))));
   typedef scalar_t quad __attribute__((vector_size(4 * sizeof(scalar_t)), may_alias));
 };
 template <typename scalar_t>
@@ -99,10 +105,9 @@ class Arena {
  private:
   __attribute__((noinline)) void grow(int64_t size) {
     const int64_t count = std::max(size, 2 * total_);
-    blocks_.emplace_back(new std::byte[count * sizeof(scalar_t) + kRegisterBytes]);
+    blocks_.emplace_back(new std::byte[count * sizeof(scalar_t) + kCacheLine]);
     const auto address = reinterpret_cast<uintptr_t>(blocks_.back().get());
-    data_ = reinterpret_cast<scalar_t*>((address + kRegisterBytes - 1) / kRegisterBytes *
-                                        kRegisterBytes);
+    data_ = reinterpret_cast<scalar_t*>((address + kCacheLine - 1) / kCacheLine * kCacheLine);
     capacity_ = count;
     used_ = 0;
     total_ += count;
@@ -148,8 +153,9 @@ ALWAYS_INLINE void copy_in(const scalar_t* source, int64_t count, scalar_t* resu
 
 // The same from bfloat16, the upper halves of float32.
 ALWAYS_INLINE void widen_in(const uint16_t* source, int64_t count, float* result) {
-  typedef uint16_t Narrow __attribute__((vector_size(32), may_alias, aligned(2)));
-  typedef uint32_t Wide __attribute__((vector_size(64), may_alias));
+  typedef uint16_t Narrow
+      __attribute__((vector_size(kRegisterBytes<float> / 2), may_alias, aligned(2)));
+  typedef uint32_t Wide __attribute__((vector_size(kRegisterBytes<float>), may_alias));
   constexpr int64_t kLane = kLanes<float>;
   int64_t i = 0;
   for (; i + kLane <= count; i += kLane)
@@ -204,28 +210,32 @@ ALWAYS_INLINE void prefetch_row(const scalar_t* row, int64_t width) {
 }
 
 // Lane i of the result is the sum of all lanes whose number is i modulo 4.
-ALWAYS_INLINE Quad<float> fold(const Vector<float>& v) {
-  const auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                    __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  return __builtin_shufflevector(half, half, 0, 1, 2, 3) +
-         __builtin_shufflevector(half, half, 4, 5, 6, 7);
-}
-ALWAYS_INLINE Quad<double> fold(const Vector<double>& v) {
-  return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+template <typename scalar_t>
+ALWAYS_INLINE Quad<scalar_t> fold(const Vector<scalar_t>& v) {
+  if constexpr (kLanes<scalar_t> == 16) {
+    const auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    return __builtin_shufflevector(half, half, 0, 1, 2, 3) +
+           __builtin_shufflevector(half, half, 4, 5, 6, 7);
+  } else if constexpr (kLanes<scalar_t> == 8) {
+    return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  } else {
+    return v;
+  }
 }
 
-// Σ of all lanes: always the same order of additions, on every machine.
+// Σ of all lanes, always in the same order.
 template <typename scalar_t>
 ALWAYS_INLINE scalar_t sum_lanes(const Vector<scalar_t>& vector) {
-  const Quad<scalar_t> quad = fold(vector);
+  const Quad<scalar_t> quad = fold<scalar_t>(vector);
   return (quad[0] + quad[2]) + (quad[1] + quad[3]);
 }
 
 // The sums of four vectors at once, in that same order.
 template <typename scalar_t>
 ALWAYS_INLINE Quad<scalar_t> sum_lanes(const Vector<scalar_t>* vectors) {
-  const Quad<scalar_t> a = fold(vectors[0]), b = fold(vectors[1]), c = fold(vectors[2]),
-                       d = fold(vectors[3]);
+  const Quad<scalar_t> a = fold<scalar_t>(vectors[0]), b = fold<scalar_t>(vectors[1]),
+                       c = fold<scalar_t>(vectors[2]), d = fold<scalar_t>(vectors[3]);
   const Quad<scalar_t> ab =
       __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
   const Quad<scalar_t> cd =
@@ -233,25 +243,25 @@ ALWAYS_INLINE Quad<scalar_t> sum_lanes(const Vector<scalar_t>* vectors) {
   return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 }
 
-// Four numbers each, one after the other.
+// A register of as many fours as it holds.
 template <typename scalar_t>
-ALWAYS_INLINE Vector<scalar_t> joined(const Quad<scalar_t>* quads);
-template <>
-ALWAYS_INLINE Vector<float> joined<float>(const Quad<float>* quads) {
-  const auto low = __builtin_shufflevector(quads[0], quads[1], 0, 1, 2, 3, 4, 5, 6, 7);
-  const auto high = __builtin_shufflevector(quads[2], quads[3], 0, 1, 2, 3, 4, 5, 6, 7);
-  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-}
-template <>
-ALWAYS_INLINE Vector<double> joined<double>(const Quad<double>* quads) {
-  return __builtin_shufflevector(quads[0], quads[1], 0, 1, 2, 3, 4, 5, 6, 7);
+ALWAYS_INLINE Vector<scalar_t> joined(const Quad<scalar_t>* quads) {
+  if constexpr (kLanes<scalar_t> == 16) {
+    const auto low = __builtin_shufflevector(quads[0], quads[1], 0, 1, 2, 3, 4, 5, 6, 7);
+    const auto high = __builtin_shufflevector(quads[2], quads[3], 0, 1, 2, 3, 4, 5, 6, 7);
+    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  } else if constexpr (kLanes<scalar_t> == 8) {
+    return __builtin_shufflevector(quads[0], quads[1], 0, 1, 2, 3, 4, 5, 6, 7);
+  } else {
+    return quads[0];
+  }
 }
 
 // The first `count` lanes, and zeros.
 template <typename scalar_t>
 ALWAYS_INLINE Vector<scalar_t> lower_lanes(const Vector<scalar_t>& vector, int64_t count) {
   typedef std::conditional_t<sizeof(scalar_t) == 4, int32_t, int64_t> Integer;
-  typedef Integer Integers __attribute__((vector_size(kRegisterBytes)));
+  typedef Integer Integers __attribute__((vector_size(kRegisterBytes<scalar_t>)));
   Integers lane;
   for (int i = 0; i < kLanes<scalar_t>; ++i) lane[i] = i;
   return lane < static_cast<Integer>(count) ? vector : Vector<scalar_t>{};
@@ -401,19 +411,32 @@ struct Coefficients {
   }
 };
 
-// A vector to anywhere; where `stream`, past the caches, to an address that is a multiple of 16.
+// A native register past the caches, to an address that is a multiple of its size.
+typedef float Streamed __attribute__((vector_size(kNativeBytes), may_alias));
+ALWAYS_INLINE void stream_out([[maybe_unused]] const Streamed& part, std::byte* address) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(reinterpret_cast<float*>(address), part);
+#elif defined(__AVX__)
+  _mm256_stream_ps(reinterpret_cast<float*>(address), part);
+#elif defined(__SSE2__)
+  _mm_stream_ps(reinterpret_cast<float*>(address), part);
+#else
+  std::memcpy(address, &part, sizeof(part));
+#endif
+}
+
+// A vector to anywhere; where `stream`, past the caches, to a multiple of a register.
 template <typename scalar_t>
 ALWAYS_INLINE void store_out(const Vector<scalar_t>& vector, scalar_t* address, bool stream) {
-#ifdef __SSE2__
-  if (stream) {
-    float parts[kRegisterBytes / 4];
-    std::memcpy(parts, &vector, sizeof(parts));
-    for (int64_t i = 0; i < kRegisterBytes / 4; i += 4)
-      _mm_stream_ps(reinterpret_cast<float*>(address) + i, _mm_loadu_ps(parts + i));
+  if (!stream) {
+    *reinterpret_cast<typename Register<scalar_t>::unaligned*>(address) = vector;
     return;
   }
-#endif
-  *reinterpret_cast<typename Register<scalar_t>::unaligned*>(address) = vector;
+  Streamed parts[kRegisterBytes<scalar_t> / kNativeBytes];
+  std::memcpy(parts, &vector, sizeof(parts));
+  for (const Streamed& part : parts)
+    stream_out(part, reinterpret_cast<std::byte*>(address) +
+                         (&part - parts) * static_cast<int64_t>(sizeof(part)));
 }
 
 // What was streamed is there for others to see.

@@ -11,7 +11,7 @@ template <typename scalar_t>
 struct Bits;
 template <>
 struct Bits<float> {
-  typedef int32_t vector __attribute__((vector_size(kRegisterBytes), may_alias));
+  typedef int32_t vector __attribute__((vector_size(kRegisterBytes<float>), may_alias));
   static constexpr float kLowest = -87.0f,
                          kRound = 0x1.8p23f;  // kRound: adding it rounds to whole numbers
   static constexpr float kLn2High = 0x1.62e400p-1f, kLn2Low = 0x1.7f7d1cp-20f;
@@ -19,7 +19,7 @@ struct Bits<float> {
 };
 template <>
 struct Bits<double> {
-  typedef int64_t vector __attribute__((vector_size(kRegisterBytes), may_alias));
+  typedef int64_t vector __attribute__((vector_size(kRegisterBytes<double>), may_alias));
   static constexpr double kLowest = -708.0, kRound = 0x1.8p52;
   static constexpr double kLn2High = 0x1.62e42fefa38p-1, kLn2Low = 0x1.ef35793c7673p-45;
   static constexpr int kMantissa = 52, kExponentBias = 1023, kExpTerms = 13, kLogTerms = 17;
