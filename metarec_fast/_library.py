@@ -33,7 +33,7 @@ def _load(name: str) -> Library:
 
 
 def _load_cpu() -> Library:
-    """The operators for this processor, with the widest registers that torch uses too (ATEN_CPU_CAPABILITY bounds it)."""
+    """The operators for this processor, as wide as torch makes use of it (ATEN_CPU_CAPABILITY bounds both)."""
     levels = {"AVX512": ("_C_avx512", "_C_avx2"), "AVX2": ("_C_avx2",)}
     names = (*levels.get(torch.backends.cpu.get_cpu_capability(), ()), "_C")
     return _load(next((name for name in names if (FOLDER / f"{name}.so").exists()), "_C"))

@@ -121,8 +121,8 @@ void exact_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
     grads.prior_pull.add(task.index,
                          grad_ridge * (static_cast<scalar_t>(S) + task.loop.extra_count) / 2);
   if (grads.rows != nullptr)
-    write_rows<scalar_t>(layout, {coefficients, 1, S}, S, basis, 2, arena, grads.rows, layout.dim,
-                         grads.stream);
+    write_rows<scalar_t>(layout, {coefficients, 1, S}, S, Stack<scalar_t>{basis, P}, 2, arena,
+                         grads.rows, layout.dim, grads.stream);
 }
 
 template void exact_forward<float>(const Task<float>& task, Arena<float>& arena,

@@ -326,7 +326,8 @@ void write_query_rows(const Query<scalar_t>& query, int64_t begin, const Layout<
     if (first == nullptr) return;
     const int64_t row_stride = j == 0 ? layout.dim : (query.group - 1) * layout.dim;
     write_rows<scalar_t>(layout, {grad_scores + j, query.group, column_stride}, query.num_entries,
-                         path, steps, arena, first, row_stride, gradients.stream());
+                         Stack<scalar_t>{path, layout.stride}, steps, arena, first, row_stride,
+                         gradients.stream());
   }
 }
 

@@ -3,12 +3,22 @@
 namespace metarec_fast::cpu {
 namespace {
 
-// result = G x, which is symmetric
-template <typename scalar_t>
-ALWAYS_INLINE void apply_gram(const GramPath<scalar_t>& path, int64_t size, const scalar_t* x,
-                              scalar_t* result) {
-  multiply<scalar_t>({x, 0, 1}, 1, Stack<scalar_t>{path.gram, path.stride}, size, path.stride,
-                     result, path.stride);
+// Calls sink(i, …) with each register of G x, G symmetric; four rows apart, four chains of
+// additions.
+template <typename scalar_t, typename Sink>
+ALWAYS_INLINE void each_of_gram(const GramPath<scalar_t>& path, int64_t size, const scalar_t* x,
+                                const Sink& sink) {
+  constexpr int64_t kChains = 4;
+  const int64_t stride = path.stride;
+  const scalar_t* gram = path.gram;
+  for (int64_t i = 0; i < stride; i += kLanes<scalar_t>) {
+    Vector<scalar_t> sums[kChains] = {};
+    int64_t j = 0;
+    for (; j + kChains <= size; j += kChains)
+      for (int64_t c = 0; c < kChains; ++c) sums[c] += x[j + c] * load(gram + (j + c) * stride + i);
+    for (; j < size; ++j) sums[0] += x[j] * load(gram + j * stride + i);
+    sink(i, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
 }
 
 }  // namespace
@@ -50,13 +60,27 @@ void gram_forward(const Task<scalar_t>& task, Arena<scalar_t>& arena, GramPath<s
     const scalar_t* before = k == 0 ? now : now - stride;
     scalar_t* next = path.coefficients + (k + 1) * stride;
     scalar_t* push = path.pushes + k * stride;
-    apply_gram(path, R, now, scores);
-    for (int64_t i = 0; i < stride; i += kLane) store(scores + i) += load(first_scores + i);
-    differentiate(task, scores, push, path.curvatures + k * stride);
+    scalar_t* curvatures = path.curvatures + k * stride;
     const scalar_t rate = task.loop.inner_lr[k], momentum = task.loop.momentum[k];
     const scalar_t keep = 1 - rate * task.pull() + momentum;
-    for (int64_t i = 0; i < stride; i += kLane)
-      store(next + i) = keep * load(now + i) - rate * load(push + i) - momentum * load(before + i);
+    const auto advance = [=](int64_t i, const Vector<scalar_t>& slope) ALWAYS_INLINE_LAMBDA {
+      store(next + i) = keep * load(now + i) - rate * slope - momentum * load(before + i);
+    };
+    if (task.loop.loss == Loss::kSoftmax) {
+      each_of_gram(path, R, now, [=](int64_t i, const Vector<scalar_t>& products) {
+        store(scores + i) = products + load(first_scores + i);
+      });
+      differentiate(task, scores, push, curvatures);
+      for (int64_t i = 0; i < stride; i += kLane) advance(i, load(push + i));
+    } else {
+      each_of_gram(path, R, now, [&](int64_t i, const Vector<scalar_t>& products) {
+        Vector<scalar_t> slope;
+        differentiate_points<scalar_t>(task, i, products + load(first_scores + i), slope,
+                                       store(curvatures + i));
+        store(push + i) = slope;
+        advance(i, slope);
+      });
+    }
   }
 
   combine(path.coefficients + K * stride, path.scaled, task.start, fast);
@@ -86,30 +110,38 @@ void gram_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
     const scalar_t* push = path.pushes + k * stride;
     const scalar_t rate = task.loop.inner_lr[k], momentum = task.loop.momentum[k];
     const scalar_t pull = task.pull();
-    Vector<scalar_t> lr_sum = {}, pull_sum = {}, momentum_sum = {};
-    for (int64_t i = 0; i < stride; i += kLane) {
-      lr_sum += load(adjoint + i) * load(push + i);
-      pull_sum += load(adjoint + i) * load(now + i);
-      momentum_sum += load(adjoint + i) * (load(now + i) - load(before + i));
+    if (grads.inner_lr) {
+      Vector<scalar_t> sum = {};
+      for (int64_t i = 0; i < stride; i += kLane)
+        sum += load(adjoint + i) * (load(push + i) + pull * load(now + i));
+      grads.inner_lr.add(k, -sum_lanes<scalar_t>(sum));
     }
-    const scalar_t pulled = sum_lanes<scalar_t>(pull_sum);
-    if (grads.inner_lr) grads.inner_lr.add(k, -(sum_lanes<scalar_t>(lr_sum) + pull * pulled));
-    if (grads.prior_pull) grads.prior_pull.add(task.index, -rate * pulled);
-    if (grads.momentum) grads.momentum.add(k, sum_lanes<scalar_t>(momentum_sum));
+    if (grads.prior_pull) {
+      Vector<scalar_t> sum = {};
+      for (int64_t i = 0; i < stride; i += kLane) sum += load(adjoint + i) * load(now + i);
+      grads.prior_pull.add(task.index, -rate * sum_lanes<scalar_t>(sum));
+    }
+    if (grads.momentum) {
+      Vector<scalar_t> sum = {};
+      for (int64_t i = 0; i < stride; i += kLane)
+        sum += load(adjoint + i) * (load(now + i) - load(before + i));
+      grads.momentum.add(k, sum_lanes<scalar_t>(sum));
+    }
 
     const scalar_t keep = 1 - rate * pull + momentum;
     const scalar_t momentum_after = k + 1 < K ? task.loop.momentum[k + 1] : scalar_t{0};
+    const auto go_back = [=](int64_t i, const Vector<scalar_t>& bent) ALWAYS_INLINE_LAMBDA {
+      store(earlier + i) = bent + keep * load(adjoint + i) - momentum_after * load(later + i);
+    };
     if (second_order) {
       scalar_t* h = bends + k * stride;
       bend(task, path.curvatures + k * stride, rate, adjoint, h);
       for (int64_t i = 0; i < stride; i += kLane) store(grad_base + i) += load(h + i);
       if (grads.weights != nullptr) add_weight_gradient(task, push, rate, adjoint, grads.weights);
-      apply_gram(path, R, h, earlier);
+      each_of_gram(path, R, h, go_back);
     } else {
-      for (int64_t i = 0; i < stride; i += kLane) store(earlier + i) = Vector<scalar_t>{};
+      for (int64_t i = 0; i < stride; i += kLane) go_back(i, Vector<scalar_t>{});
     }
-    for (int64_t i = 0; i < stride; i += kLane)
-      store(earlier + i) += keep * load(adjoint + i) - momentum_after * load(later + i);
     std::swap(later, adjoint);  // later ← ā_{k+1}
     std::swap(adjoint, earlier);
   }
@@ -137,14 +169,13 @@ void gram_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
     }
   }
   if (!wants_rows) return;
-  scalar_t* basis = arena.take((R + 2) * layout.stride);
-  for (int64_t r = 0; r < R; ++r)
-    for (int64_t i = 0; i < width; i += kLane)
-      store(basis + r * layout.stride + i) = load(path.scaled[r] + i);
-  for (int64_t i = 0; i < width; i += kLane) {
-    store(basis + R * layout.stride + i) = load(task.start + i);
-    store(basis + (R + 1) * layout.stride + i) = load(task.scale + i) * load(grad_fast + i);
-  }
+  scalar_t* direction = arena.take(width);  // A ∘ φ̄
+  for (int64_t i = 0; i < width; i += kLane)
+    store(direction + i) = load(task.scale + i) * load(grad_fast + i);
+  const scalar_t** basis = take_addresses<scalar_t>(arena, R + 2);
+  std::copy_n(path.scaled.at, R, basis);
+  basis[R] = task.start;
+  basis[R + 1] = direction;
   // (h_0 … h_{K−1}, a_0 … a_{K−1}) times (a_0 … a_{K−1}, h_0 … h_{K−1})
   scalar_t *left = arena.take(2 * K * stride), *right = arena.take(2 * K * stride);
   for (int64_t i = 0; i < K * stride; i += kLane) {

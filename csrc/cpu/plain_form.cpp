@@ -94,8 +94,9 @@ void plain_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
   }
   if (grads.base != nullptr) copy_out(base, task.size, grads.base);
   if (grads.rows != nullptr && second_order)
-    write_rows<scalar_t>(layout, {path.coefficients, 1, R}, task.size, path.adjoints, 2 * K, arena,
-                         grads.rows, layout.dim, grads.stream);
+    write_rows<scalar_t>(layout, {path.coefficients, 1, R}, task.size,
+                         Stack<scalar_t>{path.adjoints, P}, 2 * K, arena, grads.rows, layout.dim,
+                         grads.stream);
 }
 
 template void plain_forward<float>(const Task<float>& task, Arena<float>& arena,

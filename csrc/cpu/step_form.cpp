@@ -171,8 +171,8 @@ void step_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
   }
   if (grads.base != nullptr) copy_out(base, task.size, grads.base);
   if (grads.rows != nullptr)
-    write_rows<scalar_t>(layout, {coefficients, 1, R}, task.size, basis, 2 * K, arena, grads.rows,
-                         layout.dim, grads.stream);
+    write_rows<scalar_t>(layout, {coefficients, 1, R}, task.size, Stack<scalar_t>{basis, P}, 2 * K,
+                         arena, grads.rows, layout.dim, grads.stream);
 }
 
 template void step_forward<float>(const Task<float>& task, Arena<float>& arena, bool normal,

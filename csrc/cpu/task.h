@@ -154,14 +154,14 @@ ALWAYS_INLINE void add_weight_gradient(const Task<scalar_t>& task, const scalar_
 }
 
 // Writes  Σ_j C[r, j] basis[j]  to rows + r · row_stride, D numbers each, which may lie anywhere.
-template <typename scalar_t>
+template <typename scalar_t, typename Basis>
 ALWAYS_INLINE void write_rows(const Layout<scalar_t>& layout,
                               const Coefficients<scalar_t>& coefficients, int64_t count,
-                              const scalar_t* basis, int64_t basis_size, Arena<scalar_t>& arena,
+                              const Basis& basis, int64_t basis_size, Arena<scalar_t>& arena,
                               scalar_t* rows, int64_t row_stride, bool stream) {
   if (layout.dim == layout.width) {
-    multiply<scalar_t>(coefficients, count, Stack<scalar_t>{basis, layout.stride}, basis_size,
-                       layout.width, rows, row_stride, stream);
+    multiply<scalar_t>(coefficients, count, basis, basis_size, layout.width, rows, row_stride,
+                       stream);
     return;
   }
   constexpr int64_t kRows = 4;
@@ -170,8 +170,7 @@ ALWAYS_INLINE void write_rows(const Layout<scalar_t>& layout,
     const int64_t block = std::min(kRows, count - r);
     multiply<scalar_t>({coefficients.values + r * coefficients.row_stride, coefficients.row_stride,
                         coefficients.column_stride},
-                       block, Stack<scalar_t>{basis, layout.stride}, basis_size, layout.width, wide,
-                       layout.width);
+                       block, basis, basis_size, layout.width, wide, layout.width);
     for (int64_t i = 0; i < block; ++i)
       copy_out(wide + i * layout.width, layout.dim, rows + (r + i) * row_stride);
   }

@@ -371,7 +371,8 @@ ALWAYS_INLINE void dots(const scalar_t* left, const Rows<scalar_t>& rows, scalar
 template <typename scalar_t>
 ALWAYS_INLINE void symmetric_products(const Rows<scalar_t>& left, const Rows<scalar_t>& rows,
                                       scalar_t shift, scalar_t* result, int64_t stride) {
-  constexpr int64_t kTile = kRowsAtOnce, kHalf = 2;  // half a tile's sums fit into registers
+  constexpr int64_t kTile = kRowsAtOnce;
+  constexpr int64_t kHalf = kNativeBytes == 64 ? 4 : 2;  // rows whose sums fit into registers
   const int64_t width = rows.width;
   for (int64_t i = 0; i < rows.count; i += kTile)
     for (int64_t j = 0; j <= i; j += kTile) {
