@@ -289,8 +289,6 @@ def score_top_k(
         ValueError, TypeError, IndexError: An argument does not fit; the message names it.
     """
     num_tasks = user.shape[0]
-    if item_table.dtype == torch.bfloat16:
-        raise TypeError("item_table: expected dtype float32 or float64, got torch.bfloat16")
     model = check_model(user, user_bias, item_table, item_bias, 0.0, num_tasks)
     if user.dim() != 2 or model.user_bias_init.dim() != 1:
         raise ValueError(f"user, user_bias: expected shapes [T, D] and [T], got {[*user.shape]}, {[*user_bias.shape]}")

@@ -230,7 +230,7 @@ def score_top_k(
     scores = user.new_full((user.shape[0], k), float("-inf"))
     excluded = None if exclude is None else _split_tasks(exclude)
     for t in range(user.shape[0]):
-        all_scores = (item_bias + user_bias[t] + item_table @ user[t]).nan_to_num(
+        all_scores = (item_bias + user_bias[t] + item_table.to(user.dtype) @ user[t]).nan_to_num(
             nan=float("-inf"), posinf=float("inf"), neginf=float("-inf")
         )
         allowed = torch.ones_like(item_bias, dtype=torch.bool)

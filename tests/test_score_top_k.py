@@ -42,6 +42,29 @@ def test_a_catalogue_of_many_ranges_gives_the_same_bits_for_any_number_of_thread
         assert torch.equal(best.scores, found[0].scores)
 
 
+@pytest.mark.parametrize("num_users", [1, 3, 4])
+@pytest.mark.parametrize("dim", [7, 64])
+def test_a_bfloat16_table_is_the_same_as_its_values_in_float32(num_users, dim):
+    user, bias, table, item_bias = problem(num_users, num_items=700, dim=dim, dtype=torch.float32)
+    narrow = table.bfloat16()
+    best, expected = (F.score_top_k(user, bias, each, item_bias, 20) for each in (narrow, narrow.float()))
+    assert torch.equal(best.items, expected.items)
+    assert torch.equal(best.scores, expected.scores)
+    assert torch.equal(reference.score_top_k(user, bias, narrow, item_bias, 20).items, expected.items)
+
+
+def test_the_best_are_found_wherever_they_lie_between_many_that_are_passed_over():
+    user, bias, table, item_bias = problem(5, num_items=20_000)
+    for ids in (torch.arange(3), torch.tensor([4095, 4096, 19_999]), torch.tensor([63, 64, 8191])):
+        lifted = item_bias.index_add(0, ids, torch.tensor([300.0, 200.0, 100.0], dtype=torch.float64))
+        lifted[5_000:5_300] = float("nan")
+        seen = Entries(ids[:1].repeat(5), None, torch.arange(6))
+        best = F.score_top_k(user, bias, table, lifted, 4, exclude=seen)
+        expected = reference.score_top_k(user, bias, table, lifted, 4, seen)
+        assert torch.equal(best.items, expected.items)
+        assert best.items[:, :2].tolist() == [ids[1:].tolist()] * 5
+
+
 def test_excluded_items_do_not_come_back_repeated_or_not():
     user, bias, table, item_bias = problem(3)
     seen = Entries(torch.tensor([4, 2, 4, 59, 0]), None, torch.tensor([0, 3, 3, 5]))

@@ -6,14 +6,14 @@
 #include <limits>
 #include <vector>
 
-#include "../arguments.h"
-#include "task_blocks.h"
-#include "vector.h"
+#include "task_reader.h"
 
 namespace metarec_fast::cpu {
 namespace {
 
 constexpr int64_t kUsersPerGroup = 4;     // share each item row that comes from memory
+constexpr int64_t kChunk = 256;           // items whose scores fit in L1
+constexpr int64_t kGlance = 64;           // of them that are passed over together, if none is good
 constexpr int64_t kSmallestRange = 4096;  // items
 constexpr int64_t kEnoughMeetings = 64;   // to keep many threads busy
 
@@ -47,6 +47,12 @@ class Best {
     }
   }
 
+  // Below this score, or at it, nobody is let in any more.
+  scalar_t threshold() const {
+    return static_cast<int64_t>(heap_.size()) < k_ ? std::numeric_limits<scalar_t>::quiet_NaN()
+                                                   : heap_.front().score;
+  }
+
   void merge(const Best& other) {
     for (const auto& candidate : other.heap_) offer(candidate.score, candidate.item);
   }
@@ -70,45 +76,62 @@ class Best {
   std::vector<Candidate<scalar_t>> heap_;
 };
 
-// A row of the table, which begins at any address.
-template <typename scalar_t>
-ALWAYS_INLINE Vector<scalar_t> load_unaligned(const scalar_t* address) {
-  Vector<scalar_t> result;
+// Four numbers, or a register of them, from any address.
+template <typename Numbers, typename scalar_t>
+ALWAYS_INLINE Numbers load_unaligned(const scalar_t* address) {
+  Numbers result;
   std::memcpy(&result, address, sizeof(result));
   return result;
 }
 
-// scores[u, i] = b_i + u·e_i for a group of users and the items [first, last).
+// scores[u, i] = b_i + u·e_i for `kUsers` padded vectors and the items [first, last), and for items
+// up to a multiple of four garbage. Rows that do not fill registers are copied to `copies` first.
 template <int64_t kUsers, typename scalar_t>
-ALWAYS_INLINE void score_range(const scalar_t* users, const scalar_t* table, const scalar_t* bias,
-                               int64_t dim, int64_t first, int64_t last, scalar_t* scores,
-                               int64_t stride) {
-  const int64_t whole = dim / kLanes<scalar_t> * kLanes<scalar_t>;
-  for (int64_t item = first; item < last; ++item) {
-    const scalar_t* row = table + item * dim;
-    Vector<scalar_t> sums[kUsers] = {};
-    for (int64_t d = 0; d < whole; d += kLanes<scalar_t>) {
-      const Vector<scalar_t> part = load_unaligned(row + d);
-      for (int64_t u = 0; u < kUsers; ++u) sums[u] += part * load_unaligned(users + u * dim + d);
+void score_items(const scalar_t* users, const ItemTable<scalar_t>& table, const scalar_t* bias,
+                 int64_t width, int64_t first, int64_t last, scalar_t* copies, scalar_t* scores,
+                 int64_t stride) {
+  constexpr int64_t kItems = 4, kLane = kLanes<scalar_t>, kAheadBytes = 512;
+  for (int64_t item = first; item < last; item += kItems) {
+    const scalar_t* rows[kItems];
+    Quad<scalar_t> biases;
+    for (int64_t i = 0; i < kItems; ++i) {
+      const int64_t id = std::min(item + i, last - 1);
+      rows[i] = table.row(id);
+      biases[i] = bias[id];
+      if (copies == nullptr) continue;
+      rows[i] = copies + i * width;
+      table.read(id, copies + i * width);
     }
-    for (int64_t u = 0; u < kUsers; ++u) {
-      scalar_t sum = bias[item] + sum_lanes<scalar_t>(sums[u]);
-      for (int64_t d = whole; d < dim; ++d) sum += row[d] * users[u * dim + d];
-      scores[u * stride + item - first] = sum;
+    // The system's pages end what the hardware looks ahead.
+    const std::byte* ahead = table.data + item * table.row_bytes + kAheadBytes;
+    for (int64_t at = 0; at < kItems * table.row_bytes; at += kCacheLine)
+      __builtin_prefetch(ahead + at);
+    Vector<scalar_t> sums[kUsers][kItems] = {};
+    for (int64_t d = 0; d < width; d += kLane) {
+      Vector<scalar_t> parts[kItems];
+      for (int64_t i = 0; i < kItems; ++i) parts[i] = load_unaligned<Vector<scalar_t>>(rows[i] + d);
+      for (int64_t u = 0; u < kUsers; ++u) {
+        const Vector<scalar_t> user = load(users + u * width + d);
+        for (int64_t i = 0; i < kItems; ++i) sums[u][i] += user * parts[i];
+      }
     }
+    for (int64_t u = 0; u < kUsers; ++u)
+      put(scores + u * stride + item - first, sum_lanes<scalar_t>(sums[u]) + biases);
   }
 }
 
+// The largest of `count` scores, a multiple of a register, that are numbers.
 template <typename scalar_t>
-void score_group(int64_t users, const scalar_t* vectors, const scalar_t* table,
-                 const scalar_t* bias, int64_t dim, int64_t first, int64_t last, scalar_t* scores,
-                 int64_t stride) {
-  if (users == kUsersPerGroup) {
-    score_range<kUsersPerGroup>(vectors, table, bias, dim, first, last, scores, stride);
-  } else {
-    for (int64_t u = 0; u < users; ++u)
-      score_range<1>(vectors + u * dim, table, bias, dim, first, last, scores + u * stride, stride);
+scalar_t largest(const scalar_t* scores, int64_t count) {
+  Vector<scalar_t> most = load(scores);
+  for (int64_t i = 0; i < count; i += kLanes<scalar_t>) {
+    const Vector<scalar_t> more = load(scores + i);
+    most = more > most || most != most ? more : most;
   }
+  scalar_t result = -std::numeric_limits<scalar_t>::infinity();
+  for (int64_t i = 0; i < kLanes<scalar_t>; ++i)
+    if (most[i] > result) result = most[i];
+  return result;
 }
 
 std::tuple<Tensor, Tensor> score_top_k_cpu(const Tensor& user_in, const Tensor& user_bias_in,
@@ -121,9 +144,11 @@ std::tuple<Tensor, Tensor> score_top_k_cpu(const Tensor& user_in, const Tensor& 
   const int64_t N = item_table.size(0), D = item_table.size(1);
   STD_TORCH_CHECK(user.dim() == 2 && user.size(1) == D, "user: expected shape [T, ", D, "]");
   const int64_t T = user.size(0);
+  const bool narrow = item_table.scalar_type() == ScalarType::BFloat16;
+  const ScalarType dtype = narrow ? ScalarType::Float : item_table.scalar_type();
   for (const auto& [name, tensor] : {std::pair{"user", user}, std::pair{"user_bias", user_bias},
                                      std::pair{"item_bias", item_bias}})
-    check_tensor(name, tensor, item_table.scalar_type(), item_table);
+    check_tensor(name, tensor, dtype, item_table);
   check_size("user_bias", user_bias, T);
   check_size("item_bias", item_bias, N);
   STD_TORCH_CHECK(k >= 1 && k <= N, "k: must be in [1, ", N, "], got ", k);
@@ -147,11 +172,14 @@ std::tuple<Tensor, Tensor> score_top_k_cpu(const Tensor& user_in, const Tensor& 
   Tensor best_items = torch::stable::empty({T, k}, ScalarType::Long);
   Tensor best_scores = torch::stable::new_empty(user, {T, k});
 
-  dispatch_floating(item_table.scalar_type(), "score_top_k", [&](auto zero) {
+  dispatch_floating(dtype, "score_top_k", [&](auto zero) {
     using scalar_t = decltype(zero);
     const scalar_t* vectors = user.const_data_ptr<scalar_t>();
     const scalar_t* biases = user_bias.const_data_ptr<scalar_t>();
-    const scalar_t* table = item_table.const_data_ptr<scalar_t>();
+    const ItemTable<scalar_t> table(item_table, D);
+    const Layout<scalar_t> layout(D);
+    const int64_t width = layout.width;
+    const bool fills_registers = D == width && !narrow;
     const scalar_t* bias = item_bias.const_data_ptr<scalar_t>();
     int64_t* items_out = best_items.mutable_data_ptr<int64_t>();
     scalar_t* scores_out = best_scores.mutable_data_ptr<scalar_t>();
@@ -163,8 +191,11 @@ std::tuple<Tensor, Tensor> score_top_k_cpu(const Tensor& user_in, const Tensor& 
     std::vector<Best<scalar_t>> best(T * ranges, Best<scalar_t>(k));
 
     torch::stable::parallel_for(0, groups * ranges, 1, [&](int64_t begin, int64_t end) {
-      constexpr int64_t kChunk = 256;  // items whose scores fit in L1
-      std::vector<scalar_t> scores(kUsersPerGroup * kChunk);
+      Arena<scalar_t>& arena = thread_arena<scalar_t>();
+      arena.reset();
+      scalar_t* scores = arena.take(kUsersPerGroup * kChunk);
+      scalar_t* padded_users = arena.take(kUsersPerGroup * width);
+      scalar_t* copies = fills_registers ? nullptr : arena.take(4 * width);
       for (int64_t meeting = begin; meeting < end; ++meeting) {
         const int64_t group = meeting / ranges, range = meeting % ranges;
         const int64_t first_user = group * kUsersPerGroup,
@@ -175,17 +206,30 @@ std::tuple<Tensor, Tensor> score_top_k_cpu(const Tensor& user_in, const Tensor& 
           walk[u] = std::lower_bound(excluded.begin() + bounds[first_user + u],
                                      excluded.begin() + bounds[first_user + u + 1], first) -
                     excluded.begin();
+        for (int64_t u = 0; u < users; ++u)
+          copy_in(vectors + (first_user + u) * D, D, padded_users + u * width);
         for (int64_t item = first; item < last; item += kChunk) {
           const int64_t chunk_end = std::min(item + kChunk, last);
-          score_group(users, vectors + first_user * D, table, bias, D, item, chunk_end,
-                      scores.data(), kChunk);
+          if (users == kUsersPerGroup)
+            score_items<kUsersPerGroup>(padded_users, table, bias, width, item, chunk_end, copies,
+                                        scores, kChunk);
+          else
+            for (int64_t u = 0; u < users; ++u)
+              score_items<1>(padded_users + u * width, table, bias, width, item, chunk_end, copies,
+                             scores + u * kChunk, kChunk);
           for (int64_t u = 0; u < users; ++u) {
             const int64_t t = first_user + u;
             Best<scalar_t>& found = best[t * ranges + range];
-            for (int64_t i = item; i < chunk_end; ++i) {
-              while (walk[u] < bounds[t + 1] && excluded[walk[u]] < i) ++walk[u];
-              if (walk[u] < bounds[t + 1] && excluded[walk[u]] == i) continue;
-              found.offer(scores[u * kChunk + i - item] + biases[t], i);
+            for (int64_t begin = item; begin < chunk_end; begin += kGlance) {
+              const scalar_t* here = scores + u * kChunk + begin - item;
+              const int64_t end = std::min(begin + kGlance, chunk_end);
+              if (end == begin + kGlance && largest(here, kGlance) + biases[t] <= found.threshold())
+                continue;
+              for (int64_t i = begin; i < end; ++i) {
+                while (walk[u] < bounds[t + 1] && excluded[walk[u]] < i) ++walk[u];
+                if (walk[u] < bounds[t + 1] && excluded[walk[u]] == i) continue;
+                found.offer(here[i - begin] + biases[t], i);
+              }
             }
           }
         }
