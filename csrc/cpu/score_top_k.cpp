@@ -90,7 +90,7 @@ template <int64_t kUsers, typename scalar_t>
 void score_items(const scalar_t* users, const ItemTable<scalar_t>& table, const scalar_t* bias,
                  int64_t width, int64_t first, int64_t last, scalar_t* copies, scalar_t* scores,
                  int64_t stride) {
-  constexpr int64_t kItems = 4, kLane = kLanes<scalar_t>, kAheadBytes = 512;
+  constexpr int64_t kItems = 4, kLane = kLanes<scalar_t>, kAheadBytes = 8192;
   for (int64_t item = first; item < last; item += kItems) {
     const scalar_t* rows[kItems];
     Quad<scalar_t> biases;
@@ -105,7 +105,7 @@ void score_items(const scalar_t* users, const ItemTable<scalar_t>& table, const 
     // The system's pages end what the hardware looks ahead.
     const std::byte* ahead = table.data + item * table.row_bytes + kAheadBytes;
     for (int64_t at = 0; at < kItems * table.row_bytes; at += kCacheLine)
-      __builtin_prefetch(ahead + at);
+      __builtin_prefetch(ahead + at, 0, 2);
     Vector<scalar_t> sums[kUsers][kItems] = {};
     for (int64_t d = 0; d < width; d += kLane) {
       Vector<scalar_t> parts[kItems];

@@ -149,7 +149,7 @@ ALWAYS_INLINE void sum_group(const Entries& entries, int64_t first, int64_t last
   }
 }
 
-constexpr int64_t kAhead = 8;  // entries whose rows are under way
+constexpr int64_t kAhead = 16;  // entries whose rows are under way
 
 // Calls ask(place) for the places that come up, kAhead further on, while [place, end) is computed;
 // of an id with many entries only for the first ones, more than a cache holds helps nobody.

@@ -24,9 +24,9 @@ struct Adam {
   scalar_t share1, share2, rate, eps;  // 1 − β1, 1 − β2, η, ε
 
   ALWAYS_INLINE void prefetch(int64_t at, int64_t width) const {
-    prefetch_row<true>(param + at, width);
-    prefetch_row<true>(states[0] + at, width);
-    prefetch_row<true>(states[1] + at, width);
+    prefetch_row<true, 2>(param + at, width);
+    prefetch_row<true, 2>(states[0] + at, width);
+    prefetch_row<true, 2>(states[1] + at, width);
   }
 
   ALWAYS_INLINE void update(int64_t at, const scalar_t* __restrict__ gradient,
@@ -52,8 +52,8 @@ struct Adagrad {
   scalar_t rate, eps;
 
   ALWAYS_INLINE void prefetch(int64_t at, int64_t width) const {
-    prefetch_row<true>(param + at, width);
-    prefetch_row<true>(states[0] + at, width);
+    prefetch_row<true, 2>(param + at, width);
+    prefetch_row<true, 2>(states[0] + at, width);
   }
 
   ALWAYS_INLINE void update(int64_t at, const scalar_t* __restrict__ gradient,
@@ -77,7 +77,7 @@ struct Sgd {
   scalar_t rate;
 
   ALWAYS_INLINE void prefetch(int64_t at, int64_t width) const {
-    prefetch_row<true>(param + at, width);
+    prefetch_row<true, 2>(param + at, width);
   }
 
   ALWAYS_INLINE void update(int64_t at, const scalar_t* __restrict__ gradient,
@@ -105,7 +105,7 @@ void update_range(const std::vector<Part<scalar_t, Rule>>& parts, const Entries&
     const int64_t id = entries.id(place), entry = entries.entry(place);
     look_ahead(entries, place, end, [&](int64_t soon) {
       for (const auto& [rule, rows, width] : parts) {
-        prefetch_row<false>(rows + entries.entry(soon) * width, width);
+        prefetch_row<false, 2>(rows + entries.entry(soon) * width, width);
         rule.prefetch(entries.id(soon) * width, width);
       }
     });

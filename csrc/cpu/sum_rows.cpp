@@ -14,7 +14,7 @@ void sum_distinct(const Entries& entries, int64_t first, int64_t last, int64_t a
   for (int64_t place = entries.next_beginning(first, last), end; place < last; place = end) {
     end = entries.end_of(place);
     look_ahead(entries, place, end, [&](int64_t soon) {
-      prefetch_row<false>(rows + entries.entry(soon) * width, width);
+      prefetch_row<false, 2>(rows + entries.entry(soon) * width, width);
     });
     ids[at] = entries.id(place);
     sum_group(entries, place, end, rows, width, sums + at * width);
@@ -29,7 +29,7 @@ void sum_all(const Entries& entries, int64_t first, int64_t last, const scalar_t
   for (int64_t place = entries.next_beginning(first, last), end; place < last; place = end) {
     end = entries.end_of(place);
     look_ahead(entries, place, end, [&](int64_t soon) {
-      prefetch_row<false>(rows + entries.entry(soon) * width, width);
+      prefetch_row<false, 2>(rows + entries.entry(soon) * width, width);
     });
     const int64_t id = entries.id(place), before = place == 0 ? -1 : entries.id(place - 1);
     std::fill(sums + (before + 1) * width, sums + id * width, scalar_t{0});
