@@ -18,6 +18,7 @@ if _library.cpu.loaded:
 
 ops = torch.ops.metarec_fast
 
+_ITEMS = ("item_table", "item_bias")
 EXACT = -1
 """`inner_steps` of the operators for the closed form."""
 
@@ -51,19 +52,19 @@ def meta_step(
     query = batch.query
     assert query is not None
     given = differentiable(model, loop, batch.support)
-    wanted = sum({_autograd.WANT[name] for name, value in given.items() if value is not None})
+    wanted = 0
+    for name, value in given.items():
+        if value is not None:
+            wanted |= _autograd.WANT[name]
     loss, *gradients, ids = _call(
         ops.meta_step.default, given.values(),
         *_inputs(model, batch.support), *_query(batch), *_loop(loop),
-        *(float(losses.get(name, 0.0)) for name in OUTER_LOSSES), step_weights, wanted,
+        *[float(losses.get(name, 0.0)) for name in OUTER_LOSSES], step_weights, wanted,
     )  # fmt: skip
-    grads: dict[str, Tensor | SparseRows] = {
-        name: gradient for (name, value), gradient in zip(given.items(), gradients, strict=True) if value is not None
-    }
-    for name in ("item_table", "item_bias"):
-        rows = grads[name]
-        assert isinstance(rows, Tensor)
-        grads[name] = SparseRows(ids, rows)
+    grads: dict[str, Tensor | SparseRows] = {}
+    for name, gradient in zip(given, gradients, strict=True):
+        if given[name] is not None:
+            grads[name] = SparseRows(ids, gradient) if name in _ITEMS else gradient
     return MetaStep(loss, grads)
 
 
@@ -79,9 +80,12 @@ def reptile_step(model: Model, support: Entries, task_weights: Tensor | None, lo
 
 def _call(op: Any, given: Iterable[Tensor | None], *args: Any) -> Any:
     """The same as op(*args), without the detour through Python's autograd where none of `given` asks for gradients."""
-    wanted = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in given)
-    if wanted or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return op(*args)
+    if torch.is_grad_enabled():
+        for value in given:
+            if value is not None and value.requires_grad:
+                return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
