@@ -24,7 +24,7 @@ TABLE_DTYPES = (*DTYPES, torch.bfloat16)
 """Of an item table that is read only. A bfloat16 one is just stored so: arithmetic and all else are float32."""
 
 
-@dataclass(slots=True)
+@dataclass
 class Model:
     """The meta-parameters of the dot-product recommender: p_i = m + b_i + c + u·e_i."""
 
@@ -35,7 +35,7 @@ class Model:
     offset: Tensor  # m, scalar
 
 
-@dataclass(slots=True)
+@dataclass
 class InnerLoop:
     """How a task adapts:  φ ← φ − s_k A ∘ [∇L_S(φ) + ρ (φ − φ_0)] + β_k (φ − φ_before),  k = 0 … K−1."""
 
