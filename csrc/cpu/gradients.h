@@ -47,7 +47,7 @@ inline Tensor row_ids(const RaggedItems& support, const RaggedItems& query,
 }
 
 // Item gradients of so many bytes are written past the caches: nobody would find them there.
-constexpr int64_t kStreamFrom = int64_t{32} << 20;
+constexpr int64_t kStreamFrom = int64_t{6} << 20;
 
 template <typename scalar_t>
 class Gradients {
