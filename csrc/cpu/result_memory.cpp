@@ -35,14 +35,15 @@ struct Block {
 // fork() that happened while another thread held it cannot hang.
 class KeptBlocks {
  public:
-  // At least `bytes`, and of whole huge pages at most a quarter more.
+  // At least `bytes`, and of whole huge pages at most a quarter more; of equals the one that was in
+  // use last.
   Block take(size_t bytes) {
     const size_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) {
       Block* best = nullptr;
       for (Block* block = free_; block != free_ + count_; ++block)
         if (block->bytes >= whole && block->bytes <= whole + whole / 4 &&
-            (best == nullptr || block->bytes < best->bytes))
+            (best == nullptr || block->bytes <= best->bytes))
           best = block;
       if (best != nullptr) return remove(best);
     }
