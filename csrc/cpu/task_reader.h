@@ -108,19 +108,23 @@ class TaskReader {
     const scalar_t* item_bias = item_bias_;
     const scalar_t offset = offset_;
     const int64_t width = layout.width, count = size * group;
-    scalar_t* copies = table.in_place() ? nullptr : arena.take(count * width);
     const scalar_t** at = take_addresses<scalar_t>(arena, count);
-    for (int64_t s = 0, r = 0; s < size; ++s)
-      for (int64_t j = 0; j < group; ++j, ++r) {
-        const int64_t item = entries.candidate(begin + s, j);
-        if (copies == nullptr) {
-          at[r] = table.row(item);
-        } else {
-          table.read(item, copies + r * width);
-          at[r] = copies + r * width;
-        }
-        base[r] = offset + item_bias[item];
+    if (group == 1 && table.in_place()) {
+      const int64_t* items = entries.items + begin;
+      for (int64_t s = 0; s < size; ++s) {
+        at[s] = table.row(items[s]);
+        base[s] = offset + item_bias[items[s]];
       }
+    } else {
+      scalar_t* copies = table.in_place() ? nullptr : arena.take(count * width);
+      for (int64_t s = 0, r = 0; s < size; ++s)
+        for (int64_t j = 0; j < group; ++j, ++r) {
+          const int64_t item = entries.candidate(begin + s, j);
+          at[r] = copies == nullptr ? table.row(item) : copies + r * width;
+          if (copies != nullptr) table.read(item, copies + r * width);
+          base[r] = offset + item_bias[item];
+        }
+    }
     fill_up(at, count);
     return {at, count, width, 1};
   }
