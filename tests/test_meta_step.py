@@ -50,6 +50,24 @@ def test_the_multi_step_loss_weighs_every_step(form, first_order):
     compare_with_reference(draw.model(), draw.batch(weights=True), loop, {"squared": 1.0}, draw.uniform(5))
 
 
+@pytest.mark.parametrize("dim", [7, 64])
+@pytest.mark.parametrize("loss", ["squared", "logistic", "bpr", "softmax"])
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("whole_path", [False, True])
+def test_steps_of_nothing_but_the_gradient_have_a_form_of_their_own(dim, loss, first_order, whole_path):
+    draw = Draw(dim)
+    pairs = loss in ("bpr", "softmax")
+    batch = draw.batch(weights=True, negatives=2 if pairs else 0, log_q=loss == "softmax")
+    losses = {"bpr": 1.0} if loss == "bpr" else {"softmax": 1.0} if pairs else {"squared": 1.0}
+    rates = torch.tensor([0.05, 0.0, 0.1], dtype=torch.float64)  # a step of none has a gradient too
+    loop = InnerLoop(rates, 3, loss=loss, first_order=first_order, extra_count=1.5, form="direct")
+    kappa = draw.uniform(4) if whole_path else None
+    unmoved = ("user_bias_init", "offset") if pairs else ()  # differences of scores know neither
+    compare_with_reference(draw.model(dim=dim), batch, loop, losses, kappa, unmoved=unmoved)
+    one_rate = replace(loop, inner_lr=rates[0])
+    compare_with_reference(draw.model(dim=dim), batch, one_rate, losses, kappa, unmoved=unmoved)
+
+
 def test_weighing_only_the_last_step_is_the_ordinary_loss():
     draw = Draw(4)
     model, batch, loop = draw.model(), draw.batch(), draw.loop(3)
