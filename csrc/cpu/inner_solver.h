@@ -28,8 +28,10 @@ Form cheapest_form(const InnerLoop<scalar_t>& loop, const Layout<scalar_t>& layo
   const bool adjoint = backward && !loop.first_order;
   const double ways = adjoint ? 2 : 1;
   const double direct = K * (ways * (R * (2 * V + kSum) + step) + (adjoint ? 2 * R * V : 0));
+  const double scaling = loop.preconditioner == nullptr ? 0 : R * V * (backward ? R + 3 : 1);
   const double gram =
-      kGramStart + kGram * (R * R / 2 * (V + kSum) + ways * 2 * R * V + (adjoint ? R * R * V : 0)) +
+      kGramStart +
+      kGram * (R * R / 2 * (V + kSum) + ways * 2 * R * V + (adjoint ? R * R * V : 0) + scaling) +
       K * (ways * (R * Rv + kGramStep) + (adjoint ? 2 * R * Rv : 0));
   const double normal = W * R * V + K * ways * (W * (V + 1 + kSum) + step) +
                         (adjoint ? K * R * (4 * V + 2 * kSum) : 0);
