@@ -42,6 +42,10 @@ STABLE_TORCH_LIBRARY(metarec_fast, m) {
          kGradients + ", Tensor item_ids)")
             .c_str());
   m.def(("adapt_all(" + kInputs + kLoop + ") -> (Tensor, Tensor, Tensor, Tensor)").c_str());
+  m.def(("adapt_all_backward(Tensor grad_user, Tensor grad_bias, Tensor grad_rows, Tensor "
+         "grad_biases, " +
+         kInputs + kLoop + ", int wanted) -> (" + kGradients + ")")
+            .c_str());
   m.def(("reptile_step(" + kInputs + "Tensor? task_weights, " + kLoop +
          ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
             .c_str());

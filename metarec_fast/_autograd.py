@@ -41,6 +41,7 @@ def places(loop_start: int) -> dict[str, int]:
     return {**user_side, **{name: loop_start + i for i, name in enumerate(loop)}, "support_weights": SUPPORT_WEIGHTS}
 
 
+_ADAPTED_ALL = ("user", "bias", "rows", "biases")  # what adapt_all returns
 ADAPT, ADAPT_AND_SCORE, META_STEP = places(INPUTS), places(INPUTS + QUERY), places(INPUTS + JUDGED_QUERY)
 
 
@@ -76,6 +77,10 @@ def _fake_adapt_all(*args: Any) -> tuple[Tensor, ...]:
     like, entries = args[ITEM_BIAS], args[SUPPORT_ITEMS].shape[0]
     rows, biases = like.new_empty((entries, args[ITEM_TABLE].shape[1])), like.new_empty((entries,))
     return *_adapted(args), rows, biases
+
+
+def _fake_adapt_all_backward(*args: Any) -> list[Tensor]:
+    return _gradients(args[len(_ADAPTED_ALL) :], ADAPT, args[-1])
 
 
 def _fake_meta_step(*args: Any) -> list[Tensor]:
@@ -166,6 +171,11 @@ def _adapt_backward(ctx: Any, grad_user: Tensor, grad_bias: Tensor) -> tuple[Ten
     return _at_places(ctx, gradients, ADAPT)
 
 
+def _adapt_all_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = Once.apply("adapt", ops.adapt_all_backward, *grads, *_restore(ctx), _wanted(ctx, ADAPT))
+    return _at_places(ctx, gradients, ADAPT)
+
+
 def _meta_step_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, *gradients, ids = output
     ctx.mark_non_differentiable(*gradients, ids)
@@ -203,6 +213,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "adapt_and_score": _fake_adapt_and_score,
     "adapt_and_score_backward": _fake_adapt_and_score_backward,
     "adapt_all": _fake_adapt_all,
+    "adapt_all_backward": _fake_adapt_all_backward,
     "meta_step": _fake_meta_step,
     "reptile_step": _fake_reptile_step,
     "score_top_k": _fake_score_top_k,
@@ -218,6 +229,8 @@ for _name, _fake in _FAKES.items():
 register_autograd("metarec_fast::adapt", _adapt_backward, setup_context=_save)
 register_autograd("metarec_fast::adapt_and_score", _adapt_and_score_backward, setup_context=_save)
 register_autograd("metarec_fast::adapt_and_score_backward", _refuse("adapt_and_score cannot be differentiated twice"))
+register_autograd("metarec_fast::adapt_all", _adapt_all_backward, setup_context=_save)
+register_autograd("metarec_fast::adapt_all_backward", _refuse("adapt cannot be differentiated twice"))
 register_autograd("metarec_fast::meta_step", _meta_step_backward, setup_context=_meta_step_setup)
-for _name in ("adapt_all", "reptile_step", "score_top_k", "coalesce_rows", "sum_rows"):
+for _name in ("reptile_step", "score_top_k", "coalesce_rows", "sum_rows"):
     register_autograd(f"metarec_fast::{_name}", _refuse(f"{_name} has no gradient of its own"))

@@ -23,15 +23,6 @@ EXACT = -1
 """`inner_steps` of the operators for the closed form."""
 
 
-def can_adapt(model: Model, support: Entries, loop: InnerLoop) -> bool:
-    """Whether a kernel can do what `adapt` is asked for; adapted items have no gradient but the reference's."""
-    if not _library.loaded_for(model.item_table):
-        return False
-    values = differentiable(model, loop, support).values()
-    wanted = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
-    return loop.adapt != "all" or not wanted
-
-
 def adapt(model: Model, support: Entries, loop: InnerLoop) -> FastWeights:
     if loop.adapt == "all":
         user, bias, rows, biases = ops.adapt_all(*_inputs(model, support), *_loop(loop))

@@ -79,8 +79,7 @@ def adapt(
 
     Returns:
         The adapted user vectors [T, D] and biases [T]; with adapt="all" also the row [n, D] and bias [n] that each
-        support entry's item has become. Gradients as of `adapt_and_score`; with adapt="all" they come from autograd
-        through plain PyTorch, one task after the other, far slower than those of `adapt_and_score` and `meta_step`.
+        support entry's item has become. Gradients as of `adapt_and_score`.
 
     Raises:
         IndexError: An item id lies outside the table.
@@ -96,7 +95,7 @@ def adapt(
     )  # fmt: skip
     support = check_entries("support", support, item_bias, (loss,))
     check_differentiation(model, loop, TaskBatch(support))
-    run = _ops.adapt if _ops.can_adapt(model, support, loop) else reference.adapt
+    run = _ops.adapt if _library.loaded_for(item_table) else reference.adapt
     return run(model, support, loop)
 
 

@@ -77,6 +77,35 @@ def test_adapted_rows_are_those_of_the_reference():
         assert relative_error(one, other) < 1e-12
 
 
+@pytest.mark.parametrize("loss", ["squared", "logistic"])
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("dim", [7, 16])
+def test_gradients_of_adapted_rows_equal_the_reference(first_order, loss, dim):
+    draw = Draw(11)
+    leaves, model, batch, loop = tracked(
+        draw.model(FEW, dim),
+        draw.batch(num_items=FEW, weights=True),
+        loop_of(draw, 3, first_order=first_order, loss=loss),
+    )
+    results = []
+    for run in (_ops.adapt, reference.adapt):
+        fast = run(model, batch.support, loop)
+        rows, biases = fast.items
+        value = rows.sin().sum() + (biases * rows[:, 0]).sum() + fast.user.square().sum() + fast.bias.square().sum()
+        results.append(torch.autograd.grad(value, list(leaves.values()), materialize_grads=True, allow_unused=True))
+    for name, actual, expected in zip(leaves, *results, strict=True):
+        assert relative_error(actual, expected) < 1e-10, name
+
+
+def test_adapted_rows_cannot_be_differentiated_twice():
+    draw = Draw(12)
+    leaves, model, batch, loop = tracked(draw.model(FEW), draw.batch(num_items=FEW), loop_of(draw, 2))
+    value = _ops.adapt(model, batch.support, loop).items.rows.square().sum()
+    (gradient,) = torch.autograd.grad(value, leaves["item_table"], create_graph=True)
+    with pytest.raises(RuntimeError, match="^adapt cannot be differentiated twice"):
+        gradient.sum().backward()
+
+
 def test_gradcheck_in_double_precision():
     draw = Draw(8)
     leaves, model, batch, loop = tracked(
@@ -84,6 +113,9 @@ def test_gradcheck_in_double_precision():
     )
     assert torch.autograd.gradcheck(
         lambda *values: _ops.meta_step(model, batch, loop, {"squared": 1.0}, None).loss, tuple(leaves.values())
+    )
+    assert torch.autograd.gradcheck(
+        lambda *values: tuple(_ops.adapt(model, batch.support, loop).items), tuple(leaves.values())
     )
 
 
@@ -93,8 +125,7 @@ def test_opcheck_finds_nothing_and_it_compiles_into_one_graph():
     outer = (1.0, 0.0, 0.0, 0.0, 0.0)
     arguments = (*_ops._inputs(model, batch.support), *_ops._query(batch), *_ops._loop(loop), *outer, None, 127)
     opcheck(torch.ops.metarec_fast.meta_step, arguments)
-    alone = (*_ops._inputs(draw.model(FEW), batch.support), *_ops._loop(loop_of(draw, 3)))
-    opcheck(torch.ops.metarec_fast.adapt_all, [each.detach() if torch.is_tensor(each) else each for each in alone])
+    opcheck(torch.ops.metarec_fast.adapt_all, (*_ops._inputs(model, batch.support), *_ops._loop(loop)))
 
     def loss(table):
         return F.meta_step(model.user_init, table, model.item_bias, batch, adapt="all", inner_steps=3).loss

@@ -1,6 +1,7 @@
 // What every task becomes where its items adapt too: user vectors and biases, and the row and bias
 // of each support entry's item.
-#include "full_form.h"
+#include "gradients.h"
+#include "sum_rows.h"
 
 namespace metarec_fast::cpu {
 namespace {
@@ -58,8 +59,83 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapt_all_cpu(
   return {user, bias, rows, biases};
 }
 
+GradientTuple adapt_all_backward_cpu(
+    const Tensor& grad_user_in, const Tensor& grad_bias_in, const Tensor& grad_rows_in,
+    const Tensor& grad_biases_in, const Tensor& user_init, const Tensor& user_bias_init,
+    const Tensor& item_table, const Tensor& item_bias, const Tensor& offset,
+    const Tensor& support_items, const Tensor& support_targets, const Tensor& support_offsets,
+    const OptionalTensor& support_weights, const OptionalTensor& support_negatives,
+    const OptionalTensor& support_log_q, const Tensor& inner_lr,
+    const OptionalTensor& preconditioner, const OptionalTensor& prior_pull,
+    const OptionalTensor& momentum, double extra_count, int64_t inner_steps,
+    const std::string& loss, bool first_order, const std::string& form, const std::string& adapt,
+    int64_t wanted_bits) {
+  const Inputs inputs(user_init, user_bias_init, item_table, item_bias, offset, support_items,
+                      support_targets, support_offsets, support_weights, support_negatives,
+                      support_log_q);
+  const LoopArguments loop(inputs, inner_lr, preconditioner, prior_pull, momentum, extra_count,
+                           inner_steps, loss, first_order, form, adapt);
+  STD_TORCH_CHECK(loop.adapts_items, "adapt: expected all, got '", adapt, "'");
+  const int64_t T = inputs.T(), D = inputs.D(), entries = inputs.support.size();
+  const Tensor grad_user = as_contiguous(grad_user_in), grad_bias = as_contiguous(grad_bias_in),
+               grad_rows = as_contiguous(grad_rows_in), grad_biases = as_contiguous(grad_biases_in);
+  const auto check = [&](const char* name, const Tensor& tensor, int64_t numel) {
+    check_tensor(name, tensor, inputs.dtype(), item_table);
+    STD_TORCH_CHECK(tensor.numel() == numel, name, ": expected ", numel, " numbers, got ",
+                    tensor.numel());
+  };
+  check("grad_user", grad_user, T * D);
+  check("grad_bias", grad_bias, T);
+  check("grad_rows", grad_rows, entries * D);
+  check("grad_biases", grad_biases, entries);
+  const RaggedItems nothing = inputs.support.without_entries();
+
+  GradientTuple result;
+  dispatch_floating(inputs.dtype(), "adapt_all_backward", [&](auto zero) {
+    using scalar_t = decltype(zero);
+    const TaskReader<scalar_t> reader(inputs, loop);
+    const Layout<scalar_t>& layout = reader.layout;
+    const scalar_t* from_user = grad_user.const_data_ptr<scalar_t>();
+    const scalar_t* from_bias = grad_bias.const_data_ptr<scalar_t>();
+    const scalar_t* from_rows = grad_rows.const_data_ptr<scalar_t>();
+    const scalar_t* from_biases = grad_biases.const_data_ptr<scalar_t>();
+    const TaskBlocks blocks(T, reader.support.offsets, nullptr, reader.entry_cost());
+    Gradients<scalar_t> gradients(inputs, loop, Wanted{wanted_bits}, nothing, blocks.size());
+    blocks.run<Worker<scalar_t, ItemIndex>>(
+        [&](int64_t block, int64_t t, int64_t last, auto& worker) {
+          auto& [arena, ahead, index] = worker;
+          const Task<scalar_t> task = reader.next(t, last, nullptr, arena, ahead);
+          const int64_t begin = reader.support.begin(t);
+          index.assign(reader.support.items + begin, task.size);
+          FullPath<scalar_t> path = adapt_full(task, index, arena);
+
+          FullGradients<scalar_t> grads = gradients.of_full_task(block, path.items, begin, arena);
+          pack(from_user + t * D, from_bias[t], layout, grads.fast);
+          for (int64_t e = 0; e < task.size; ++e) {  // every entry has what its item has become
+            const int64_t i = index.place[e];
+            add(from_rows + (begin + e) * D, D, grads.rows + i * layout.width);
+            grads.biases[i] += from_biases[begin + e];
+          }
+          for (int64_t k = reader.loop.steps - 1; k >= 0; --k)
+            undo_full(task, index, k, arena, path, grads);
+          gradients.add_moves(block, task, grads, index, begin);
+        });
+    gradients.finish();
+    result = gradients.tuple();
+    if (Wanted{wanted_bits}.items()) {
+      const Tensor ids = row_ids(inputs.support, nothing, gradients.places);
+      result = gradients.with_items(sum_rows(ids, gradients.item_rows, inputs.N()),
+                                    sum_rows(ids, gradients.item_bias_rows, inputs.N()));
+    }
+  });
+  return result;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(metarec_fast, CPU, m) { m.impl("adapt_all", TORCH_BOX(&adapt_all_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(metarec_fast, CPU, m) {
+  m.impl("adapt_all", TORCH_BOX(&adapt_all_cpu));
+  m.impl("adapt_all_backward", TORCH_BOX(&adapt_all_backward_cpu));
+}
 
 }  // namespace metarec_fast::cpu
