@@ -13,7 +13,7 @@
 
 namespace metarec_fast {
 
-enum class Form { kAuto, kGram, kDirect, kNormal };
+enum class Form { kAuto, kGram, kDirect, kNormal, kPlain };  // kPlain: kDirect of a plain loop
 
 constexpr int64_t kExact = -1;  // for `steps`: the limit of many steps, in closed form
 

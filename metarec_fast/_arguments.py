@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from metarec_fast.tasks import Entries, TaskBatch
+from metarec_fast.tasks import Entries, TaskBatch, check_not_negative
 
 Number = float | Tensor
 
@@ -250,8 +250,8 @@ def check_task_weights(task_weights: Tensor | None, like: Tensor, num_tasks: int
     if task_weights is None:
         return None
     weights = _tensor("task_weights", task_weights, like, ((num_tasks,),), "[T]")
-    if not torch.compiler.is_compiling() and not bool(((weights >= 0) & weights.isfinite()).all()):
-        raise ValueError("task_weights: must be finite and ≥ 0")
+    if not torch.compiler.is_compiling():
+        check_not_negative("task_weights", weights)
     return weights
 
 

@@ -41,7 +41,6 @@ def places(loop_start: int) -> dict[str, int]:
     return {**user_side, **{name: loop_start + i for i, name in enumerate(loop)}, "support_weights": SUPPORT_WEIGHTS}
 
 
-_ADAPTED_ALL = ("user", "bias", "rows", "biases")  # what adapt_all returns
 ADAPT, ADAPT_AND_SCORE, META_STEP = places(INPUTS), places(INPUTS + QUERY), places(INPUTS + JUDGED_QUERY)
 
 
@@ -79,8 +78,10 @@ def _fake_adapt_all(*args: Any) -> tuple[Tensor, ...]:
     return *_adapted(args), rows, biases
 
 
-def _fake_adapt_all_backward(*args: Any) -> list[Tensor]:
-    return _gradients(args[len(_ADAPTED_ALL) :], ADAPT, args[-1])
+def _fake_adapt_all_backward(
+    grad_user: Tensor, grad_bias: Tensor, grad_rows: Tensor, grad_biases: Tensor, *args: Any
+) -> list[Tensor]:
+    return _gradients(args, ADAPT, args[-1])
 
 
 def _fake_meta_step(*args: Any) -> list[Tensor]:

@@ -333,5 +333,11 @@ def _check_batch(batch: TaskBatch) -> None:
     for name, value in (("users", batch.users), ("weights", batch.weights)):
         if value is not None and tuple(value.shape) != (tasks,):
             raise ValueError(f"{name}: expected shape [{tasks}], one per task, got {tuple(value.shape)}")
-    if batch.weights is not None and not bool(((batch.weights >= 0) & batch.weights.isfinite()).all()):
-        raise ValueError("weights: must be finite and ≥ 0")
+    if batch.weights is not None:
+        check_not_negative("weights", batch.weights)
+
+
+def check_not_negative(name: str, values: Tensor) -> None:
+    """Raises unless all are finite and ≥ 0."""
+    if not bool(((values >= 0) & values.isfinite()).all()):
+        raise ValueError(f"{name}: must be finite and ≥ 0")

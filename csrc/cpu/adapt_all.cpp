@@ -1,7 +1,6 @@
 // What every task becomes where its items adapt too: user vectors and biases, and the row and bias
 // of each support entry's item.
 #include "gradients.h"
-#include "sum_rows.h"
 
 namespace metarec_fast::cpu {
 namespace {
@@ -89,6 +88,7 @@ GradientTuple adapt_all_backward_cpu(
   check("grad_rows", grad_rows, entries * D);
   check("grad_biases", grad_biases, entries);
   const RaggedItems nothing = inputs.support.without_entries();
+  const Wanted wanted{wanted_bits};
 
   GradientTuple result;
   dispatch_floating(inputs.dtype(), "adapt_all_backward", [&](auto zero) {
@@ -100,7 +100,7 @@ GradientTuple adapt_all_backward_cpu(
     const scalar_t* from_rows = grad_rows.const_data_ptr<scalar_t>();
     const scalar_t* from_biases = grad_biases.const_data_ptr<scalar_t>();
     const TaskBlocks blocks(T, reader.support.offsets, nullptr, reader.entry_cost());
-    Gradients<scalar_t> gradients(inputs, loop, Wanted{wanted_bits}, nothing, blocks.size());
+    Gradients<scalar_t> gradients(inputs, loop, wanted, nothing, blocks.size());
     blocks.run<Worker<scalar_t, ItemIndex>>(
         [&](int64_t block, int64_t t, int64_t last, auto& worker) {
           auto& [arena, ahead, index] = worker;
@@ -121,12 +121,7 @@ GradientTuple adapt_all_backward_cpu(
           gradients.add_moves(block, task, grads, index, begin);
         });
     gradients.finish();
-    result = gradients.tuple();
-    if (Wanted{wanted_bits}.items()) {
-      const Tensor ids = row_ids(inputs.support, nothing, gradients.places);
-      result = gradients.with_items(sum_rows(ids, gradients.item_rows, inputs.N()),
-                                    sum_rows(ids, gradients.item_bias_rows, inputs.N()));
-    }
+    result = gradients.dense_tuple(inputs, nothing, wanted);
   });
   return result;
 }

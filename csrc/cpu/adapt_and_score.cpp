@@ -1,7 +1,6 @@
 // φ_K of every task from its support set, the scores of its query items, and the way back.
 #include "gradients.h"
 #include "inner_solver.h"
-#include "sum_rows.h"
 
 namespace metarec_fast::cpu {
 namespace {
@@ -194,12 +193,7 @@ GradientTuple adapt_and_score_backward_cpu(
     else
       blocks.run<Worker<scalar_t, InnerSolver<scalar_t>>>(undo_users);
     gradients.finish();
-    result = gradients.tuple();
-    if (wanted.items()) {
-      const Tensor ids = row_ids(inputs.support, query, gradients.places);
-      result = gradients.with_items(sum_rows(ids, gradients.item_rows, inputs.N()),
-                                    sum_rows(ids, gradients.item_bias_rows, inputs.N()));
-    }
+    result = gradients.dense_tuple(inputs, query, wanted);
   });
   return result;
 }

@@ -6,6 +6,7 @@
 
 #include "full_form.h"
 #include "result_memory.h"
+#include "sum_rows.h"
 #include "task_reader.h"
 
 namespace metarec_fast::cpu {
@@ -220,9 +221,12 @@ class Gradients {
 
   GradientTuple tuple() const { return with_items(item_rows, item_bias_rows); }
 
-  GradientTuple with_items(const Tensor& table, const Tensor& bias) const {
-    return {user_init, user_bias_init, table,      bias,     offset,
-            inner_lr,  preconditioner, prior_pull, momentum, support_weights};
+  // The same with the items' gradients, if wanted, as whole tables: [N, D] and [N].
+  GradientTuple dense_tuple(const Inputs& inputs, const RaggedItems& query, Wanted wanted) const {
+    if (!wanted.items()) return tuple();
+    const Tensor ids = row_ids(inputs.support, query, places);
+    return with_items(sum_rows(ids, item_rows, inputs.N()),
+                      sum_rows(ids, item_bias_rows, inputs.N()));
   }
 
   Tensor user_init, user_bias_init, item_rows, item_bias_rows, offset, inner_lr, preconditioner,
@@ -230,6 +234,11 @@ class Gradients {
   const ItemRows places;
 
  private:
+  GradientTuple with_items(const Tensor& table, const Tensor& bias) const {
+    return {user_init, user_bias_init, table,      bias,     offset,
+            inner_lr,  preconditioner, prior_pull, momentum, support_weights};
+  }
+
   static scalar_t* data(Tensor& tensor) {
     return tensor.numel() == 0 ? nullptr : tensor.mutable_data_ptr<scalar_t>();
   }

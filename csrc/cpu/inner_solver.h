@@ -62,17 +62,17 @@ class InnerSolver {
       gram_forward(task, arena, gram_, fast);
       return fast;
     }
-    plain_ = form_ == Form::kDirect && is_plain(task.loop);
-    if (plain_) {
-      plain_forward(task, arena, plain_path_);
-      return plain_path_.fast + task.loop.steps * task.layout.stride;
+    if (form_ == Form::kDirect && is_plain(task.loop)) form_ = Form::kPlain;
+    if (form_ == Form::kPlain) {
+      plain_forward(task, arena, plain_);
+      return plain_.fast + task.loop.steps * task.layout.stride;
     }
     step_forward(task, arena, form_ == Form::kNormal, steps_);
     return steps_.fast + task.loop.steps * task.layout.stride;
   }
 
   // φ_0 … φ_K [K + 1, layout.stride], if they were kept.
-  const scalar_t* path() const { return plain_ ? plain_path_.fast : steps_.fast; }
+  const scalar_t* path() const { return form_ == Form::kPlain ? plain_.fast : steps_.fast; }
 
   // From φ̄_K, or from φ̄_0 … φ̄_K where `whole_path`, to everything the task began with.
   void adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena, const scalar_t* grad_fast,
@@ -86,8 +86,8 @@ class InnerSolver {
       exact_adjoint(task, arena, exact_, grad_fast, grads);
     } else if (form_ == Form::kGram) {
       gram_adjoint(task, arena, gram_, grad_fast, grads);
-    } else if (plain_) {
-      plain_adjoint(task, arena, plain_path_, grad_fast, whole_path, grads);
+    } else if (form_ == Form::kPlain) {
+      plain_adjoint(task, arena, plain_, grad_fast, whole_path, grads);
     } else {
       step_adjoint(task, arena, steps_, grad_fast, whole_path, grads);
     }
@@ -97,15 +97,14 @@ class InnerSolver {
   // The path of a task without support: its start, again and again.
   void stay(const Task<scalar_t>& task, Arena<scalar_t>& arena) {
     const int64_t stride = task.layout.stride, count = task.loop.steps + 1;
-    plain_ = false;
+    form_ = Form::kDirect;
     steps_.fast = arena.take(count * stride);
     for (int64_t k = 0; k < count; ++k)
       std::copy(task.start, task.start + stride, steps_.fast + k * stride);
   }
 
   Form form_ = Form::kAuto;
-  bool plain_ = false;
-  PlainPath<scalar_t> plain_path_{};
+  PlainPath<scalar_t> plain_{};
   GramPath<scalar_t> gram_{};
   StepPath<scalar_t> steps_{};
   ExactPath<scalar_t> exact_{};

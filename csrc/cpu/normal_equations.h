@@ -23,8 +23,8 @@ ALWAYS_INLINE void normal_equations(const Task<scalar_t>& task, Arena<scalar_t>&
   for (int64_t r = R; r < padded<scalar_t>(R); ++r) residuals[r] = 0;
   combine<scalar_t>(residuals, rows, nullptr, vector);
   multiply<scalar_t>({weighted, 1, width}, width, rows, R, width, matrix, stride);
-  combine<scalar_t>(task.weights, rows, nullptr,
-                    column);  // the column of the bias, before its own factor
+  // The column of the bias, before its own factor.
+  combine<scalar_t>(task.weights, rows, nullptr, column);
   for (int64_t d = 0; d < width; ++d) {
     store(matrix + d * stride + width) = Vector<scalar_t>{};
     matrix[d * stride + width] = rows.bias * column[d];

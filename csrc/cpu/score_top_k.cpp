@@ -90,7 +90,7 @@ template <int64_t kUsers, typename scalar_t>
 void score_items(const scalar_t* users, const ItemTable<scalar_t>& table, const scalar_t* bias,
                  int64_t width, int64_t first, int64_t last, scalar_t* copies, scalar_t* scores,
                  int64_t stride) {
-  constexpr int64_t kItems = 4, kLane = kLanes<scalar_t>, kAheadBytes = 8192;
+  constexpr int64_t kItems = kRowsAtOnce, kLane = kLanes<scalar_t>, kAheadBytes = 8192;
   for (int64_t item = first; item < last; item += kItems) {
     const scalar_t* rows[kItems];
     Quad<scalar_t> biases;
@@ -195,7 +195,7 @@ std::tuple<Tensor, Tensor> score_top_k_cpu(const Tensor& user_in, const Tensor& 
       arena.reset();
       scalar_t* scores = arena.take(kUsersPerGroup * kChunk);
       scalar_t* padded_users = arena.take(kUsersPerGroup * width);
-      scalar_t* copies = fills_registers ? nullptr : arena.take(4 * width);
+      scalar_t* copies = fills_registers ? nullptr : arena.take(kRowsAtOnce * width);
       for (int64_t meeting = begin; meeting < end; ++meeting) {
         const int64_t group = meeting / ranges, range = meeting % ranges;
         const int64_t first_user = group * kUsersPerGroup,

@@ -326,8 +326,8 @@ ALWAYS_INLINE scalar_t dot(const scalar_t* a, const scalar_t* b, int64_t width) 
   return sum_lanes<scalar_t>(sum);
 }
 
-// Calls sink(j, left · row_j … ) with a register of products for j = 0, kLanes, … < count; what
-// lies beyond the last row is garbage.
+// Calls sink(j, products) for every register of products left · row_j, left · row_{j+1}, …; what
+// lies beyond the last row is its product again, or zero.
 template <typename scalar_t, typename Sink>
 ALWAYS_INLINE void each_dots(const scalar_t* left, const Rows<scalar_t>& rows, const Sink& sink) {
   constexpr int64_t kLane = kLanes<scalar_t>;
