@@ -77,14 +77,15 @@ struct Inputs {
   Tensor item_bias;       // [N]
   Tensor offset;          // scalar
   RaggedItems support;
-  Tensor targets;          // [n]
-  OptionalTensor weights;  // [n]
+  Tensor targets;           // [n]
+  OptionalTensor weights;   // [n]
+  int64_t largest_support;  // no task has more entries
 
   Inputs(const Tensor& user_init_in, const Tensor& user_bias_init_in, const Tensor& item_table_in,
          const Tensor& item_bias_in, const Tensor& offset_in, const Tensor& support_items,
          const Tensor& support_targets, const Tensor& support_offsets,
          const OptionalTensor& support_weights, const OptionalTensor& support_negatives,
-         const OptionalTensor& support_log_q)
+         const OptionalTensor& support_log_q, int64_t largest_support_in)
       : user_init(as_contiguous(user_init_in)),
         user_bias_init(as_contiguous(user_bias_init_in)),
         item_table(as_contiguous(item_table_in)),
@@ -92,7 +93,8 @@ struct Inputs {
         offset(as_contiguous(offset_in)),
         support("support", support_items, support_offsets, item_table_in, support_negatives,
                 support_log_q),
-        targets(as_contiguous(support_targets)) {
+        targets(as_contiguous(support_targets)),
+        largest_support(largest_support_in) {
     if (support_weights) weights = as_contiguous(*support_weights);
     STD_TORCH_CHECK(item_table.dim() == 2, "item_table: expected shape [N, D]");
     const ScalarType dtype = this->dtype();

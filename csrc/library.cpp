@@ -4,13 +4,20 @@
 
 #include "tensor.h"
 
+#ifdef METAREC_SIMULATED
+#define METAREC_NAMESPACE metarec_fast_simulated
+#else
+#define METAREC_NAMESPACE metarec_fast
+#endif
+
 namespace {
 
-// What a user starts from, and the ratings to adapt on.
+// What a user starts from, and the ratings to adapt on: at most `largest_support` of a task.
 const std::string kInputs =
     "Tensor user_init, Tensor user_bias_init, Tensor item_table, Tensor item_bias, Tensor offset, "
     "Tensor support_items, Tensor support_targets, Tensor support_offsets, "
-    "Tensor? support_weights, Tensor? support_negatives, Tensor? support_log_q, ";
+    "Tensor? support_weights, Tensor? support_negatives, Tensor? support_log_q, int "
+    "largest_support, ";
 
 const std::string kLoop =
     "Tensor inner_lr, Tensor? preconditioner, Tensor? prior_pull, Tensor? momentum, "
@@ -24,7 +31,7 @@ const std::string kGradients =
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(metarec_fast, m) {
+STABLE_TORCH_LIBRARY(METAREC_NAMESPACE, m) {
   m.def(("adapt(" + kInputs + kLoop + ") -> (Tensor, Tensor)").c_str());
   m.def(("adapt_and_score(" + kInputs + "Tensor query_items, Tensor query_offsets, " + kLoop +
          ") -> (Tensor, Tensor, Tensor)")

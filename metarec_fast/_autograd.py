@@ -28,7 +28,7 @@ WANT = {
 }
 """In the order in which the operators return gradients."""
 
-ITEM_TABLE, ITEM_BIAS, SUPPORT_ITEMS, SUPPORT_OFFSETS, SUPPORT_WEIGHTS, SUPPORT_NEGATIVES, INPUTS = 2, 3, 5, 7, 8, 9, 11
+ITEM_TABLE, ITEM_BIAS, SUPPORT_ITEMS, SUPPORT_OFFSETS, SUPPORT_WEIGHTS, SUPPORT_NEGATIVES, INPUTS = 2, 3, 5, 7, 8, 9, 12
 QUERY = 2  # query_items, query_offsets of adapt_and_score
 JUDGED_QUERY, QUERY_NEGATIVES = 7, 4  # query_items … task_weights of meta_step, and where negatives are among them
 FIRST_ORDER, ADAPT_WHAT = 7, 9  # among the inner loop's arguments
@@ -225,13 +225,24 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "sparse_sgd": _fake_update,
     "use_huge_pages": _fake_update,
 }
-for _name, _fake in _FAKES.items():
-    register_fake(f"metarec_fast::{_name}", _fake)
-register_autograd("metarec_fast::adapt", _adapt_backward, setup_context=_save)
-register_autograd("metarec_fast::adapt_and_score", _adapt_and_score_backward, setup_context=_save)
-register_autograd("metarec_fast::adapt_and_score_backward", _refuse("adapt_and_score cannot be differentiated twice"))
-register_autograd("metarec_fast::adapt_all", _adapt_all_backward, setup_context=_save)
-register_autograd("metarec_fast::adapt_all_backward", _refuse("adapt cannot be differentiated twice"))
-register_autograd("metarec_fast::meta_step", _meta_step_backward, setup_context=_meta_step_setup)
-for _name in ("reptile_step", "score_top_k", "coalesce_rows", "sum_rows"):
-    register_autograd(f"metarec_fast::{_name}", _refuse(f"{_name} has no gradient of its own"))
+
+
+def register(namespace: str) -> None:
+    """Gives the operators of a namespace their fake kernels and gradients."""
+    for name, fake in _FAKES.items():
+        register_fake(f"{namespace}::{name}", fake)
+    gradients: dict[str, tuple[Callable[..., Any], Callable[..., None] | None]] = {
+        "adapt": (_adapt_backward, _save),
+        "adapt_and_score": (_adapt_and_score_backward, _save),
+        "adapt_and_score_backward": (_refuse("adapt_and_score cannot be differentiated twice"), None),
+        "adapt_all": (_adapt_all_backward, _save),
+        "adapt_all_backward": (_refuse("adapt cannot be differentiated twice"), None),
+        "meta_step": (_meta_step_backward, _meta_step_setup),
+    }
+    for name in ("reptile_step", "score_top_k", "coalesce_rows", "sum_rows"):
+        gradients[name] = _refuse(f"{name} has no gradient of its own"), None
+    for name, (backward, setup) in gradients.items():
+        register_autograd(f"{namespace}::{name}", backward, setup_context=setup)
+
+
+register("metarec_fast")

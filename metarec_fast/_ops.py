@@ -92,11 +92,12 @@ def coalesce_rows(gradient: SparseRows) -> SparseRows:
     return SparseRows(*ops.coalesce_rows(gradient.ids, gradient.rows))
 
 
-def _inputs(model: Model, support: Entries) -> tuple[Tensor | None, ...]:
+def _inputs(model: Model, support: Entries) -> tuple[Any, ...]:
     targets = model.item_bias.new_zeros(len(support)) if support.targets is None else support.targets
     return (
         model.user_init, model.user_bias_init, model.item_table, model.item_bias, model.offset,
         support.items, targets, support.offsets, support.weights, support.negative_rows, support.log_q,
+        support.size_bound,
     )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ class Entries:
     negatives: Tensor | None  # [n] or [n, M]
     log_q: Tensor | None  # [n, 1 + M]
     max_size: int  # entries of the largest task
+    size_bound: int  # at least max_size, of few different values, so that what is compiled for it serves most batches
     max_item: int  # at least the largest id, negatives included; −1 where there is none
 
     def __init__(
@@ -47,7 +48,7 @@ class Entries:
         log_q: Tensor | None = None,
     ) -> None:
         self._set(items, targets, offsets, weights, negatives, log_q)
-        self.max_size, self.max_item = _check_entries(self)
+        self._bound(*_check_entries(self))
 
     def _set(
         self,
@@ -60,6 +61,10 @@ class Entries:
     ) -> None:
         self.items, self.targets, self.offsets = items, targets, offsets
         self.weights, self.negatives, self.log_q = weights, negatives, log_q
+
+    def _bound(self, max_size: int, max_item: int) -> None:
+        self.max_size, self.max_item = max_size, max_item
+        self.size_bound = max(8, 1 << (max_size - 1).bit_length())  # a power of two
 
     @classmethod
     def unchecked(
@@ -77,7 +82,7 @@ class Entries:
         """The same for a caller that guarantees what the constructor checks, as a sampler does."""
         entries = cls.__new__(cls)
         entries._set(items, targets, offsets, weights, negatives, log_q)
-        entries.max_size, entries.max_item = max_size, max_item
+        entries._bound(max_size, max_item)
         return entries
 
     @property

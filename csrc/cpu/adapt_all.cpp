@@ -10,13 +10,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapt_all_cpu(
     const Tensor& item_bias, const Tensor& offset, const Tensor& support_items,
     const Tensor& support_targets, const Tensor& support_offsets,
     const OptionalTensor& support_weights, const OptionalTensor& support_negatives,
-    const OptionalTensor& support_log_q, const Tensor& inner_lr,
+    const OptionalTensor& support_log_q, int64_t largest_support, const Tensor& inner_lr,
     const OptionalTensor& preconditioner, const OptionalTensor& prior_pull,
     const OptionalTensor& momentum, double extra_count, int64_t inner_steps,
     const std::string& loss, bool first_order, const std::string& form, const std::string& adapt) {
   const Inputs inputs(user_init, user_bias_init, item_table, item_bias, offset, support_items,
                       support_targets, support_offsets, support_weights, support_negatives,
-                      support_log_q);
+                      support_log_q, largest_support);
   const LoopArguments loop(inputs, inner_lr, preconditioner, prior_pull, momentum, extra_count,
                            inner_steps, loss, first_order, form, adapt);
   STD_TORCH_CHECK(loop.adapts_items, "adapt: expected all, got '", adapt, "'");
@@ -64,14 +64,14 @@ GradientTuple adapt_all_backward_cpu(
     const Tensor& item_table, const Tensor& item_bias, const Tensor& offset,
     const Tensor& support_items, const Tensor& support_targets, const Tensor& support_offsets,
     const OptionalTensor& support_weights, const OptionalTensor& support_negatives,
-    const OptionalTensor& support_log_q, const Tensor& inner_lr,
+    const OptionalTensor& support_log_q, int64_t largest_support, const Tensor& inner_lr,
     const OptionalTensor& preconditioner, const OptionalTensor& prior_pull,
     const OptionalTensor& momentum, double extra_count, int64_t inner_steps,
     const std::string& loss, bool first_order, const std::string& form, const std::string& adapt,
     int64_t wanted_bits) {
   const Inputs inputs(user_init, user_bias_init, item_table, item_bias, offset, support_items,
                       support_targets, support_offsets, support_weights, support_negatives,
-                      support_log_q);
+                      support_log_q, largest_support);
   const LoopArguments loop(inputs, inner_lr, preconditioner, prior_pull, momentum, extra_count,
                            inner_steps, loss, first_order, form, adapt);
   STD_TORCH_CHECK(loop.adapts_items, "adapt: expected all, got '", adapt, "'");

@@ -143,9 +143,9 @@ MetaStepTuple meta_step_cpu(const Tensor& user_init, const Tensor& user_bias_ini
                             const Tensor& support_items, const Tensor& support_targets,
                             const Tensor& support_offsets, const OptionalTensor& support_weights,
                             const OptionalTensor& support_negatives,
-                            const OptionalTensor& support_log_q, const Tensor& query_items,
-                            const OptionalTensor& query_targets_in, const Tensor& query_offsets,
-                            const OptionalTensor& query_weights_in,
+                            const OptionalTensor& support_log_q, int64_t largest_support,
+                            const Tensor& query_items, const OptionalTensor& query_targets_in,
+                            const Tensor& query_offsets, const OptionalTensor& query_weights_in,
                             const OptionalTensor& query_negatives,
                             const OptionalTensor& query_log_q,
                             const OptionalTensor& task_weights_in, const Tensor& inner_lr,
@@ -157,7 +157,7 @@ MetaStepTuple meta_step_cpu(const Tensor& user_init, const Tensor& user_bias_ini
                             const OptionalTensor& step_weights_in, int64_t wanted_bits) {
   const Inputs inputs(user_init, user_bias_init, item_table, item_bias, offset, support_items,
                       support_targets, support_offsets, support_weights, support_negatives,
-                      support_log_q);
+                      support_log_q, largest_support);
   const LoopArguments loop(inputs, inner_lr, preconditioner, prior_pull, momentum, extra_count,
                            inner_steps, loss_name, first_order, form, adapt);
   const RaggedItems query("query", query_items, query_offsets, item_table, query_negatives,

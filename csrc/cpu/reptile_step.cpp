@@ -66,14 +66,15 @@ Result reptile_step_cpu(const Tensor& user_init, const Tensor& user_bias_init,
                         const Tensor& support_items, const Tensor& support_targets,
                         const Tensor& support_offsets, const OptionalTensor& support_weights,
                         const OptionalTensor& support_negatives,
-                        const OptionalTensor& support_log_q, const OptionalTensor& task_weights_in,
-                        const Tensor& inner_lr, const OptionalTensor& preconditioner,
-                        const OptionalTensor& prior_pull, const OptionalTensor& momentum,
-                        double extra_count, int64_t inner_steps, const std::string& loss_name,
-                        bool first_order, const std::string& form, const std::string& adapt) {
+                        const OptionalTensor& support_log_q, int64_t largest_support,
+                        const OptionalTensor& task_weights_in, const Tensor& inner_lr,
+                        const OptionalTensor& preconditioner, const OptionalTensor& prior_pull,
+                        const OptionalTensor& momentum, double extra_count, int64_t inner_steps,
+                        const std::string& loss_name, bool first_order, const std::string& form,
+                        const std::string& adapt) {
   const Inputs inputs(user_init, user_bias_init, item_table, item_bias, offset, support_items,
                       support_targets, support_offsets, support_weights, support_negatives,
-                      support_log_q);
+                      support_log_q, largest_support);
   const LoopArguments loop(inputs, inner_lr, preconditioner, prior_pull, momentum, extra_count,
                            inner_steps, loss_name, first_order, form, adapt);
   STD_TORCH_CHECK(loop.loss == Loss::kSquared || loop.loss == Loss::kLogistic,

@@ -1,0 +1,73 @@
+// CUDA as the kernels write it: nvcc's, or that of the simulator in which the tests run the same
+// sources without a GPU (tests/simulator).
+#pragma once
+
+#ifdef METAREC_SIMULATED
+#include "cuda_simulator.h"
+#else
+#include <cuda_pipeline_primitives.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#define CUDA_SHARED(T, name, count) __shared__ __align__(16) T name[count]
+#define CUDA_DYNAMIC_SHARED(T, name)         \
+  extern __shared__ float4 name##_storage[]; \
+  T* const name = reinterpret_cast<T*>(name##_storage)
+
+namespace metarec_fast::cuda {
+
+// What is wrong, or nullptr.
+inline const char* message(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+constexpr size_t kSharedMemoryWithoutAsking = 48 << 10;
+
+template <typename... Parameters, typename... Arguments>
+const char* launch(const char*, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                   size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
+  if (shared_bytes > kSharedMemoryWithoutAsking)
+    if (const char* error = message(cudaFuncSetAttribute(
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes))))
+      return error;
+  kernel<<<grid, block, shared_bytes, stream> > >(arguments...);
+  return message(cudaGetLastError());
+}
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
+// How many blocks of a kernel run at once on the whole device.
+template <typename Kernel>
+int64_t resident_blocks(Kernel kernel, int threads, size_t shared_bytes) {
+  if (shared_bytes > kSharedMemoryWithoutAsking)
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         static_cast<int>(shared_bytes));
+  int blocks = 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes);
+  return int64_t{blocks > 0 ? blocks : 1} * device_attribute(cudaDevAttrMultiProcessorCount);
+}
+
+// Of one block, in bytes.
+inline int64_t shared_memory_limit() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+
+}  // namespace metarec_fast::cuda
+#endif
+
+namespace metarec_fast::cuda {
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+inline unsigned blocks_for(int64_t count, int64_t per_block) {
+  return static_cast<unsigned>((count + per_block - 1) / per_block);
+}
+
+}  // namespace metarec_fast::cuda
