@@ -1,4 +1,4 @@
-"""Fake kernels and gradients of the operators: what PyTorch's stable C++ ABI leaves to Python."""
+"""Fake kernels, gradients and autocast of the operators: what PyTorch's stable C++ ABI leaves to Python."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 
+from metarec_fast import _autocast
 from metarec_fast._known_gradients import Once
 
 ops = torch.ops.metarec_fast
@@ -228,7 +229,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
 
 
 def register(namespace: str) -> None:
-    """Gives the operators of a namespace their fake kernels and gradients."""
+    """Gives the operators of a namespace their fake kernels, gradients and what they do under autocast."""
     for name, fake in _FAKES.items():
         register_fake(f"{namespace}::{name}", fake)
     gradients: dict[str, tuple[Callable[..., Any], Callable[..., None] | None]] = {
@@ -243,6 +244,7 @@ def register(namespace: str) -> None:
         gradients[name] = _refuse(f"{name} has no gradient of its own"), None
     for name, (backward, setup) in gradients.items():
         register_autograd(f"{namespace}::{name}", backward, setup_context=setup)
+    _autocast.register(namespace, gradients)
 
 
 register("metarec_fast")

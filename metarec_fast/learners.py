@@ -99,7 +99,7 @@ class Learner(nn.Module):
         unique, local = batch.localize()
         rows, biases = self.model.lookup(unique)
         support = self.weigh(local.support, batch.support.items)
-        local = TaskBatch(support, local.query, local.users, local.weights)
+        local = local.with_entries(support, local.query)
         start, settings = self.model.user_init, self._settings(support)
         if torch.is_grad_enabled():
             result = functional.meta_step(start, rows, biases, local, outer_loss=self.outer_loss, **settings)
@@ -151,7 +151,7 @@ class Learner(nn.Module):
         """
         batch = self._prepare(batch, query="items")
         support = self.weigh(batch.support, batch.support.items)
-        batch = TaskBatch(support, batch.query, batch.users, batch.weights)
+        batch = batch.with_entries(support, batch.query)
         tables = self.model.tables()
         return functional.adapt_and_score(self.model.user_init, *tables, batch, **self._settings(support))
 
@@ -204,7 +204,7 @@ class Learner(nn.Module):
         """The outer loss, whose `backward` gives the item tables sparse gradients: a row per entry, uncoalesced."""
         model = self.model
         support = self.weigh(batch.support, batch.support.items)
-        batch = TaskBatch(support, batch.query, batch.users, batch.weights)
+        batch = batch.with_entries(support, batch.query)
         settings = self._settings(support)
         with torch.no_grad():
             table, item_bias = model.tables()
@@ -240,7 +240,7 @@ class Learner(nn.Module):
             batch = batch.to(item_bias.device, item_bias.dtype)
         if query != "targets" and self.model.loss in PAIRWISE and batch.support.negatives is None:
             support = draw_negatives(batch.support, self.model.num_items, self.num_negatives)
-            batch = TaskBatch(support, batch.query, batch.users, batch.weights)
+            batch = batch.with_entries(support, batch.query)
         inside, outside = (any(loss in PAIRWISE for loss in losses) for losses in ((self.model.loss,), self.outer_loss))
         if inside != outside:  # a sampler draws negatives for both parts, and one has no use for them
             batch = batch.with_negatives_of(support=inside, query=outside or query == "items")

@@ -206,8 +206,8 @@ def _task_batch(
     user_tensor = torch.from_numpy(users.copy())  # the order of the epoch is not the batch's to share
     support_entries, local_support = _entries(support)
     query_entries, local_query = (None, None) if query is None else _entries(query)
-    local = TaskBatch(local_support, local_query, user_tensor)
-    return TaskBatch(support_entries, query_entries, user_tensor, unique_items=torch.from_numpy(unique), local=local)
+    local = TaskBatch.unchecked(local_support, local_query, user_tensor)
+    return TaskBatch.unchecked(support_entries, query_entries, user_tensor, None, torch.from_numpy(unique), local)
 
 
 def _entries(sampled: SampledEntries) -> tuple[Entries, Entries]:
