@@ -95,7 +95,8 @@ class Learner(nn.Module):
         """
         batch = self._prepare(batch, query="targets")
         if torch.is_grad_enabled() and self._takes_rows():
-            return self._loss_with_rows(batch)
+            loss: Tensor = self._loss_with_rows(batch)
+            return loss
         unique, local = batch.localize()
         rows, biases = self.model.lookup(unique)
         support = self.weigh(local.support, batch.support.items)
@@ -200,6 +201,7 @@ class Learner(nn.Module):
         embeddings = model.item_embedding, model.item_bias
         return plain and self.adapted == "user" and all(map(_is_plain_and_sparse, embeddings))
 
+    @torch.compiler.disable(reason="a compiled graph gives no sparse gradients")  # type: ignore[untyped-decorator]
     def _loss_with_rows(self, batch: TaskBatch) -> Tensor:
         """The outer loss, whose `backward` gives the item tables sparse gradients: a row per entry, uncoalesced."""
         model = self.model

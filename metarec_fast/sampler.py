@@ -204,13 +204,13 @@ def _task_batch(
     users: NDArray[np.int64], unique: NDArray[np.int64], support: SampledEntries, query: SampledEntries | None
 ) -> TaskBatch:
     user_tensor = torch.from_numpy(users.copy())  # the order of the epoch is not the batch's to share
-    support_entries, local_support = _entries(support)
-    query_entries, local_query = (None, None) if query is None else _entries(query)
+    support_entries, local_support = _entries(support, len(unique))
+    query_entries, local_query = (None, None) if query is None else _entries(query, len(unique))
     local = TaskBatch.unchecked(local_support, local_query, user_tensor)
     return TaskBatch.unchecked(support_entries, query_entries, user_tensor, None, torch.from_numpy(unique), local)
 
 
-def _entries(sampled: SampledEntries) -> tuple[Entries, Entries]:
+def _entries(sampled: SampledEntries, num_unique: int) -> tuple[Entries, Entries]:
     """The entries with ids into the catalogue, and with ids into the distinct items; all else is shared."""
 
     def tensor(array: NDArray[Any] | None) -> Tensor | None:
@@ -224,7 +224,7 @@ def _entries(sampled: SampledEntries) -> tuple[Entries, Entries]:
         )
         for items, negatives, max_item in (
             (sampled.items, sampled.negatives, sampled.max_item),
-            (sampled.local_items, sampled.local_negatives, sampled.max_local_item),
+            (sampled.local_items, sampled.local_negatives, num_unique - 1),
         )
     )  # type: ignore[return-value]  # fmt: skip
 
