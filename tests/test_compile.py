@@ -9,9 +9,9 @@ from metarec_fast import MAML, DotRecommender, Interactions, MetaSGD, Reptile, T
 from metarec_fast import functional as F
 
 NUM_ITEMS = 400
-# The first batch is taken as it is; the second makes compilation forget its sizes. Beyond, only what decides something
-# is compiled for anew, and few numbers do: a power of two above the largest support, one task where there were more.
-MOST = 5
+# The first batch is compiled for its sizes, the second for any; then for a number that both had by chance, and once for
+# each power of two above the largest support, of which there are three here.
+MOST = 6
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +30,7 @@ def batches(device="cpu"):
     found = [batch.to(device) for batch in sampler]
     assert len(found) == 25
     assert len({batch.support.max_size for batch in found}) > 5
+    assert len({batch.support.size_bound for batch in found}) <= 3
     return found
 
 
