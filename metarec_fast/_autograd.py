@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import register_autograd, register_fake
 
 from metarec_fast import _autocast
-from metarec_fast._known_gradients import Once
+from metarec_fast._known_gradients import Once, is_known_one
 
 ops = torch.ops.metarec_fast
 
@@ -191,13 +191,18 @@ def _meta_step_backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[T
     gradients, inputs, ids = saved[:count], saved[count : 2 * count], saved[2 * count]
     num_rows = ctx.num_rows
     needed = [ctx.needs_input_grad[META_STEP[name]] for name in ("item_table", "item_bias")]
+    one = is_known_one(grad_loss)
 
     def scale(grad_loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        dense = [
-            ops.sum_rows(ids, rows, num_rows) if wanted else rows
-            for rows, wanted in zip(gradients[2:4], needed, strict=True)
-        ]
-        return tuple(gradient * grad_loss for gradient in (*gradients[:2], *dense, *gradients[4:]))
+        def dense(rows: Tensor, wanted: bool) -> Tensor:
+            if not wanted:
+                return rows
+            table: Tensor = ops.sum_rows(ids, rows, num_rows)
+            return table if one else table * grad_loss
+
+        tables = (dense(*each) for each in zip(gradients[2:4], needed, strict=True))
+        before, after = ([gradient * grad_loss for gradient in part] for part in (gradients[:2], gradients[4:]))
+        return *before, *tables, *after
 
     scaled = Once.apply("meta_step", scale, grad_loss, *inputs)
     return _at_places(ctx, scaled, META_STEP)

@@ -220,7 +220,8 @@ class TaskBatch:
     def localize(self) -> tuple[Tensor, TaskBatch]:
         """The distinct item ids [U] of the batch, ascending, and the batch with ids into them.
 
-        What a table of embeddings is asked for: look up the U rows once, and let every entry point at its row.
+        What a table of embeddings is asked for: look up the U rows once, and let every entry point at its row. Found
+        once, and kept when the batch moves; how many there are, a GPU has to be waited for.
         """
         if self._unique_items is None or self._local is None:
             self._unique_items, self._local = _localize(self)

@@ -315,6 +315,14 @@ def test_a_finished_run_that_is_resumed_is_finished(tmp_path):
     assert same.epochs == history.epochs
 
 
+def test_a_run_begun_on_a_gpu_can_be_resumed_without_one(tmp_path):
+    split = make_split()
+    fit(make_learner(), split, checkpoint=tmp_path, epochs=2)
+    state = torch.load(tmp_path / CHECKPOINT)
+    torch.save({**state, "random_cuda": [torch.zeros(16, dtype=torch.uint8)]}, tmp_path / CHECKPOINT)
+    assert len(fit(make_learner(seed=7), split, checkpoint=tmp_path, resume=True, epochs=2).epochs) == 3
+
+
 def test_resuming_where_there_is_no_checkpoint_starts_anew(tmp_path):
     learner = make_learner()
     history = fit(learner, make_split(), checkpoint=tmp_path / "new", resume=True, epochs=1)
