@@ -114,20 +114,20 @@ struct GradientTensors {
       result.add(place, count, folded, tensor.mutable_data_ptr<scalar_t>());
     };
     if (wanted.start()) {
-      if (user_init.dim() == 1) add(user_init, at.start, dim, false);
+      if (user_init.dim() == 1) add(user_init, at.start(), dim, false);
       if (user_bias_init.dim() == 0)
-        add(user_bias_init, at.start + static_cast<int>(width), 1, false);
-      add(offset, at.offset, 1, false);
+        add(user_bias_init, at.start() + static_cast<int>(width), 1, false);
+      add(offset, at.offset(), 1, false);
     }
-    if (wanted.inner_lr()) add(inner_lr, at.inner_lr, steps, inner_lr.dim() == 0);
-    if (momentum.numel() > 0) add(momentum, at.momentum, steps, momentum.dim() == 0);
-    if (prior_pull.numel() > 0 && prior_pull.dim() == 0) add(prior_pull, at.pull, 1, false);
+    if (wanted.inner_lr()) add(inner_lr, at.inner_lr(), steps, inner_lr.dim() == 0);
+    if (momentum.numel() > 0) add(momentum, at.momentum(), steps, momentum.dim() == 0);
+    if (prior_pull.numel() > 0 && prior_pull.dim() == 0) add(prior_pull, at.pull(), 1, false);
     if (preconditioner.numel() > 0) {
       scalar_t* out = preconditioner.mutable_data_ptr<scalar_t>();
-      result.add(at.scale, dim, false, out);
-      result.add(at.scale + static_cast<int>(width), 1, false, out + dim);
+      result.add(at.scale(), dim, false, out);
+      result.add(at.scale() + static_cast<int>(width), 1, false, out + dim);
     }
-    add(loss, at.loss, 1, false);
+    add(loss, at.loss(), 1, false);
     return result;
   }
 
@@ -210,10 +210,10 @@ class AdaptCall {
   void run(GradientTensors* grads, Tensor* loss) {
     const int64_t K = std::max<int64_t>(work.problem.loop.steps, 0);
     const int width = width_for(work.problem.dim);
-    const RecordLayout record(width, static_cast<int>(K));
+    const RecordLayout record{width, static_cast<int>(K)};
     plan(width, K);
     if (grads != nullptr) {
-      records_ = empty(like_, dtype_, {num_records_, record.size});
+      records_ = empty(like_, dtype_, {num_records_, record.size()});
       work.records = records_.mutable_data_ptr<scalar_t>();
     }
     for (const Planned& planned : launches_) {
@@ -223,7 +223,7 @@ class AdaptCall {
     if (grads != nullptr)
       check_launch(op_,
                    sum_records<scalar_t>(
-                       work.records, num_records_, record.size,
+                       work.records, num_records_, record.size(),
                        grads->parts<scalar_t>(record, work.problem.dim, width, K, *loss), stream));
   }
 
@@ -259,7 +259,7 @@ class AdaptCall {
 
   Way way_of(int64_t rows) const {
     return choose_way(work.problem.loop, items_too_, work.query.whole_path(),
-                      std::max<int64_t>(rows, 1));
+                      work.query.entries.num_negatives > 0, std::max<int64_t>(rows, 1));
   }
 
   // Scratch for its teams: in shared memory, else in a workspace.

@@ -12,12 +12,13 @@ template <typename scalar_t, typename table_t, typename Body>
 auto with_kernel(const AdaptWork<scalar_t, table_t>& work, const Body& body) {
   if constexpr (sizeof(scalar_t) == sizeof(float))
     if (work.problem.dim <= kWidestChunk) {
-      if (work.launch.way == Way::kDirect)
-        return body(adapt_users_kernel<scalar_t, table_t, 1, Way::kDirect>);
+      if (work.launch.way == Way::kPlain)
+        return body(adapt_users_kernel<scalar_t, table_t, 1, Way::kPlain>);
       if (work.launch.way == Way::kGram)
         return body(adapt_users_kernel<scalar_t, table_t, 1, Way::kGram>);
     }
   switch (work.launch.way) {
+    case Way::kPlain:
     case Way::kDirect:
       return body(adapt_users_kernel<scalar_t, table_t, kMostChunks, Way::kDirect>);
     case Way::kGram:

@@ -12,11 +12,11 @@ __device__ __forceinline__ void write_weights(
     const TaskType& task, const GradientData<typename TaskType::scalar_t>& grads) {
   using scalar_t = typename TaskType::scalar_t;
   if (grads.support_weights == nullptr) return;
-  const bool differences = task.problem.loop.loss == Loss::kBpr;
-  task.each(task.entries, [&](int s) {
+  const bool differences = task.differences();
+  task.each(task.entries(), [&](int s) {
     scalar_t sum = 0;
     for (int j = 0; j < task.group; ++j) sum += task.scratch.grad_weights[s * task.group + j];
-    grads.support_weights[task.begin + s] =
+    grads.support_weights[task.begin() + s] =
         differences ? sum / static_cast<scalar_t>(task.group) : sum;
   });
 }
@@ -42,21 +42,21 @@ __device__ __forceinline__ void write_support_rows(
     row.bias = task.scratch.grad_base[r];
     return row;
   };
-  if (task.problem.loop.loss != Loss::kBpr) {
-    task.each_own(task.rows, [&](int r) {
-      write(task.begin + r / task.group, r % task.group, row_and_bias(r));
+  if (!task.differences()) {
+    task.each_own(task.rows(), [&](int r) {
+      write(task.begin() + r / task.group, r % task.group, row_and_bias(r));
     });
     return;
   }
-  task.each_own(task.entries, [&](int s) {  // differences: e⁺ − e⁻
+  task.each_own(task.entries(), [&](int s) {  // differences: e⁺ − e⁻
     Fast own = Fast::zero();
     for (int j = 0; j < task.group; ++j) {
       Fast row = row_and_bias(s * task.group + j);
       own.add(1, row);
       row.update([](scalar_t value) { return -value; });
-      write(task.begin + s, j + 1, row);
+      write(task.begin() + s, j + 1, row);
     }
-    write(task.begin + s, 0, own);
+    write(task.begin() + s, 0, own);
   });
 }
 
@@ -83,21 +83,21 @@ __device__ __forceinline__ void book_start(const TaskType& task, const Record<Ta
                                            const GradientData<typename TaskType::scalar_t>& grads,
                                            const typename TaskType::Fast& start) {
   if (!grads.wanted.start()) return;
-  if (grads.user_init != nullptr && record.owns)
+  if (grads.user_init != nullptr && record.owns())
     task.columns.store_row(start, /*packed=*/false,
-                           grads.user_init + task.index * task.problem.dim);
-  if (grads.user_bias_init != nullptr && record.leads)
-    grads.user_bias_init[task.index] = start.bias;
-  record.add(task, record.at.start, start);
+                           grads.user_init + task.index() * task.problem.dim);
+  if (grads.user_bias_init != nullptr && record.leads())
+    grads.user_bias_init[task.index()] = start.bias;
+  record.add_vector(record.at.start(), start);
 }
 
 // ρ̄ is added to the record by the forms; where every task has its own, it is taken out again.
 template <typename TaskType>
 __device__ __forceinline__ void book_pull(const TaskType& task, const Record<TaskType>& record,
                                           const GradientData<typename TaskType::scalar_t>& grads) {
-  if (grads.prior_pull == nullptr || !record.leads) return;
-  grads.prior_pull[task.index] = record.values[record.at.pull];
-  record.values[record.at.pull] = 0;
+  if (grads.prior_pull == nullptr || !record.leads()) return;
+  grads.prior_pull[task.index()] = record.values()[record.at.pull()];
+  record.values()[record.at.pull()] = 0;
 }
 
 // Σ w ℓ(p, y) / Σ w of the support at `scores` in scratch, written before a sync.
@@ -107,7 +107,7 @@ __device__ __forceinline__ typename TaskType::scalar_t support_loss(const TaskTy
   using scalar_t = typename TaskType::scalar_t;
   const Scratch<scalar_t>& scratch = task.scratch;
   scalar_t sum = 0, total = 0;
-  task.each(task.rows, [&](int r) {
+  task.each(task.rows(), [&](int r) {
     scalar_t value, slope;
     judge_point<ScalarMath<scalar_t>>(loss, scratch.scores[r], scratch.targets[r], value, slope);
     sum += scratch.weights[r] * value;
@@ -133,27 +133,38 @@ __device__ __forceinline__ void run_tasks(const Work& work,
   Scratch<scalar_t>& scratch = scratches[place.in_block];
   TaskType task(problem, scratch, team);
   const int steps = problem.loop.exact() ? 0 : static_cast<int>(problem.loop.steps);
-  const auto lay_out = [&](int64_t rows) {
-    if (team.leads())
+  const auto lay_out = [&](int64_t t, int64_t rows) {
+    if (team.leads()) {
       scratch.lay_out(place.memory, launch.way, launch.warps, problem.dim, task.columns.width(),
                       rows, steps, work.query.entries.candidates());
+      const int64_t entries = rows / task.group;
+      const scalar_t count = static_cast<scalar_t>(entries) + problem.loop.extra_count;
+      scratch.facts = {t,
+                       problem.support.begin(t),
+                       static_cast<int>(entries),
+                       static_cast<int>(rows),
+                       entries == 0 ? 0 : 1 / count,
+                       problem.loop.prior_pull[t]};
+    }
     team.sync();
   };
-  lay_out(0);  // the record, which is always in the same place
+  if (team.leads())  // the record is always in the same place
+    scratch.record = place.memory;
+  team.sync();
   const Record<TaskType> record(task, steps);
-  task.each(record.at.size, [&](int i) { record.values[i] = 0; });
+  task.each(record.at.size(), [&](int i) { record.values()[i] = 0; });
   for (int64_t t = place.team; t < problem.num_tasks; t += place.num_teams) {
     const int64_t rows = problem.support.size(t) * task.group;
     if (rows < launch.fewest_rows || rows > launch.most_rows) continue;
     team.sync();  // the task before has been read to its end
-    lay_out(rows);
-    task.read(t);
+    lay_out(t, rows);
+    task.read();
     Runner{work, task, record}.run();
   }
   team.sync();
   if (work.records != nullptr) {
-    scalar_t* out = work.records + (launch.first_record + place.team) * record.at.size;
-    task.each(record.at.size, [&](int i) { out[i] = record.values[i]; });
+    scalar_t* out = work.records + (launch.first_record + place.team) * record.at.size();
+    task.each(record.at.size(), [&](int i) { out[i] = record.values()[i]; });
   }
 }
 

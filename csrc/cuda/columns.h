@@ -149,6 +149,18 @@ struct Columns {
     return value;
   }
 
+  // Of several values at once: lane i of a group gets the sum of values[i], in half as many
+  // exchanges and additions as one by one.
+  template <typename scalar_t>
+  __device__ __forceinline__ scalar_t sums(const scalar_t (&values)[2]) const {
+    return sum_from(2, halve(1, values[0], values[1]));
+  }
+  template <typename scalar_t>
+  __device__ __forceinline__ scalar_t sums(const scalar_t (&values)[4]) const {
+    const scalar_t low = halve(1, values[0], values[1]), high = halve(1, values[2], values[3]);
+    return sum_from(4, halve(2, low, high));
+  }
+
   // The sum over the groups of a warp, for all of them.
   template <typename scalar_t>
   __device__ __forceinline__ void sum_groups(Vector<scalar_t, kChunks>& vector) const {
@@ -161,6 +173,18 @@ struct Columns {
   }
 
  private:
+  // Of two lanes `apart`, the lower one gets the sum of their `a`, the upper one that of their `b`.
+  template <typename scalar_t>
+  __device__ __forceinline__ scalar_t halve(int apart, scalar_t a, scalar_t b) const {
+    const bool upper = (lane & apart) != 0;
+    return (upper ? b : a) + __shfl_xor_sync(kAllLanes, upper ? a : b, apart);
+  }
+  template <typename scalar_t>
+  __device__ __forceinline__ scalar_t sum_from(int apart, scalar_t value) const {
+    for (; apart < lanes; apart *= 2) value += __shfl_xor_sync(kAllLanes, value, apart);
+    return value;
+  }
+
   template <typename scalar_t>
   __device__ __forceinline__ static void clear(Vector<scalar_t, kChunks>& vector) {
 #pragma unroll

@@ -60,9 +60,15 @@ struct ExactForm {
   __device__ __forceinline__ explicit ExactForm(const TaskType& task_in)
       : task(task_in),
         scratch(task_in.scratch),
-        S(task_in.rows),
+        S(task_in.rows()),
         n(S <= task_in.problem.dim + 1 ? S : task_in.problem.dim + 1),
-        ridge(task_in.pull * (static_cast<scalar_t>(S) + task_in.problem.loop.extra_count) / 2) {}
+        ridge(positive(task_in.pull() *
+                       (static_cast<scalar_t>(S) + task_in.problem.loop.extra_count) / 2)) {}
+
+  // ρ ≤ 0 has no solution that could be relied on: the result is not a number.
+  __device__ __forceinline__ static scalar_t positive(scalar_t value) {
+    return value > 0 ? value : static_cast<scalar_t>(NAN);
+  }
 
   __device__ __forceinline__ bool dual_system() const { return n == S; }
 
@@ -90,7 +96,7 @@ struct ExactForm {
   __device__ __forceinline__ Fast forward() const {
     const Team& team = task.team;
     scalar_t* residuals = scratch.along;  // y − p_0
-    task.dots(task.start, S, [&](int s, scalar_t product) {
+    task.dots(task.start(), S, [&](int s, scalar_t product) {
       residuals[s] = scratch.targets[s] - (scratch.base[s] + product);
     });
     Fast fast;
@@ -126,7 +132,7 @@ struct ExactForm {
       });
       team.sync();
     }
-    fast.add(1, task.start);
+    fast.add(1, task.start());
     return fast;
   }
 
@@ -154,9 +160,9 @@ struct ExactForm {
       scratch.grad_weights[s] = ridge * share / scratch.weights[s];
     });
     if (wanted.prior_pull())
-      record.add(record.at.pull, team.sum(grad_ridge, scratch.partial) *
-                                     (static_cast<scalar_t>(S) + task.problem.loop.extra_count) /
-                                     2);
+      record.add(record.at.pull(), team.sum(grad_ridge, scratch.partial) *
+                                       (static_cast<scalar_t>(S) + task.problem.loop.extra_count) /
+                                       2);
     team.sync();
     return start;
   }

@@ -30,9 +30,9 @@ __device__ __forceinline__ typename TaskType::Fast gram_forward(const TaskType& 
   using Fast = typename TaskType::Fast;
   const InnerLoop<scalar_t>& loop = task.problem.loop;
   const Scratch<scalar_t>& scratch = task.scratch;
-  const int R = task.rows;
+  const int R = task.rows();
   scalar_t* first_scores = scratch.grad_base;  // p_0; its gradient comes later
-  task.dots(task.start, R,
+  task.dots(task.start(), R,
             [&](int r, scalar_t product) { first_scores[r] = scratch.base[r] + product; });
   for (int j = 0; j < R; ++j) {
     Fast other;
@@ -52,12 +52,12 @@ __device__ __forceinline__ typename TaskType::Fast gram_forward(const TaskType& 
     const scalar_t rate = loop.inner_lr[k], momentum = loop.momentum[k];
     task.each(R, [&](int r) {
       const scalar_t before = k == 0 ? now[r] : now[r - R];
-      next[r] = (1 - rate * task.pull) * now[r] - rate * push[r] + momentum * (now[r] - before);
+      next[r] = (1 - rate * task.pull()) * now[r] - rate * push[r] + momentum * (now[r] - before);
     });
   }
   task.team.sync();
   Fast fast = task.combine(scratch.coefficients + loop.steps * R, R);
-  fast.add(1, task.start);
+  fast.add(1, task.start());
   return fast;
 }
 
@@ -70,11 +70,11 @@ __device__ __forceinline__ typename TaskType::Fast gram_adjoint(
   using Fast = typename TaskType::Fast;
   const InnerLoop<scalar_t>& loop = task.problem.loop;
   const Scratch<scalar_t>& scratch = task.scratch;
-  const int R = task.rows;
+  const int R = task.rows();
   const bool second_order = !loop.first_order;
   scalar_t* adjoint = scratch.along;  // ā_{k+1}, and ā_k of the same row at once
   scalar_t* later = scratch.scores;   // ā_{k+2}
-  const scalar_t pull = task.pull;
+  const scalar_t pull = task.pull();
   task.dots(grad_fast, R, [&](int r, scalar_t product) { adjoint[r] = product; });
   task.each(R, [&](int r) { later[r] = scratch.grad_base[r] = 0; });
   for (int k = static_cast<int>(loop.steps) - 1; k >= 0; --k) {
@@ -90,10 +90,10 @@ __device__ __forceinline__ typename TaskType::Fast gram_adjoint(
       record.add(place, factor * task.team.sum(sum, scratch.partial));
     };
     if (wanted.inner_lr())
-      total(record.at.inner_lr + k, -1, [&](int r) { return push[r] + pull * now[r]; });
-    if (wanted.prior_pull()) total(record.at.pull, -rate, [&](int r) { return now[r]; });
+      total(record.at.inner_lr() + k, -1, [&](int r) { return push[r] + pull * now[r]; });
+    if (wanted.prior_pull()) total(record.at.pull(), -rate, [&](int r) { return now[r]; });
     if (wanted.momentum())
-      total(record.at.momentum + k, 1, [&](int r) { return now[r] - before[r]; });
+      total(record.at.momentum() + k, 1, [&](int r) { return now[r] - before[r]; });
     if (second_order)
       task.bend(push, scratch.curvatures + k * R, rate, adjoint, bends, wanted.support_weights());
     const scalar_t after = k + 1 < loop.steps ? loop.momentum[k + 1] : scalar_t{0};
@@ -131,9 +131,9 @@ __device__ __forceinline__ typename TaskType::Fast gram_row(
   using scalar_t = typename TaskType::scalar_t;
   using Fast = typename TaskType::Fast;
   const Scratch<scalar_t>& scratch = task.scratch;
-  const int R = task.rows;
+  const int R = task.rows();
   Fast sum = Fast::zero();
-  sum.add(scratch.grad_base[r], task.start);
+  sum.add(scratch.grad_base[r], task.start());
   sum.add(scratch.coefficients[task.problem.loop.steps * R + r], grad_fast);
 #pragma unroll 4
   for (int j = 0; j < R; ++j) {

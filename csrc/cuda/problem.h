@@ -117,22 +117,21 @@ struct QueryData {
 // The sums that a team keeps of what all tasks share, in one stretch of memory:
 // φ̄_0, Ā, s̄, β̄, ρ̄, m̄, loss.
 struct RecordLayout {
-  int start, scale, inner_lr, momentum, pull, offset, loss, size;
+  int width, steps;
 
-  HOST_DEVICE RecordLayout(int width, int steps) {
-    start = 0;  // [width], then the bias
-    scale = start + width + kPack;
-    inner_lr = scale + width + kPack;
-    momentum = inner_lr + steps;
-    pull = momentum + steps;
-    offset = pull + 1;
-    loss = offset + 1;
-    size = (loss + 1 + kPack - 1) / kPack * kPack;
-  }
+  HOST_DEVICE int start() const { return 0; }  // [width], then the bias
+  HOST_DEVICE int scale() const { return width + kPack; }
+  HOST_DEVICE int inner_lr() const { return 2 * (width + kPack); }
+  HOST_DEVICE int momentum() const { return inner_lr() + steps; }
+  HOST_DEVICE int pull() const { return momentum() + steps; }
+  HOST_DEVICE int offset() const { return pull() + 1; }
+  HOST_DEVICE int loss() const { return offset() + 1; }
+  HOST_DEVICE int size() const { return (loss() + kPack) / kPack * kPack; }
 };
 
-// How the inner loop of a task is run.
-enum class Way { kDirect, kGram, kExact, kItemsToo };
+// How the inner loop of a task is run. kPlain: kDirect of nothing but the gradient (no A, ρ or β),
+// of losses of single scores.
+enum class Way { kPlain, kDirect, kGram, kExact, kItemsToo };
 
 // Which tasks a launch takes, by how many rows they have, and what it needs for each.
 struct Launch {

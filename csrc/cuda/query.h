@@ -30,7 +30,7 @@ struct Judge {
   __device__ __forceinline__ Judge(const TaskType& task_in, const QueryData<scalar_t>& query_in,
                                    const GradientData<scalar_t>& grads_in, const Items& items_in)
       : task(task_in), query(query_in), grads(grads_in), items(items_in) {
-    const int64_t t = task.index;
+    const int64_t t = task.index();
     begin = query.entries.begin(t);
     entries = static_cast<int>(query.entries.size(t));
     group = static_cast<int>(query.entries.candidates());
@@ -48,9 +48,10 @@ struct Judge {
   // At point k of the path, or the only one: adds what arrives at φ to `grad_fast`, writes scores
   // and the items' gradients, or adds to them where a later point was `first`.
   __device__ __forceinline__ void at(int64_t k, const Fast& fast, bool first, Fast& grad_fast) {
-    const scalar_t counts = query.whole_path() ? share * query.step_weights[k] : share;
+    const scalar_t counts =
+        !TaskType::kPlain && query.whole_path() ? share * query.step_weights[k] : share;
     Fast sum = Fast::zero();
-    if (group == 1)
+    if (TaskType::kPlain || group == 1)
       single(fast, counts, first, sum);
     else
       compared(fast, counts, first, sum);
@@ -59,99 +60,125 @@ struct Judge {
   }
 
  private:
-  // m + b + c + u·e of one candidate in each group of lanes, its row, and where it is in the
-  // support; all lanes of the warp come here together.
-  struct Candidate {
-    Fast row;
-    scalar_t score;
-    int place;  // or −1
+  // A candidate of the query: an entry's item or one of its negatives; none where entry < 0.
+  struct Place {
+    int64_t entry, j;
   };
+
+  // Rows of candidates and their products with u, a few in each group of lanes, `place(i)` says
+  // which. All lanes of a warp come here together.
   template <int kCount>
-  __device__ __forceinline__ void read(const int64_t (&item)[kCount], const Fast& fast,
-                                       Candidate (&candidates)[kCount]) const {
-    const Problem<scalar_t, typename TaskType::table_t>& problem = task.problem;
-    scalar_t base[kCount];
+  struct Candidates {
+    scalar_t rows[kCount][Fast::kSize];
+    scalar_t products[kCount];  // of the lane's columns alone
+    int found[kCount];          // where in the support, or −1
+  };
+  template <int kCount, typename PlaceOf>
+  __device__ __forceinline__ void read(const PlaceOf& place, const Fast& fast,
+                                       Candidates<kCount>& to) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      Candidate& one = candidates[i];
-      one.place = -1;
-      one.row = Fast::zero();
-      base[i] = 0;
-      if constexpr (Items::kAdapt) one.place = items.find(task, item[i]);
-      if (item[i] < 0) continue;
-      if (one.place >= 0) {
-        if constexpr (Items::kAdapt) base[i] = items.load(task, one.place, one.row);
-      } else {
-        one.row = task.load_item(item[i]);
-        base[i] = task.offset + problem.item_bias[item[i]];
+      const Place at = place(i);
+      const int64_t item = at.entry < 0 ? -1 : query.entries.candidate(at.entry, at.j);
+      if constexpr (Items::kAdapt) to.found[i] = items.find(task, item);
+      Fast row = Fast::zero();
+      if (item >= 0) {
+        row = task.load_item(item);
+        if constexpr (Items::kAdapt)
+          if (to.found[i] >= 0) task.columns.load(task.row(to.found[i]), row);
       }
+      to.products[i] = row.dot(fast);
+#pragma unroll
+      for (int c = 0; c < Fast::kSize; ++c) to.rows[i][c] = row.at[c];
     }
-    for (int i = 0; i < kCount; ++i) candidates[i].score = candidates[i].row.dot(fast);
-    for (int apart = task.columns.lanes / 2; apart > 0; apart /= 2)
-#pragma unroll
-      for (int i = 0; i < kCount; ++i)
-        candidates[i].score += __shfl_xor_sync(kAllLanes, candidates[i].score, apart);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) candidates[i].score += base[i] + fast.bias;
   }
 
-  // Books p̄ of candidate j of an entry, in its group of lanes.
-  __device__ __forceinline__ void book(int64_t entry, int64_t j, int64_t item, const Candidate& one,
-                                       const Fast& fast, scalar_t grad, bool first, Fast& sum) {
-    if (task.columns.lane == 0) offset += grad;
-    sum.add(grad, one.row);
-    sum.bias += grad;
+  // m + b + c of a candidate.
+  __device__ __forceinline__ scalar_t base(int64_t item, int found, const Fast& fast) const {
+    if constexpr (Items::kAdapt)
+      if (found >= 0) return task.scratch.biases[found] + fast.bias;
+    return *task.problem.offset + task.problem.item_bias[item] + fast.bias;
+  }
+
+  // Books p̄ of one candidate, in one thread; returns what its own row gets of it.
+  __device__ __forceinline__ scalar_t book(const Place& at, int64_t item, int found, scalar_t grad,
+                                           bool first) {
+    offset += grad;
     if constexpr (Items::kAdapt) {
-      items.note(task, query.entries, entry, j, one.place, grad);
-      if (one.place >= 0) grad = 0;  // its row has it all
+      items.note(query.entries, at.entry, at.j, found, grad);
+      if (found >= 0) grad = 0;  // the support's row has it all
     }
+    if (grads.item_rows == nullptr) return grad;
+    const int64_t row = grads.of_query(at.entry, at.j);
+    grads.item_biases[row] = grad + (first ? 0 : grads.item_biases[row]);
+    if (grads.item_ids != nullptr) grads.item_ids[row] = item;
+    return grad;
+  }
+
+  // Writes p̄ φ to a candidate's gradient row, or adds it.
+  __device__ __forceinline__ void write(const Place& at, scalar_t grad, const Fast& fast,
+                                        bool first) const {
     if (grads.item_rows == nullptr) return;
-    const int64_t place = grads.of_query(entry, j);
-    scalar_t* row = grads.item_rows + place * task.problem.dim;
+    scalar_t* row = grads.item_rows + grads.of_query(at.entry, at.j) * task.problem.dim;
     Fast result = Fast::zero();
     if (!first) task.columns.load_row(row, grads.packed_rows, result);
     result.add(grad, fast);
     task.columns.store_row(result, grads.packed_rows, row);
-    if (task.columns.lane != 0) return;
-    grads.item_biases[place] = grad + (first ? 0 : grads.item_biases[place]);
-    if (grads.item_ids != nullptr) grads.item_ids[place] = item;
   }
 
-  // Entries that are judged by their own score alone: each in a group of lanes, at once.
+  __device__ __forceinline__ void add(scalar_t grad, const scalar_t (&row)[Fast::kSize],
+                                      Fast& sum) const {
+#pragma unroll
+    for (int c = 0; c < Fast::kSize; ++c) sum.at[c] += grad * row[c];
+    sum.bias += grad;
+  }
+
+  // Entries that are judged by their own score alone: a few in each group of lanes at once, whose
+  // first lanes judge one each.
   __device__ __forceinline__ void single(const Fast& fast, scalar_t counts, bool first, Fast& sum) {
     const int stride = task.team.warps * task.columns.groups();
     for (int from = task.team.warp * task.columns.groups(); from < entries;
          from += kAtOnce * stride) {
-      int64_t item[kAtOnce];
-      Candidate candidates[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
+      const auto place = [&](int i) {
         const int q = from + i * stride + task.columns.group;
-        item[i] = q < entries ? query.entries.items[begin + q] : -1;
+        return Place{q < entries ? begin + q : int64_t{-1}, 0};
+      };
+      Candidates<kAtOnce> candidates;
+      read(place, fast, candidates);
+      const scalar_t product = task.columns.sums(candidates.products);
+      scalar_t grad = 0, row_grad = 0;
+      const Place own = task.columns.lane < kAtOnce ? place(task.columns.lane) : Place{-1, 0};
+      if (own.entry >= 0) {
+        const int64_t item = query.entries.items[own.entry];
+        int found = -1;
+        if constexpr (Items::kAdapt) found = items.find_alone(task, item);
+        const scalar_t score = product + base(item, found, fast);
+        if (query.ask == Ask::kScores) {
+          query.scores[own.entry] = score;
+        } else {
+          grad = query.ask == Ask::kGiven ? query.grad_scores[own.entry]
+                                          : judge(own.entry, counts, score);
+          row_grad = book(own, item, found, grad, first);
+        }
       }
-      read(item, fast, candidates);
+      if (query.ask == Ask::kScores) continue;
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const int64_t entry = begin + from + i * stride + task.columns.group;
-        if (item[i] < 0) continue;
-        if (query.ask == Ask::kScores) {
-          if (task.columns.lane == 0) query.scores[entry] = candidates[i].score;
-          continue;
-        }
-        scalar_t grad = 0;
-        if (query.ask == Ask::kGiven) {
-          grad = query.grad_scores[entry];
-        } else {
-          const scalar_t weight = query.weights == nullptr ? counts : counts * query.weights[entry];
-          scalar_t value, slope;
-          judge_point<ScalarMath<scalar_t>>(query.loss, candidates[i].score, query.targets[entry],
-                                            value, slope);
-          if (task.columns.lane == 0) loss += weight * value;
-          grad = weight * slope;
-        }
-        book(entry, 0, item[i], candidates[i], fast, grad, first, sum);
+        add(__shfl_sync(kAllLanes, grad, i, task.columns.lanes), candidates.rows[i], sum);
+        const scalar_t to_row = __shfl_sync(kAllLanes, row_grad, i, task.columns.lanes);
+        const Place at = place(i);
+        if (at.entry >= 0) write(at, to_row, fast, first);
       }
     }
+  }
+
+  // The slope of an entry's loss at its score, which is added.
+  __device__ __forceinline__ scalar_t judge(int64_t entry, scalar_t counts, scalar_t score) {
+    const scalar_t weight = query.weights == nullptr ? counts : counts * query.weights[entry];
+    scalar_t value, slope;
+    judge_point<ScalarMath<scalar_t>>(query.loss, score, query.targets[entry], value, slope);
+    loss += weight * value;
+    return weight * slope;
   }
 
   // Entries that are compared with their negatives: each in a warp, a candidate in a group of
@@ -165,19 +192,29 @@ struct Judge {
       const auto each = [&](const auto& body) {
         for (int from = 0; from < group; from += task.columns.groups()) {
           const int j = from + task.columns.group;
-          const int64_t item[1] = {j < group ? query.entries.candidate(entry, j) : -1};
-          Candidate one[1];
-          read(item, fast, one);
-          if (j < group) body(j, item[0], one[0]);
+          const Place at{j < group ? entry : int64_t{-1}, j};
+          Candidates<1> one;
+          read([&](int) { return at; }, fast, one);
+          one.products[0] = task.columns.sum(one.products[0]);
+          if (at.entry >= 0) body(at, one);
         }
       };
-      each([&](int j, int64_t, const Candidate& one) {
-        if (task.columns.lane == 0) scores[j] = one.score;
+      const auto found = [](const Candidates<1>& one) {
+        if constexpr (Items::kAdapt) return one.found[0];
+        return -1;
+      };
+      each([&](const Place& at, const Candidates<1>& one) {
+        if (task.columns.lane != 0) return;
+        const int64_t item = query.entries.candidate(entry, at.j);
+        scores[at.j] = one.products[0] + base(item, found(one), fast);
       });
       __syncwarp();
       compare(entry, counts, scores, grad);
-      each([&](int j, int64_t item, const Candidate& one) {
-        book(entry, j, item, one, fast, grad[j], first, sum);
+      each([&](const Place& at, const Candidates<1>& one) {
+        add(grad[at.j], one.rows[0], sum);
+        write(at, found(one) < 0 ? grad[at.j] : scalar_t{0}, fast, first);
+        if (task.columns.lane != 0) return;
+        book(at, query.entries.candidate(entry, at.j), found(one), grad[at.j], first);
       });
       __syncwarp();
     }
@@ -216,11 +253,7 @@ struct Judge {
       loss += softmax * (most - logit(0) + std::log(total));
       own -= softmax;
       if (query.loss.pointwise()) {
-        scalar_t value, slope;
-        judge_point<ScalarMath<scalar_t>>(query.loss, scores[0], query.targets[entry], value,
-                                          slope);
-        loss += weight * value;
-        own += weight * slope;
+        own += judge(entry, counts, scores[0]);
       }
       grad[0] += own;
     }

@@ -19,7 +19,7 @@ constexpr int kMostChunks = 2;
 constexpr int kLargestDim = kMostChunks * kWidestChunk;
 
 HOST_DEVICE int lanes_for(int dim) {
-  int lanes = 1;
+  int lanes = kPack;  // so that each has one of as many rows to finish
   while (lanes < kWarpSize && lanes * kPack < dim) lanes *= 2;
   return lanes;
 }

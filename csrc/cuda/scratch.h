@@ -8,20 +8,33 @@ namespace metarec_fast::cuda {
 // The Gram form costs about 2R passes over R rows, the direct form 5 a step.
 constexpr int64_t kGramPasses = 2, kDirectPasses = 5, kLargestGram = 64;
 
-// How a task of `rows` rows is adapted.
+// How a task of `rows` rows is adapted, `compared` if its query's entries are with negatives.
 template <typename scalar_t>
 HOST_DEVICE Way choose_way(const InnerLoop<scalar_t>& loop, bool items_too, bool whole_path,
-                           int64_t rows) {
+                           bool compared, int64_t rows) {
   if (items_too) return Way::kItemsToo;
   if (loop.exact()) return Way::kExact;
-  const bool possible = loop.preconditioner == nullptr && !whole_path && rows <= kLargestGram;
+  const bool scaled = loop.preconditioner != nullptr, moves_on = loop.momentum.values != nullptr,
+             pulled = loop.prior_pull.values != nullptr;
+  const bool possible = !scaled && !whole_path && rows <= kLargestGram;
   const bool pays = kGramPasses * rows < kDirectPasses * loop.steps;
   const bool wanted = loop.form == Form::kGram || (loop.form == Form::kAuto && pays);
-  return possible && wanted ? Way::kGram : Way::kDirect;
+  if (possible && wanted) return Way::kGram;
+  const bool plain = !scaled && !moves_on && !pulled && !is_pairwise(loop.loss);
+  return plain && !whole_path && !compared ? Way::kPlain : Way::kDirect;
 }
+
+// What a team knows of its task, besides.
+template <typename scalar_t>
+struct Facts {
+  int64_t index, begin;  // t, its first support entry
+  int entries, rows;     // S, R
+  scalar_t mean, pull;   // 1/(S + n0), ρ
+};
 
 template <typename scalar_t>
 struct Scratch {
+  Facts<scalar_t> facts;
   scalar_t *record, *partial;  // [RecordLayout::size], [warps, width + kPack]
   scalar_t* candidates;        // scores of an entry's candidates and p̄: [warps, 2, 1 + M]
   scalar_t *rows, *base, *targets, *weights;  // X [R, width], score of a fast vector 0 [R]; w
@@ -45,8 +58,9 @@ struct Scratch {
       return begin;
     };
     const int64_t K = steps < 0 ? 0 : steps;
-    const bool steps_kept = way == Way::kDirect || way == Way::kItemsToo;
-    record = take(RecordLayout(width, static_cast<int>(K)).size);
+    const bool direct = way == Way::kDirect || way == Way::kPlain,
+               steps_kept = direct || way == Way::kItemsToo;
+    record = take(RecordLayout{width, static_cast<int>(K)}.size());
     partial = take(static_cast<int64_t>(warps) * (width + kPack));
     candidates = take(candidates_of_entry > 1 ? 2 * warps * candidates_of_entry : 0);
     base = take(R), targets = take(R), weights = take(R), scores = take(R), along = take(R);
@@ -54,8 +68,8 @@ struct Scratch {
     rows = take(R * width);
     pushes = take(K * R), curvatures = take(K * R), bends = take(K * R);
     path = take(steps_kept ? (K + 1) * width : 0), path_bias = take(steps_kept ? K + 1 : 0);
-    directions = take(way == Way::kDirect ? K * width : 0);
-    direction_bias = take(way == Way::kDirect ? K : 0);
+    directions = take(direct ? K * width : 0);
+    direction_bias = take(direct ? K : 0);
     gram = take(way == Way::kGram ? R * R : 0);
     coefficients = take(way == Way::kGram ? (K + 1) * R : 0);
     const int64_t n = way != Way::kExact ? 0 : R <= dim + 1 ? R : dim + 1;

@@ -26,11 +26,12 @@ struct ScalarMath {
   __device__ __forceinline__ static scalar_t one() { return 1; }
 };
 
-template <typename scalar_type, typename table_type, int kChunkCount>
+template <typename scalar_type, typename table_type, int kChunkCount, bool kIsPlain>
 struct Task {
   using scalar_t = scalar_type;
   using table_t = table_type;
   static constexpr int kChunks = kChunkCount;
+  static constexpr bool kPlain = kIsPlain;  // see Way
   using Fast = Vector<scalar_t, kChunks>;
   // Rows under way at once.
   static constexpr int kAtOnce = kChunks == 1 ? 4 : 2;
@@ -38,12 +39,9 @@ struct Task {
   const Problem<scalar_t, table_t>& problem;
   const Team team;
   const Columns<kChunks> columns;
-  const Scratch<scalar_t>& scratch;      // in shared memory, so that its pointers fill no registers
-  int64_t index = 0, begin = 0;          // t, its first support entry
-  int entries = 0, group = 1, rows = 0;  // S, rows of an entry, R
-  scalar_t row_bias = 1;                 // what is appended to a row: 1, to a difference 0
-  scalar_t offset = 0, mean = 0, pull = 0;  // m, 1/(S + n0), ρ
-  Fast start;                               // φ_0
+  const Scratch<scalar_t>& scratch;  // in shared memory, so that its pointers fill no registers
+  int group;                         // rows of an entry
+  scalar_t row_bias;                 // what is appended to a row: 1, to a difference 0
 
   __device__ __forceinline__ Task(const Problem<scalar_t, table_t>& problem_in,
                                   const Scratch<scalar_t>& scratch_in, const Team& team_in)
@@ -51,9 +49,37 @@ struct Task {
         team(team_in),
         columns(problem_in.dim, team_in.lane),
         scratch(scratch_in) {
-    offset = *problem.offset;
-    group = static_cast<int>(problem.group());
-    row_bias = problem.loop.loss == Loss::kBpr ? 0 : 1;
+    group = kPlain ? 1 : static_cast<int>(problem.group());
+    row_bias = differences() ? 0 : 1;
+  }
+
+  __device__ __forceinline__ int64_t index() const { return scratch.facts.index; }
+  __device__ __forceinline__ int64_t begin() const { return scratch.facts.begin; }
+  __device__ __forceinline__ int entries() const { return scratch.facts.entries; }
+  __device__ __forceinline__ int rows() const { return scratch.facts.rows; }
+  __device__ __forceinline__ scalar_t mean() const { return scratch.facts.mean; }
+  __device__ __forceinline__ scalar_t pull() const {
+    return kPlain ? scalar_t{0} : scratch.facts.pull;
+  }
+
+  // What a plain loop has not.
+  __device__ __forceinline__ bool differences() const {
+    return !kPlain && problem.loop.loss == Loss::kBpr;
+  }
+  __device__ __forceinline__ bool shares() const {  // a softmax
+    return !kPlain && problem.loop.loss == Loss::kSoftmax;
+  }
+  __device__ __forceinline__ bool scaled() const {
+    return !kPlain && problem.loop.preconditioner != nullptr;
+  }
+  __device__ __forceinline__ bool pulled() const {
+    return !kPlain && problem.loop.prior_pull.values != nullptr;
+  }
+  __device__ __forceinline__ bool moves_on() const {
+    return !kPlain && problem.loop.momentum.values != nullptr;
+  }
+  __device__ __forceinline__ scalar_t momentum(int64_t k) const {
+    return kPlain ? scalar_t{0} : problem.loop.momentum[k];
   }
 
   // Calls body(r) in each group of lanes for the rows that are its own; no warp intrinsics within.
@@ -96,29 +122,30 @@ struct Task {
     if (columns.lane == 0) biases[k] = vector.bias;
   }
 
+  // φ_0
+  __device__ __forceinline__ Fast start() const {
+    Fast result;
+    columns.load_row(problem.user_init + index() * problem.user_stride, /*packed=*/false, result);
+    result.bias = problem.user_bias_init[index() * problem.bias_stride];
+    return result;
+  }
+
   // A
   __device__ __forceinline__ Fast scale() const {
-    if (problem.loop.preconditioner == nullptr) return Fast::filled(1);
+    if (!scaled()) return Fast::filled(1);
     Fast result;
     columns.load_row(problem.loop.preconditioner, /*packed=*/false, result);
     result.bias = problem.loop.preconditioner[problem.dim];
     return result;
   }
 
-  // Gathers task t; afterwards the team is in step.
-  __device__ __forceinline__ void read(int64_t t) {
+  // Gathers the task of the facts; afterwards the team is in step.
+  __device__ __forceinline__ void read() const {
     const EntryData<scalar_t>& support = problem.support;
-    index = t;
-    begin = support.begin(t);
-    entries = static_cast<int>(support.size(t));
-    rows = entries * group;
-    const scalar_t count = static_cast<scalar_t>(entries) + problem.loop.extra_count;
-    mean = entries == 0 ? 0 : 1 / count;
-    pull = problem.loop.prior_pull[t];
-    columns.load_row(problem.user_init + t * problem.user_stride, /*packed=*/false, start);
-    start.bias = problem.user_bias_init[t * problem.bias_stride];
-
-    const bool differences = problem.loop.loss == Loss::kBpr;
+    const int rows = this->rows();
+    const int64_t begin = this->begin();
+    const scalar_t offset = *problem.offset;
+    const bool differences = this->differences();
 #pragma unroll 4
     for (int r = team.warp * columns.groups() + columns.group; r < rows;
          r += team.warps * columns.groups()) {
@@ -140,11 +167,11 @@ struct Task {
       scalar_t target = 1;  // of a difference, and of an entry's own item
       if (differences)
         weight /= static_cast<scalar_t>(group);  // the mean over the negatives
-      else if (problem.loop.loss == Loss::kSoftmax)
+      else if (shares())
         target = j == 0 ? 1 : 0;
       else
         target = problem.targets[entry];
-      if (support.log_q != nullptr) base -= support.log_q[entry * group + j];
+      if (!kPlain && support.log_q != nullptr) base -= support.log_q[entry * group + j];
       scratch.base[r] = base;
       scratch.weights[r] = weight;
       scratch.targets[r] = target;
@@ -166,17 +193,9 @@ struct Task {
         if (r < count) columns.load(row(r), x);
         sums[i] = x.dot(v);
       }
-      for (int apart = columns.lanes / 2; apart > 0; apart /= 2)
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) sums[i] += __shfl_xor_sync(kAllLanes, sums[i], apart);
-      for (int i = columns.lane; i < kAtOnce; i += columns.lanes) {
-        const int r = first + i * stride + columns.group;
-        scalar_t sum = sums[0];
-#pragma unroll
-        for (int other = 1; other < kAtOnce; ++other)
-          if (i == other) sum = sums[other];
-        if (r < count) sink(r, sum + bias);
-      }
+      const scalar_t sum = columns.sums(sums);
+      const int own = first + columns.lane * stride + columns.group;
+      if (columns.lane < kAtOnce && own < count) sink(own, sum + bias);
     }
   }
 
@@ -237,15 +256,15 @@ struct Task {
                                                 scalar_t* curvature) const {
     team.sync();
     const Loss loss = problem.loop.loss;
-    if (loss == Loss::kSoftmax)
-      each(entries, [&](int s) {
+    if (shares())
+      each(entries(), [&](int s) {
         softmax(scores + s * group, curvature + s * group);
         for (int r = s * group; r < (s + 1) * group; ++r)
-          push[r] = mean * scratch.weights[r] * (curvature[r] - scratch.targets[r]);
+          push[r] = mean() * scratch.weights[r] * (curvature[r] - scratch.targets[r]);
       });
     else
-      each(rows, [&](int r) {
-        differentiate_loss<ScalarMath<scalar_t>>(loss, mean * scratch.weights[r], scores[r],
+      each(rows(), [&](int r) {
+        differentiate_loss<ScalarMath<scalar_t>>(loss, mean() * scratch.weights[r], scores[r],
                                                  scratch.targets[r], push[r], curvature[r]);
       });
     team.sync();
@@ -258,19 +277,19 @@ struct Task {
                                        bool weights_too) const {
     team.sync();
     if (weights_too)
-      each(rows, [&](int r) {
+      each(rows(), [&](int r) {
         scratch.grad_weights[r] -= rate * push[r] / scratch.weights[r] * along[r];
       });
-    if (problem.loop.loss != Loss::kSoftmax) {
-      each(rows, [&](int r) { result[r] = -rate * curvature[r] * along[r]; });
+    if (!shares()) {
+      each(rows(), [&](int r) { result[r] = -rate * curvature[r] * along[r]; });
     } else {
       if (weights_too) team.sync();  // before another thread overwrites what it read
-      each(entries, [&](int s) {     // (diag(π) − ππᵀ) along
+      each(entries(), [&](int s) {   // (diag(π) − ππᵀ) along
         const int first = s * group;
         scalar_t average = 0;
         for (int r = first; r < first + group; ++r) average += curvature[r] * along[r];
         for (int r = first; r < first + group; ++r)
-          result[r] = -rate * mean * scratch.weights[r] * curvature[r] * (along[r] - average);
+          result[r] = -rate * mean() * scratch.weights[r] * curvature[r] * (along[r] - average);
       });
     }
     team.sync();
@@ -281,27 +300,30 @@ struct Task {
 template <typename TaskType>
 struct Record {
   using scalar_t = typename TaskType::scalar_t;
-  scalar_t* values;
-  RecordLayout at;
-  bool leads, owns;  // whether this thread adds numbers, columns
+  const TaskType& task;
+  const RecordLayout at;
 
-  __device__ __forceinline__ Record(const TaskType& task, int steps)
-      : values(task.scratch.record),
-        at(task.columns.width(), steps),
-        leads(task.team.leads()),
-        owns(task.team.warp == 0 && task.columns.group == 0) {}
+  __device__ __forceinline__ Record(const TaskType& task_in, int steps)
+      : task(task_in), at{task_in.columns.width(), steps} {}
+
+  __device__ __forceinline__ scalar_t* values() const { return task.scratch.record; }
+  // Whether this thread adds numbers, columns.
+  __device__ __forceinline__ bool leads() const { return task.team.leads(); }
+  __device__ __forceinline__ bool owns() const {
+    return task.team.warp == 0 && task.columns.group == 0;
+  }
 
   __device__ __forceinline__ void add(int place, scalar_t value) const {
-    if (leads) values[place] += value;
+    if (leads()) values()[place] += value;
   }
-  __device__ __forceinline__ void add(const TaskType& task, int place,
-                                      const typename TaskType::Fast& vector) const {
-    if (!owns) return;
+  __device__ __forceinline__ void add_vector(int place,
+                                             const typename TaskType::Fast& vector) const {
+    if (!owns()) return;
     typename TaskType::Fast sum;
-    task.columns.load(values + place, sum);
+    task.columns.load(values() + place, sum);
     sum.add(1, vector);
-    task.columns.store(sum, values + place);
-    if (leads) values[place + task.columns.width()] += vector.bias;
+    task.columns.store(sum, values() + place);
+    if (leads()) values()[place + task.columns.width()] += vector.bias;
   }
 };
 
