@@ -74,29 +74,31 @@ struct Vector {
 
 template <int kChunks>
 struct Columns {
-  int dim;     // D
-  int lanes;   // L, a power of two
-  int chunks;  // that there are, ≤ kChunks
-  int lane;    // in its group
+  const RowShape& shape;
+  int lane;  // in its group
   int group;
 
-  __device__ __forceinline__ Columns(int dim_in, int lane_in_warp)
-      : dim(dim_in),
-        lanes(lanes_for(dim_in)),
-        chunks(width_for(dim_in) / (lanes * kPack)),
-        lane(lane_in_warp % lanes),
-        group(lane_in_warp / lanes) {}
+  __device__ __forceinline__ Columns(const RowShape& shape_in, int lane_in_warp)
+      : shape(shape_in),
+        lane(lane_in_warp & (shape_in.lanes() - 1)),
+        group(lane_in_warp >> shape_in.lanes_log2) {}
 
-  __device__ __forceinline__ int groups() const { return kWarpSize / lanes; }
-  __device__ __forceinline__ int width() const { return chunks * lanes * kPack; }
-  __device__ __forceinline__ int column(int chunk) const { return (chunk * lanes + lane) * kPack; }
+  __device__ __forceinline__ int dim() const { return shape.dim; }
+  __device__ __forceinline__ int lanes() const { return shape.lanes(); }
+  __device__ __forceinline__ int groups() const { return kWarpSize >> shape.lanes_log2; }
+  __device__ __forceinline__ int width() const {
+    return kChunks == 1 ? kPack << shape.lanes_log2 : shape.width();
+  }
+  __device__ __forceinline__ int column(int chunk) const {
+    return ((chunk << shape.lanes_log2) + lane) * kPack;
+  }
 
   // Calls body(chunk, column) for the lane's packs.
   template <typename Body>
   __device__ __forceinline__ void each(const Body& body) const {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c)
-      if (kChunks == 1 || c < chunks) body(c, column(c));
+      if (kChunks == 1 || c < shape.chunks) body(c, column(c));
   }
 
   // A padded row [width] of ours; the bias stays as it is.
@@ -119,11 +121,11 @@ struct Columns {
     clear(to);
     each([&](int c, int column) {
       if (packed) {
-        if (column < dim) load_pack(row + column, to.at + c * kPack);
+        if (column < dim()) load_pack(row + column, to.at + c * kPack);
       } else {
 #pragma unroll
         for (int i = 0; i < kPack; ++i)
-          if (column + i < dim) to.at[c * kPack + i] = widen(row[column + i]);
+          if (column + i < dim()) to.at[c * kPack + i] = widen(row[column + i]);
       }
     });
   }
@@ -132,11 +134,11 @@ struct Columns {
                                             scalar_t* row) const {
     each([&](int c, int column) {
       if (packed) {
-        if (column < dim) store_pack(from.at + c * kPack, row + column);
+        if (column < dim()) store_pack(from.at + c * kPack, row + column);
       } else {
 #pragma unroll
         for (int i = 0; i < kPack; ++i)
-          if (column + i < dim) row[column + i] = from.at[c * kPack + i];
+          if (column + i < dim()) row[column + i] = from.at[c * kPack + i];
       }
     });
   }
@@ -144,7 +146,8 @@ struct Columns {
   // The sum over a row's lanes, for all of them.
   template <typename scalar_t>
   __device__ __forceinline__ scalar_t sum(scalar_t value) const {
-    for (int apart = lanes / 2; apart > 0; apart /= 2)
+#pragma unroll 1
+    for (int apart = lanes() / 2; apart > 0; apart /= 2)
       value += __shfl_xor_sync(kAllLanes, value, apart);
     return value;
   }
@@ -164,7 +167,8 @@ struct Columns {
   // The sum over the groups of a warp, for all of them.
   template <typename scalar_t>
   __device__ __forceinline__ void sum_groups(Vector<scalar_t, kChunks>& vector) const {
-    for (int apart = lanes; apart < kWarpSize; apart *= 2) {
+#pragma unroll 1
+    for (int apart = lanes(); apart < kWarpSize; apart *= 2) {
 #pragma unroll
       for (int i = 0; i < Vector<scalar_t, kChunks>::kSize; ++i)
         vector.at[i] += __shfl_xor_sync(kAllLanes, vector.at[i], apart);
@@ -181,7 +185,8 @@ struct Columns {
   }
   template <typename scalar_t>
   __device__ __forceinline__ scalar_t sum_from(int apart, scalar_t value) const {
-    for (; apart < lanes; apart *= 2) value += __shfl_xor_sync(kAllLanes, value, apart);
+#pragma unroll 1
+    for (; apart < lanes(); apart *= 2) value += __shfl_xor_sync(kAllLanes, value, apart);
     return value;
   }
 

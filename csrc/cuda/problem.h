@@ -39,7 +39,7 @@ struct Problem {
   InnerLoop<scalar_t> loop;
   int64_t num_tasks;
   int64_t num_items;
-  int dim;
+  RowShape shape;
   bool packed_table;  // rows may be read four numbers at a time
 
   // Rows of an entry: one, a difference for each negative, or all candidates.
@@ -133,14 +133,23 @@ struct RecordLayout {
 // of losses of single scores.
 enum class Way { kPlain, kDirect, kGram, kExact, kItemsToo };
 
+// Where the arrays of a team's scratch begin, and how many numbers they are (scratch.h).
+struct ScratchLayout {
+  int64_t size;
+  int record, partial, candidates, base, targets, weights, scores, along, grad_base, grad_weights,
+      rows, pushes, curvatures, bends, path, path_bias, directions, direction_bias, gram,
+      coefficients, matrix, dual, solved, grad_rows, biases, grad_biases, slopes, moves, place,
+      next;
+};
+
 // Which tasks a launch takes, by how many rows they have, and what it needs for each.
 struct Launch {
   Way way;
   int warps;  // of a team
   int teams_per_block;
   int64_t fewest_rows, most_rows;
-  int64_t scratch_size;  // numbers of a team
-  void* workspace;       // [teams, scratch_size] where shared memory is too small, or nullptr
+  ScratchLayout scratch;
+  void* workspace;       // [teams, scratch.size] where shared memory is too small, or nullptr
   int64_t first_record;  // of the launch's teams
 };
 
