@@ -1,5 +1,6 @@
 #include "sum_rows.h"
 
+#include "../sparse_rows.h"
 #include "result_memory.h"
 #include "sorted_entries.h"
 
