@@ -5,8 +5,8 @@ import torch
 from problems import Draw
 from torch.library import opcheck
 
+from metarec_fast import _ops, reference
 from metarec_fast import functional as F
-from metarec_fast import reference
 from metarec_fast.results import SparseRows
 from metarec_fast.tasks import Entries
 
@@ -111,13 +111,13 @@ def test_rows_of_equal_ids_are_summed(shape, count):
     assert torch.equal(tidy.ids, expected.ids)
     torch.testing.assert_close(tidy.rows, expected.rows)
     small = ids // 1_000_003
-    dense = torch.ops.metarec_fast.sum_rows(small, rows, 45)
+    dense = _ops.ops.sum_rows(small, rows, 45)
     torch.testing.assert_close(dense, SparseRows(small, rows).to_dense(45))
 
 
 def test_ids_outside_are_named():
     with pytest.raises(RuntimeError, match=r"ids: must be in \[0, 3\), got 3 at position 1"):
-        torch.ops.metarec_fast.sum_rows(torch.tensor([0, 3]), torch.ones(2), 3)
+        _ops.ops.sum_rows(torch.tensor([0, 3]), torch.ones(2), 3)
     with pytest.raises(RuntimeError, match="ids: must be in .* got -1 at position 0"):
         F.coalesce_rows(SparseRows(torch.tensor([-1]), torch.ones(1)))
     with pytest.raises(RuntimeError, match="rows: expected shape"):
@@ -126,6 +126,6 @@ def test_ids_outside_are_named():
 
 def test_opcheck_finds_nothing():
     seen = (torch.tensor([4, 2]), torch.tensor([0, 1, 1, 2, 2, 2]))
-    opcheck(torch.ops.metarec_fast.score_top_k, (*problem(), 3, *seen))
-    opcheck(torch.ops.metarec_fast.coalesce_rows, (torch.tensor([3, 1, 3]), torch.ones(3, 2)))
-    opcheck(torch.ops.metarec_fast.sum_rows, (torch.tensor([3, 1, 3]), torch.ones(3, 2), 5))
+    opcheck(_ops.ops.score_top_k, (*problem(), 3, *seen))
+    opcheck(_ops.ops.coalesce_rows, (torch.tensor([3, 1, 3]), torch.ones(3, 2)))
+    opcheck(_ops.ops.sum_rows, (torch.tensor([3, 1, 3]), torch.ones(3, 2), 5))

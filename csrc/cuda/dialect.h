@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #define CUDA_SHARED(T, name, count) __shared__ __align__(16) T name[count]
 #define CUDA_DYNAMIC_SHARED(T, name)         \
@@ -24,15 +25,17 @@ inline const char* message(cudaError_t error) {
 
 constexpr size_t kSharedMemoryWithoutAsking = 48 << 10;
 
-template <typename... Parameters, typename... Arguments>
+template <typename... Parameters>
 const char* launch(const char*, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                   size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
+                   size_t shared_bytes, cudaStream_t stream,
+                   std::type_identity_t<Parameters>... arguments) {
   if (shared_bytes > kSharedMemoryWithoutAsking)
     if (const char* error = message(cudaFuncSetAttribute(
             kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes))))
       return error;
-  kernel<<<grid, block, shared_bytes, stream> > >(arguments...);
-  return message(cudaGetLastError());
+  void* pointers[] = {&arguments...};
+  return message(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers,
+                                  shared_bytes, stream));
 }
 
 inline int device_attribute(cudaDeviceAttr attribute) {
