@@ -13,7 +13,7 @@
 // Nothing depends on how many ids there are, so nothing waits for the device.
 #pragma once
 
-#include "dialect.h"
+#include "pack.h"
 
 namespace metarec_fast::cuda {
 
@@ -26,30 +26,6 @@ struct SortedEntries {
   const int64_t* entries;
   int64_t count;
 };
-
-// Numbers that are loaded and stored together.
-template <typename scalar_t, int kCount>
-struct alignas(sizeof(scalar_t) * kCount) Pack {
-  scalar_t values[kCount];
-
-  __device__ void operator+=(const Pack& other) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] += other.values[i];
-  }
-};
-
-template <typename scalar_t>
-constexpr int kWidestPack = 16 / sizeof(scalar_t);
-
-template <typename PackType, typename scalar_t>
-__device__ PackType load(const scalar_t* address) {
-  return *reinterpret_cast<const PackType*>(address);
-}
-
-template <typename PackType, typename scalar_t>
-__device__ void store(scalar_t* address, const PackType& pack) {
-  *reinterpret_cast<PackType*>(address) = pack;
-}
 
 // The first i in (begin, last] with another id than ids[begin * stride]; ids[last * stride] is not
 // looked at. In steps that double, then halve.
@@ -176,10 +152,6 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
 // How many parts of sums the kernels need room for; 0: they need none.
 inline int64_t num_parts(int64_t count) {
   return count <= kChunk ? 0 : (count + kChunk - 1) / kChunk;
-}
-
-inline bool is_aligned(const void* address) {
-  return reinterpret_cast<uintptr_t>(address) % 16 == 0;
 }
 
 // Both kernels, on `count` > 0 entries; kCount numbers at once, of which the width is a multiple.
