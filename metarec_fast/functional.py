@@ -311,6 +311,18 @@ def coalesce_rows(gradient: SparseRows) -> SparseRows:
     return _either(_ops.coalesce_rows, reference.coalesce_rows, gradient.rows)(gradient)
 
 
+def coalesce_rows_padded(gradient: SparseRows) -> tuple[SparseRows, Tensor]:
+    """As `coalesce_rows`, in shapes that do not depend on the ids, so that nobody waits for the device to count them.
+
+    Args:
+        gradient: ids int64 [n] ≥ 0 and rows [n, D] or [n], float32 or float64.
+
+    Returns:
+        Ids [n], −1 after the distinct ones, with rows of zeros there; and how many are distinct, an int64 scalar.
+    """
+    return _either(_ops.coalesce_rows_padded, reference.coalesce_rows_padded, gradient.rows)(gradient)
+
+
 def sum_rows(gradient: SparseRows, num_rows: int) -> Tensor:
     """The gradient of the whole table, [num_rows, D] or [num_rows], summed in the order of the rows.
 
@@ -351,6 +363,6 @@ def _with_negatives(batch: TaskBatch) -> TaskBatch:
 
 
 __all__ = [
-    "InnerLoop", "Model", "adapt", "adapt_and_score", "coalesce_rows", "meta_step", "reptile_step", "score_top_k",
-    "sum_rows",
+    "InnerLoop", "Model", "adapt", "adapt_and_score", "coalesce_rows", "coalesce_rows_padded", "meta_step",
+    "reptile_step", "score_top_k", "sum_rows",
 ]  # fmt: skip

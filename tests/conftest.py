@@ -23,7 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU, and is skipped where there is none")
-    config.addinivalue_line("markers", "cpu(reason): runs with --device cpu only")
+    config.addinivalue_line(
+        "markers", "cpu: of what only the operators of the CPU do, such as looking at ids and threads"
+    )
     device = config.getoption("--device")
     if device == "simulated":
         import simulator
@@ -38,9 +40,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     device = config.getoption("--device")
     for item in items:
-        cpu = item.get_closest_marker("cpu")
-        if cpu is not None and device != "cpu":
-            item.add_marker(pytest.mark.skip(reason=f"with --device cpu only: {cpu.args[0]}"))
+        if item.get_closest_marker("cpu") is not None and device != "cpu":
+            item.add_marker(pytest.mark.skip(reason="about what only the operators of the CPU do"))
         if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch finds none that it can use"))
 

@@ -36,6 +36,8 @@ enum { CUSIM_SYNCWARP, CUSIM_SHFL, CUSIM_SHFL_XOR, CUSIM_SHFL_UP, CUSIM_SHFL_DOW
 #define __shared__ CUSIM_error_use_CUDA_SHARED_instead
 #undef __launch_bounds__
 #define __launch_bounds__(...)
+#undef __grid_constant__
+#define __grid_constant__
 #undef __forceinline__
 #define __forceinline__ inline
 #define threadIdx (*cusim_tid())
