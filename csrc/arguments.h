@@ -234,4 +234,80 @@ struct LoopArguments {
   }
 };
 
+// What a batch is judged by: the query, its outer loss, and how much tasks and steps count.
+struct JudgedQuery {
+  RaggedItems query;
+  OptionalTensor targets;       // [n]
+  OptionalTensor weights;       // [n]
+  OptionalTensor task_weights;  // [T]
+  OptionalTensor step_weights;  // [K + 1]
+  OuterLoss loss;
+
+  JudgedQuery(const Inputs& inputs, int64_t steps, const RaggedItems& query_in,
+              const OptionalTensor& targets_in, const OptionalTensor& weights_in,
+              const OptionalTensor& task_weights_in, const OptionalTensor& step_weights_in,
+              const OuterLoss& loss_in)
+      : query(query_in), loss(loss_in) {
+    check_num_tasks(query, inputs);
+    const auto contiguous = [&](const char* name, const OptionalTensor& tensor, int64_t size) {
+      if (!tensor) return OptionalTensor();
+      check_tensor(name, *tensor, inputs.dtype(), inputs.item_bias);
+      check_size(name, *tensor, size);
+      return OptionalTensor(as_contiguous(*tensor));
+    };
+    targets = contiguous("query_targets", targets_in, query.size());
+    weights = contiguous("query_weights", weights_in, query.size());
+    task_weights = contiguous("task_weights", task_weights_in, inputs.T());
+    step_weights = contiguous("step_weights", step_weights_in, steps + 1);
+    STD_TORCH_CHECK(!step_weights || steps != kExact,
+                    "step_weights: 'exact' has no steps to weigh");
+    STD_TORCH_CHECK(targets || !loss.pointwise(),
+                    "query_targets: needed by the outer losses squared, logistic and absolute");
+    STD_TORCH_CHECK(query.negatives || !loss.pairwise(),
+                    "query_negatives: needed by the outer losses bpr and softmax");
+    if (query.log_q) check_tensor("query_log_q", *query.log_q, inputs.dtype(), inputs.item_bias);
+  }
+
+  static void check_num_tasks(const RaggedItems& query, const Inputs& inputs) {
+    STD_TORCH_CHECK(query.num_tasks == inputs.T(), "query_offsets: expected ", inputs.T(),
+                    " tasks, like support_offsets, got ", query.num_tasks);
+  }
+};
+
+// What arrives at the results of an operator, contiguous.
+struct ArrivingGradients {
+  Tensor user;  // [T, D]
+  Tensor bias;  // [T]
+
+  ArrivingGradients(const Inputs& inputs, const Tensor& user_in, const Tensor& bias_in)
+      : user(as_contiguous(user_in)), bias(as_contiguous(bias_in)) {
+    check("grad_user", user, inputs, inputs.T() * inputs.D());
+    check("grad_bias", bias, inputs, inputs.T());
+  }
+
+  static void check(const char* name, const Tensor& tensor, const Inputs& inputs, int64_t numel) {
+    check_tensor(name, tensor, inputs.dtype(), inputs.item_table);
+    STD_TORCH_CHECK(tensor.numel() == numel, name, ": expected ", numel, " numbers, got ",
+                    tensor.numel());
+  }
+};
+
+// What Reptile wants besides.
+struct ReptileArguments {
+  OptionalTensor task_weights;  // [T]
+  OuterLoss loss;               // of the support, after adaptation
+
+  ReptileArguments(const Inputs& inputs, const LoopArguments& loop, const std::string& loss_name,
+                   const OptionalTensor& task_weights_in)
+      : loss{loop.loss == Loss::kSquared ? 1.0 : 0.0, loop.loss == Loss::kLogistic ? 1.0 : 0.0, 0,
+             0, 0} {
+    STD_TORCH_CHECK(loop.loss == Loss::kSquared || loop.loss == Loss::kLogistic,
+                    "loss: Reptile adapts on a loss of single scores, got '", loss_name, "'");
+    if (!task_weights_in) return;
+    task_weights = as_contiguous(*task_weights_in);
+    check_tensor("task_weights", *task_weights, inputs.dtype(), inputs.item_bias);
+    check_size("task_weights", *task_weights, inputs.T());
+  }
+};
+
 }  // namespace metarec_fast

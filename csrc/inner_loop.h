@@ -5,12 +5,6 @@
 
 #include "losses.h"
 
-#if defined(__CUDACC__)
-#define HOST_DEVICE __host__ __device__
-#else
-#define HOST_DEVICE
-#endif
-
 namespace metarec_fast {
 
 enum class Form { kAuto, kGram, kDirect, kNormal, kPlain };  // kPlain: kDirect of a plain loop

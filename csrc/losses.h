@@ -6,6 +6,8 @@
 //   softmax   −log of the share of an entry's own item in Σ e^(p − log q) over it and its negatives
 #pragma once
 
+#include "host_device.h"
+
 namespace metarec_fast {
 
 enum class Loss { kSquared, kLogistic, kBpr, kSoftmax };
@@ -19,8 +21,47 @@ constexpr double kAbsoluteWidth = 0.1;
 struct OuterLoss {
   double squared, logistic, absolute, bpr, softmax;
 
-  bool pointwise() const { return squared != 0 || logistic != 0 || absolute != 0; }
-  bool pairwise() const { return bpr != 0 || softmax != 0; }
+  HOST_DEVICE bool pointwise() const { return squared != 0 || logistic != 0 || absolute != 0; }
+  HOST_DEVICE bool pairwise() const { return bpr != 0 || softmax != 0; }
 };
+
+// share ℓ' and share ℓ'' of the squared, the logistic or (of a difference p, with y = 1) the bpr
+// loss. A Number is one number or a register of them; Math knows its sigmoid and softplus.
+template <typename Math, typename Number>
+HOST_DEVICE void differentiate_loss(Loss loss, const Number& share, const Number& p,
+                                    const Number& y, Number& push, Number& curvature) {
+  if (loss == Loss::kSquared) {
+    curvature = 2 * share;
+    push = curvature * (p - y);
+  } else {
+    const Number probability = Math::sigmoid(p);
+    push = share * (probability - y);
+    curvature = share * probability * (1 - probability);
+  }
+}
+
+// ℓ and ℓ' of the pointwise losses in a weighted sum.
+template <typename Math, typename Number>
+HOST_DEVICE void judge_point(const OuterLoss& loss, const Number& p, const Number& y, Number& value,
+                             Number& slope) {
+  using scalar_t = typename Math::scalar_t;
+  const scalar_t squared = static_cast<scalar_t>(loss.squared),
+                 logistic = static_cast<scalar_t>(loss.logistic),
+                 absolute = static_cast<scalar_t>(loss.absolute),
+                 width = static_cast<scalar_t>(kAbsoluteWidth);
+  const Number difference = p - y;
+  value = squared * difference * difference;
+  slope = 2 * squared * difference;
+  if (logistic != 0) {
+    value += logistic * (Math::softplus(p) - y * p);
+    slope += logistic * (Math::sigmoid(p) - y);
+  }
+  if (absolute != 0) {
+    const Number distance = difference < 0 ? -difference : difference, one = Math::one();
+    value +=
+        absolute * (distance < width ? distance * distance / (2 * width) : distance - width / 2);
+    slope += absolute * (distance < width ? difference / width : (difference < 0 ? -one : one));
+  }
+}
 
 }  // namespace metarec_fast

@@ -59,8 +59,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapt_all_cpu(
 }
 
 GradientTuple adapt_all_backward_cpu(
-    const Tensor& grad_user_in, const Tensor& grad_bias_in, const Tensor& grad_rows_in,
-    const Tensor& grad_biases_in, const Tensor& user_init, const Tensor& user_bias_init,
+    const Tensor& grad_user, const Tensor& grad_bias, const Tensor& grad_rows,
+    const Tensor& grad_biases, const Tensor& user_init, const Tensor& user_bias_init,
     const Tensor& item_table, const Tensor& item_bias, const Tensor& offset,
     const Tensor& support_items, const Tensor& support_targets, const Tensor& support_offsets,
     const OptionalTensor& support_weights, const OptionalTensor& support_negatives,
@@ -76,17 +76,11 @@ GradientTuple adapt_all_backward_cpu(
                            inner_steps, loss, first_order, form, adapt);
   STD_TORCH_CHECK(loop.adapts_items, "adapt: expected all, got '", adapt, "'");
   const int64_t T = inputs.T(), D = inputs.D(), entries = inputs.support.size();
-  const Tensor grad_user = as_contiguous(grad_user_in), grad_bias = as_contiguous(grad_bias_in),
-               grad_rows = as_contiguous(grad_rows_in), grad_biases = as_contiguous(grad_biases_in);
-  const auto check = [&](const char* name, const Tensor& tensor, int64_t numel) {
-    check_tensor(name, tensor, inputs.dtype(), item_table);
-    STD_TORCH_CHECK(tensor.numel() == numel, name, ": expected ", numel, " numbers, got ",
-                    tensor.numel());
-  };
-  check("grad_user", grad_user, T * D);
-  check("grad_bias", grad_bias, T);
-  check("grad_rows", grad_rows, entries * D);
-  check("grad_biases", grad_biases, entries);
+  const ArrivingGradients arriving(inputs, grad_user, grad_bias);
+  const Tensor arriving_rows = as_contiguous(grad_rows),
+               arriving_biases = as_contiguous(grad_biases);
+  ArrivingGradients::check("grad_rows", arriving_rows, inputs, entries * D);
+  ArrivingGradients::check("grad_biases", arriving_biases, inputs, entries);
   const RaggedItems nothing = inputs.support.without_entries();
   const Wanted wanted{wanted_bits};
 
@@ -95,10 +89,10 @@ GradientTuple adapt_all_backward_cpu(
     using scalar_t = decltype(zero);
     const TaskReader<scalar_t> reader(inputs, loop);
     const Layout<scalar_t>& layout = reader.layout;
-    const scalar_t* from_user = grad_user.const_data_ptr<scalar_t>();
-    const scalar_t* from_bias = grad_bias.const_data_ptr<scalar_t>();
-    const scalar_t* from_rows = grad_rows.const_data_ptr<scalar_t>();
-    const scalar_t* from_biases = grad_biases.const_data_ptr<scalar_t>();
+    const scalar_t* from_user = arriving.user.const_data_ptr<scalar_t>();
+    const scalar_t* from_bias = arriving.bias.const_data_ptr<scalar_t>();
+    const scalar_t* from_rows = arriving_rows.const_data_ptr<scalar_t>();
+    const scalar_t* from_biases = arriving_biases.const_data_ptr<scalar_t>();
     const TaskBlocks blocks(T, reader.support.offsets, nullptr, reader.entry_cost());
     Gradients<scalar_t> gradients(inputs, loop, wanted, nothing, blocks.size());
     blocks.run<Worker<scalar_t, ItemIndex>>(

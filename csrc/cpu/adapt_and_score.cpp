@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> adapt_and_score_cpu(
 }
 
 GradientTuple adapt_and_score_backward_cpu(
-    const Tensor& grad_user_in, const Tensor& grad_bias_in, const Tensor& grad_scores_in,
+    const Tensor& grad_user, const Tensor& grad_bias, const Tensor& grad_scores,
     const Tensor& user_init, const Tensor& user_bias_init, const Tensor& item_table,
     const Tensor& item_bias, const Tensor& offset, const Tensor& support_items,
     const Tensor& support_targets, const Tensor& support_offsets,
@@ -119,28 +119,21 @@ GradientTuple adapt_and_score_backward_cpu(
   const LoopArguments loop(inputs, inner_lr, preconditioner, prior_pull, momentum, extra_count,
                            inner_steps, loss, first_order, form, adapt);
   const RaggedItems query("query", query_items, query_offsets, item_table);
-  const Tensor grad_user = as_contiguous(grad_user_in), grad_bias = as_contiguous(grad_bias_in),
-               grad_scores = as_contiguous(grad_scores_in);
   check_query(query, inputs);
-  const ScalarType dtype = inputs.dtype();
-  check_tensor("grad_user", grad_user, dtype, item_table);
-  check_tensor("grad_bias", grad_bias, dtype, item_table);
-  check_tensor("grad_scores", grad_scores, dtype, item_table);
-  check_size("grad_bias", grad_bias, inputs.T());
-  check_size("grad_scores", grad_scores, query.size());
-  STD_TORCH_CHECK(grad_user.dim() == 2 && grad_user.numel() == inputs.T() * inputs.D(),
-                  "grad_user: expected shape [T, D]");
+  const ArrivingGradients arriving(inputs, grad_user, grad_bias);
+  const Tensor arriving_scores = as_contiguous(grad_scores);
+  ArrivingGradients::check("grad_scores", arriving_scores, inputs, query.size());
   const Wanted wanted{wanted_bits};
 
   GradientTuple result;
-  dispatch_floating(dtype, "adapt_and_score_backward", [&](auto zero) {
+  dispatch_floating(inputs.dtype(), "adapt_and_score_backward", [&](auto zero) {
     using scalar_t = decltype(zero);
     const TaskReader<scalar_t> reader(inputs, loop);
     const Layout<scalar_t>& layout = reader.layout;
     const EntryData<scalar_t> queries(query);
-    const scalar_t* from_user = grad_user.const_data_ptr<scalar_t>();
-    const scalar_t* from_bias = grad_bias.const_data_ptr<scalar_t>();
-    const scalar_t* from_scores = grad_scores.const_data_ptr<scalar_t>();
+    const scalar_t* from_user = arriving.user.const_data_ptr<scalar_t>();
+    const scalar_t* from_bias = arriving.bias.const_data_ptr<scalar_t>();
+    const scalar_t* from_scores = arriving_scores.const_data_ptr<scalar_t>();
     const TaskBlocks blocks(inputs.T(), reader.support.offsets, queries.offsets,
                             reader.entry_cost());
     Gradients<scalar_t> gradients(inputs, loop, wanted, query, blocks.size());

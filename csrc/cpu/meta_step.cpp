@@ -144,17 +144,17 @@ MetaStepTuple meta_step_cpu(const Tensor& user_init, const Tensor& user_bias_ini
                             const Tensor& support_offsets, const OptionalTensor& support_weights,
                             const OptionalTensor& support_negatives,
                             const OptionalTensor& support_log_q, int64_t largest_support,
-                            const Tensor& query_items, const OptionalTensor& query_targets_in,
-                            const Tensor& query_offsets, const OptionalTensor& query_weights_in,
+                            const Tensor& query_items, const OptionalTensor& query_targets,
+                            const Tensor& query_offsets, const OptionalTensor& query_weights,
                             const OptionalTensor& query_negatives,
-                            const OptionalTensor& query_log_q,
-                            const OptionalTensor& task_weights_in, const Tensor& inner_lr,
-                            const OptionalTensor& preconditioner, const OptionalTensor& prior_pull,
-                            const OptionalTensor& momentum, double extra_count, int64_t inner_steps,
-                            const std::string& loss_name, bool first_order, const std::string& form,
-                            const std::string& adapt, double outer_squared, double outer_logistic,
-                            double outer_absolute, double outer_bpr, double outer_softmax,
-                            const OptionalTensor& step_weights_in, int64_t wanted_bits) {
+                            const OptionalTensor& query_log_q, const OptionalTensor& task_weights,
+                            const Tensor& inner_lr, const OptionalTensor& preconditioner,
+                            const OptionalTensor& prior_pull, const OptionalTensor& momentum,
+                            double extra_count, int64_t inner_steps, const std::string& loss_name,
+                            bool first_order, const std::string& form, const std::string& adapt,
+                            double outer_squared, double outer_logistic, double outer_absolute,
+                            double outer_bpr, double outer_softmax,
+                            const OptionalTensor& step_weights, int64_t wanted_bits) {
   const Inputs inputs(user_init, user_bias_init, item_table, item_bias, offset, support_items,
                       support_targets, support_offsets, support_weights, support_negatives,
                       support_log_q, largest_support);
@@ -162,27 +162,10 @@ MetaStepTuple meta_step_cpu(const Tensor& user_init, const Tensor& user_bias_ini
                            inner_steps, loss_name, first_order, form, adapt);
   const RaggedItems query("query", query_items, query_offsets, item_table, query_negatives,
                           query_log_q);
-  const int64_t T = inputs.T();
   check_query(query, inputs);
-  const auto contiguous = [&](const char* name, const OptionalTensor& tensor, int64_t size) {
-    if (!tensor) return OptionalTensor();
-    check_tensor(name, *tensor, inputs.dtype(), item_bias);
-    check_size(name, *tensor, size);
-    return OptionalTensor(as_contiguous(*tensor));
-  };
-  const OptionalTensor query_targets = contiguous("query_targets", query_targets_in, query.size());
-  const OptionalTensor query_weights = contiguous("query_weights", query_weights_in, query.size());
-  const OptionalTensor task_weights = contiguous("task_weights", task_weights_in, T);
-  const OptionalTensor step_weights = contiguous("step_weights", step_weights_in, inner_steps + 1);
-  STD_TORCH_CHECK(!step_weights || inner_steps != kExact,
-                  "step_weights: 'exact' has no steps to weigh");
-  const OuterLoss outer_loss{outer_squared, outer_logistic, outer_absolute, outer_bpr,
-                             outer_softmax};
-  STD_TORCH_CHECK(query_targets || !outer_loss.pointwise(),
-                  "query_targets: needed by the outer losses squared, logistic and absolute");
-  STD_TORCH_CHECK(query_negatives || !outer_loss.pairwise(),
-                  "query_negatives: needed by the outer losses bpr and softmax");
-  if (query.log_q) check_tensor("query_log_q", *query.log_q, inputs.dtype(), item_bias);
+  const JudgedQuery judged(
+      inputs, inner_steps, query, query_targets, query_weights, task_weights, step_weights,
+      {outer_squared, outer_logistic, outer_absolute, outer_bpr, outer_softmax});
   const Wanted wanted{wanted_bits};
 
   Tensor loss = empty(item_bias, inputs.dtype(), {});
@@ -195,9 +178,10 @@ MetaStepTuple meta_step_cpu(const Tensor& user_init, const Tensor& user_bias_ini
     };
     const TaskReader<scalar_t> reader(inputs, loop);
     const Batch<scalar_t> batch(reader, query,
-                                {outer_loss, data(query_targets), data(query_weights), nullptr},
-                                data(task_weights), data(step_weights));
-    const TaskBlocks blocks(T, reader.support.offsets, batch.queries.offsets, reader.entry_cost());
+                                {judged.loss, data(judged.targets), data(judged.weights), nullptr},
+                                data(judged.task_weights), data(judged.step_weights));
+    const TaskBlocks blocks(inputs.T(), reader.support.offsets, batch.queries.offsets,
+                            reader.entry_cost());
     Gradients<scalar_t> gradients(inputs, loop, wanted, query, blocks.size());
     if (loop.adapts_items)
       adapt_items_too(batch, blocks, wanted, gradients);

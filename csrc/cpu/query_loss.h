@@ -30,27 +30,12 @@ ALWAYS_INLINE scalar_t judge_points(const OuterLoss& loss, const scalar_t* score
                                     const scalar_t* targets, const scalar_t* weights, int64_t count,
                                     scalar_t* grad) {
   constexpr int64_t kLane = kLanes<scalar_t>;
-  const scalar_t squared = static_cast<scalar_t>(loss.squared),
-                 logistic = static_cast<scalar_t>(loss.logistic),
-                 absolute_share = static_cast<scalar_t>(loss.absolute),
-                 width = static_cast<scalar_t>(kAbsoluteWidth);
   Vector<scalar_t> total = {};
   for (int64_t q = 0; q < count; q += kLane) {
-    const Vector<scalar_t> p = load(scores + q), y = load(targets + q), weight = load(weights + q),
-                           difference = p - y;
-    Vector<scalar_t> value = squared * difference * difference, slope = 2 * squared * difference;
-    if (logistic != 0) {
-      value += logistic * (softplus<scalar_t>(p) - y * p);
-      slope += logistic * (sigmoid<scalar_t>(p) - y);
-    }
-    if (absolute_share != 0) {
-      const Vector<scalar_t> distance = absolute<scalar_t>(difference),
-                             one = broadcast(scalar_t{1});
-      value += absolute_share *
-               (distance < width ? distance * distance / (2 * width) : distance - width / 2);
-      slope +=
-          absolute_share * (distance < width ? difference / width : (difference < 0 ? -one : one));
-    }
+    const Vector<scalar_t> weight = load(weights + q);
+    Vector<scalar_t> value, slope;
+    judge_point<VectorMath<scalar_t>, Vector<scalar_t>>(loss, load(scores + q), load(targets + q),
+                                                        value, slope);
     total += weight * value;
     store(grad + q) = weight * slope;
   }

@@ -77,17 +77,9 @@ Result reptile_step_cpu(const Tensor& user_init, const Tensor& user_bias_init,
                       support_log_q, largest_support);
   const LoopArguments loop(inputs, inner_lr, preconditioner, prior_pull, momentum, extra_count,
                            inner_steps, loss_name, first_order, form, adapt);
-  STD_TORCH_CHECK(loop.loss == Loss::kSquared || loop.loss == Loss::kLogistic,
-                  "loss: Reptile adapts on a loss of single scores, got '", loss_name, "'");
-  OptionalTensor task_weights;
-  if (task_weights_in) {
-    task_weights = as_contiguous(*task_weights_in);
-    check_tensor("task_weights", *task_weights, inputs.dtype(), item_bias);
-    check_size("task_weights", *task_weights, inputs.T());
-  }
+  const ReptileArguments reptile(inputs, loop, loss_name, task_weights_in);
+  const OptionalTensor& task_weights = reptile.task_weights;
   const RaggedItems nothing = inputs.support.without_entries();
-  const OuterLoss judged{loop.loss == Loss::kSquared ? 1.0 : 0.0,
-                         loop.loss == Loss::kLogistic ? 1.0 : 0.0, 0, 0, 0};
   const Wanted wanted{loop.adapts_items ? 3 : 1};  // the start, and items
 
   Tensor loss = empty(item_bias, inputs.dtype(), {});
@@ -153,7 +145,7 @@ Result reptile_step_cpu(const Tensor& user_init, const Tensor& user_bias_init,
       move_of(task.start, fast, share, layout.stride, moves.fast);
       if (task.size > 0 && weight > 0)
         gradients.add_loss(block,
-                           weight / judged_total * support_loss(task, judged, scores, arena));
+                           weight / judged_total * support_loss(task, reptile.loss, scores, arena));
       gradients.add_moves(block, task, moves, state.index, begin);
     });
     if (loop.adapts_items) shares.clear(reader.support, T);

@@ -97,14 +97,8 @@ ALWAYS_INLINE void differentiate_points(const Task<scalar_t>& task, int64_t r,
                                         const Vector<scalar_t>& scores, Vector<scalar_t>& push,
                                         Vector<scalar_t>& curvature) {
   const Vector<scalar_t> share = task.mean() * load(task.weights + r);
-  if (task.loop.loss == Loss::kSquared) {
-    curvature = 2 * share;
-    push = curvature * (scores - load(task.targets + r));
-  } else {
-    const Vector<scalar_t> probability = sigmoid<scalar_t>(scores);
-    push = share * (probability - load(task.targets + r));
-    curvature = share * probability * (1 - probability);
-  }
+  differentiate_loss<VectorMath<scalar_t>>(task.loop.loss, share, scores, load(task.targets + r),
+                                           push, curvature);
 }
 
 // push = w ∘ ℓ'/(S + n0) at `scores`, and what `bend` needs to know of ℓ'': w ℓ''/(S + n0), for

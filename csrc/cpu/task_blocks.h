@@ -101,8 +101,7 @@ inline void check_ragged(const char* name, const RaggedItems& entries, int64_t n
 
 // The query of a batch, checked against its support and the table.
 inline void check_query(const RaggedItems& query, const Inputs& inputs) {
-  STD_TORCH_CHECK(query.num_tasks == inputs.T(), "query_offsets: expected ", inputs.T(),
-                  " tasks, like support_offsets, got ", query.num_tasks);
+  JudgedQuery::check_num_tasks(query, inputs);
   check_ragged("query", query, inputs.N());
 }
 

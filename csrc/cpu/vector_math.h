@@ -78,4 +78,17 @@ ALWAYS_INLINE Vector<scalar_t> softplus(const Vector<scalar_t>& score) {
          log1p_of_fraction<scalar_t>(exp_of_negative<scalar_t>(-absolute<scalar_t>(score)));
 }
 
+// What the loss formulas want to know of a register of numbers.
+template <typename scalar_type>
+struct VectorMath {
+  using scalar_t = scalar_type;
+  ALWAYS_INLINE static Vector<scalar_t> sigmoid(const Vector<scalar_t>& p) {
+    return cpu::sigmoid<scalar_t>(p);
+  }
+  ALWAYS_INLINE static Vector<scalar_t> softplus(const Vector<scalar_t>& p) {
+    return cpu::softplus<scalar_t>(p);
+  }
+  ALWAYS_INLINE static Vector<scalar_t> one() { return broadcast(scalar_t{1}); }
+};
+
 }  // namespace metarec_fast::cpu

@@ -5,10 +5,10 @@
 #ifdef METAREC_SIMULATED
 #include "cuda_simulator.h"
 #else
-#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #define CUDA_SHARED(T, name, count) __shared__ __align__(16) T name[count]
 #define CUDA_DYNAMIC_SHARED(T, name)         \
@@ -24,15 +24,17 @@ inline const char* message(cudaError_t error) {
 
 constexpr size_t kSharedMemoryWithoutAsking = 48 << 10;
 
-template <typename... Parameters, typename... Arguments>
+template <typename... Parameters>
 const char* launch(const char*, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                   size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
+                   size_t shared_bytes, cudaStream_t stream,
+                   std::type_identity_t<Parameters>... arguments) {
   if (shared_bytes > kSharedMemoryWithoutAsking)
     if (const char* error = message(cudaFuncSetAttribute(
             kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes))))
       return error;
-  kernel<<<grid, block, shared_bytes, stream> > >(arguments...);
-  return message(cudaGetLastError());
+  void* pointers[] = {&arguments...};
+  return message(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers,
+                                  shared_bytes, stream));
 }
 
 inline int device_attribute(cudaDeviceAttr attribute) {
@@ -61,9 +63,10 @@ inline int64_t shared_memory_limit() {
 }  // namespace metarec_fast::cuda
 #endif
 
+#include "row_layout.h"
+
 namespace metarec_fast::cuda {
 
-constexpr int kWarpSize = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 inline unsigned blocks_for(int64_t count, int64_t per_block) {

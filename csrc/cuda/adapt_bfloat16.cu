@@ -1,0 +1,8 @@
+// The kernels that adapt tasks, for tables of bfloat16.
+#include "adapt_launch.cuh"
+
+namespace metarec_fast::cuda {
+
+METAREC_ADAPT(float, Bfloat16);
+
+}  // namespace metarec_fast::cuda

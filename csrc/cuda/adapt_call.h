@@ -1,0 +1,304 @@
+// From the tensors of an operator to the launches that adapt its tasks, and back to tensors.
+#pragma once
+
+#include <algorithm>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../arguments.h"
+#include "adapt.h"
+#include "launch.h"
+#include "scratch.h"
+#include "sum_rows.h"
+#include "totals.h"
+
+namespace metarec_fast::cuda {
+
+using GradientTuple =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Calls body(scalar_t{}, table_t{}) with the types of arithmetic and of the item table.
+template <typename Body>
+void dispatch_tables(const Inputs& inputs, const char* op, const Body& body) {
+  if (inputs.narrow_table()) return body(float{}, Bfloat16{});
+  dispatch_floating(inputs.dtype(), op, [&](auto zero) { body(zero, zero); });
+}
+
+template <typename scalar_t>
+const scalar_t* data(const OptionalTensor& tensor) {
+  return tensor ? tensor->const_data_ptr<scalar_t>() : nullptr;
+}
+
+template <typename scalar_t>
+EntryData<scalar_t> entry_data(const RaggedItems& entries) {
+  return {entries.items.const_data_ptr<int64_t>(), entries.offsets.const_data_ptr<int64_t>(),
+          data<int64_t>(entries.negatives), entries.num_negatives(), data<scalar_t>(entries.log_q)};
+}
+
+// The gradients of a batch as tensors; those that are not wanted are empty.
+struct GradientTensors {
+  Tensor user_init, user_bias_init, item_rows, item_bias_rows, item_ids, offset, inner_lr,
+      preconditioner, prior_pull, momentum, support_weights;
+
+  GradientTensors(const Inputs& inputs, const LoopArguments& loop, Wanted wanted_in,
+                  const RaggedItems& query)
+      : wanted(wanted_in), support_rows(!loop.first_order || loop.adapts_items) {
+    const Tensor& like = inputs.item_bias;
+    const ScalarType dtype = inputs.dtype();
+    const auto alike = [&](bool is_wanted, const Tensor& shape) {
+      if (!is_wanted) return empty(like, dtype, {0});
+      if (shape.dim() == 0) return empty(like, dtype, {});
+      return shape.dim() == 1 ? empty(like, dtype, {shape.size(0)})
+                              : empty(like, dtype, {shape.size(0), shape.size(1)});
+    };
+    const auto optional = [&](bool is_wanted, const OptionalTensor& shape) {
+      return alike(is_wanted && shape, shape ? *shape : like);
+    };
+    user_init = alike(wanted.start(), inputs.user_init);
+    user_bias_init = alike(wanted.start(), inputs.user_bias_init);
+    offset = alike(wanted.start(), inputs.offset);
+    inner_lr = alike(wanted.inner_lr(), loop.inner_lr);
+    preconditioner = optional(wanted.preconditioner(), loop.preconditioner);
+    prior_pull = optional(wanted.prior_pull(), loop.prior_pull);
+    momentum = optional(wanted.momentum(), loop.momentum);
+    support_weights = optional(wanted.support_weights(), inputs.weights);
+    const int64_t support_entries = inputs.support.size() * inputs.support.candidates();
+    const int64_t rows =
+        !wanted.items() ? 0
+                        : (support_rows ? support_entries : 0) + query.size() * query.candidates();
+    item_rows = wanted.items() ? empty(like, dtype, {rows, inputs.D()}) : empty(like, dtype, {0});
+    item_bias_rows = empty(like, dtype, {rows});
+    item_ids = empty(query.items, ScalarType::Long, {rows});
+  }
+
+  template <typename scalar_t>
+  GradientData<scalar_t> view(const Inputs& inputs, const RaggedItems& query) {
+    const auto per_task = [](Tensor& tensor, bool has_own) -> scalar_t* {
+      return tensor.numel() > 0 && has_own ? tensor.mutable_data_ptr<scalar_t>() : nullptr;
+    };
+    scalar_t* rows = wanted.items() ? item_rows.mutable_data_ptr<scalar_t>() : nullptr;
+    return {used(),
+            per_task(user_init, user_init.dim() == 2),
+            per_task(user_bias_init, user_bias_init.dim() == 1),
+            per_task(prior_pull, prior_pull.dim() == 1),
+            per_task(support_weights, true),
+            rows,
+            item_bias_rows.mutable_data_ptr<scalar_t>(),
+            item_ids.mutable_data_ptr<int64_t>(),
+            inputs.support.size(),
+            inputs.support.num_negatives(),
+            query.size(),
+            query.num_negatives(),
+            support_rows,
+            packs(rows, inputs.D())};
+  }
+
+  // What of that is given: a gradient may be wanted of what is not there.
+  Wanted used() const {
+    int64_t bits = wanted.bits & 3;  // the start, items
+    if (inner_lr.numel() > 0) bits |= 4;
+    if (preconditioner.numel() > 0) bits |= 8;
+    if (prior_pull.numel() > 0) bits |= 16;
+    if (momentum.numel() > 0) bits |= 32;
+    if (support_weights.numel() > 0) bits |= 64;
+    return {bits};
+  }
+
+  // Where the sums of the records go.
+  template <typename scalar_t>
+  RecordParts<scalar_t> parts(const RecordLayout& at, int64_t dim, int64_t width, int64_t steps,
+                              Tensor& loss) {
+    RecordParts<scalar_t> result;
+    const auto add = [&](Tensor& tensor, int place, int64_t count, bool folded) {
+      result.add(place, count, folded, tensor.mutable_data_ptr<scalar_t>());
+    };
+    if (wanted.start()) {
+      if (user_init.dim() == 1) add(user_init, at.start(), dim, false);
+      if (user_bias_init.dim() == 0)
+        add(user_bias_init, at.start() + static_cast<int>(width), 1, false);
+      add(offset, at.offset(), 1, false);
+    }
+    if (wanted.inner_lr()) add(inner_lr, at.inner_lr(), steps, inner_lr.dim() == 0);
+    if (momentum.numel() > 0) add(momentum, at.momentum(), steps, momentum.dim() == 0);
+    if (prior_pull.numel() > 0 && prior_pull.dim() == 0) add(prior_pull, at.pull(), 1, false);
+    if (preconditioner.numel() > 0) {
+      scalar_t* out = preconditioner.mutable_data_ptr<scalar_t>();
+      result.add(at.scale(), dim, false, out);
+      result.add(at.scale() + static_cast<int>(width), 1, false, out + dim);
+    }
+    add(loss, at.loss(), 1, false);
+    return result;
+  }
+
+  GradientTuple tuple() const { return with_items(item_rows, item_bias_rows); }
+
+  // The same with the items' gradients, if wanted, as whole tables: [N, D] and [N].
+  GradientTuple dense_tuple(int64_t num_items) const {
+    if (!wanted.items()) return tuple();
+    return with_items(sum_rows(item_ids, item_rows, num_items),
+                      sum_rows(item_ids, item_bias_rows, num_items));
+  }
+
+  GradientTuple with_items(const Tensor& table, const Tensor& bias) const {
+    return {user_init, user_bias_init, table,      bias,     offset,
+            inner_lr,  preconditioner, prior_pull, momentum, support_weights};
+  }
+
+  const Wanted wanted;
+  const bool support_rows;
+};
+
+// One call of the kernels that adapt tasks.
+template <typename scalar_t, typename table_t>
+class AdaptCall {
+ public:
+  AdaptWork<scalar_t, table_t> work{};
+  cudaStream_t stream;
+
+  AdaptCall(const char* op, const Inputs& inputs, const LoopArguments& loop,
+            const RaggedItems& query, cudaStream_t stream_in)
+      : stream(stream_in),
+        op_(op),
+        items_too_(loop.adapts_items),
+        largest_(inputs.largest_support),
+        like_(inputs.item_bias),
+        dtype_(inputs.dtype()) {
+    STD_TORCH_CHECK(inputs.D() <= kLargestDim, "item_table: expected rows of at most ", kLargestDim,
+                    " numbers, got ", inputs.D());
+    const table_t* table = static_cast<const table_t*>(inputs.item_table.const_data_ptr());
+    work.problem = {inputs.user_init.const_data_ptr<scalar_t>(),
+                    inputs.user_bias_init.const_data_ptr<scalar_t>(),
+                    inputs.per_task_start() ? inputs.D() : 0,
+                    inputs.per_task_bias() ? 1 : 0,
+                    table,
+                    inputs.item_bias.const_data_ptr<scalar_t>(),
+                    inputs.offset.const_data_ptr<scalar_t>(),
+                    entry_data<scalar_t>(inputs.support),
+                    inputs.targets.const_data_ptr<scalar_t>(),
+                    data<scalar_t>(inputs.weights),
+                    loop.view<scalar_t>(),
+                    inputs.T(),
+                    inputs.N(),
+                    static_cast<int>(inputs.D()),
+                    packs(table, inputs.D())};
+    work.query.entries = entry_data<scalar_t>(query);
+  }
+
+  // 1/Σ ω over all tasks, or those with `entries`; see QueryData.
+  void normalise(const scalar_t* task_weights, const RaggedItems& entries, bool entered) {
+    normalisers_ = empty(like_, dtype_, {2});
+    work.query.task_weights = task_weights;
+    work.query.normalisers = normalisers_.const_data_ptr<scalar_t>();
+    check_launch(op_,
+                 sum_task_weights<scalar_t>(task_weights, entries.offsets.const_data_ptr<int64_t>(),
+                                            work.problem.num_tasks, entered,
+                                            normalisers_.mutable_data_ptr<scalar_t>(), stream));
+  }
+
+  // Room to note which candidates of the query are support items, where these adapt.
+  void note_hits(const RaggedItems& query) {
+    if (!items_too_) return;
+    const int64_t candidates = query.size() * query.candidates();
+    hit_places_ = empty(like_, ScalarType::Int, {candidates});
+    hit_grads_ = empty(like_, dtype_, {candidates});
+    work.hit_places = hit_places_.mutable_data_ptr<int>();
+    work.hit_grads = hit_grads_.mutable_data_ptr<scalar_t>();
+  }
+
+  // Runs all tasks; with `grads` the sums over them go there, and the loss to `loss`.
+  void run(GradientTensors* grads, Tensor* loss) {
+    const int64_t K = std::max<int64_t>(work.problem.loop.steps, 0);
+    const int width = width_for(work.problem.dim);
+    const RecordLayout record{width, static_cast<int>(K)};
+    plan(width, K);
+    if (grads != nullptr) {
+      records_ = empty(like_, dtype_, {num_records_, record.size()});
+      work.records = records_.mutable_data_ptr<scalar_t>();
+    }
+    for (const Planned& planned : launches_) {
+      work.launch = planned.launch;
+      check_launch(op_, launch_adapt(work, planned.blocks, planned.shared_bytes, stream));
+    }
+    if (grads != nullptr)
+      check_launch(op_,
+                   sum_records<scalar_t>(
+                       work.records, num_records_, record.size(),
+                       grads->parts<scalar_t>(record, work.problem.dim, width, K, *loss), stream));
+  }
+
+ private:
+  struct Planned {
+    Launch launch;
+    int64_t blocks = 0;
+    size_t shared_bytes = 0;
+    Tensor workspace = {};
+  };
+
+  // Splits the tasks by size into launches that suit them.
+  void plan(int width, int64_t K) {
+    const int64_t largest = largest_ * work.problem.group();
+    int64_t bounds[] = {kWarpSize, kLargestGram, (kDirectPasses * K - 1) / kGramPasses, largest};
+    std::sort(std::begin(bounds), std::end(bounds));
+    int64_t first = 0;
+    for (const int64_t bound : bounds) {
+      const int64_t last = std::min(bound, largest);
+      if (last < first) continue;
+      const Way way = way_of(last);
+      const int warps = last <= kWarpSize ? 1 : kLargestTeam;
+      const bool as_before = !launches_.empty() && launches_.back().launch.way == way &&
+                             launches_.back().launch.warps == warps;
+      if (as_before)
+        launches_.back().launch.most_rows = last;
+      else
+        launches_.push_back({{way, warps, kLargestTeam / warps, first, last, 0, nullptr, 0}});
+      first = last + 1;
+    }
+    for (Planned& planned : launches_) make_room(planned, width, K);
+  }
+
+  Way way_of(int64_t rows) const {
+    return choose_way(work.problem.loop, items_too_, work.query.whole_path(),
+                      work.query.entries.num_negatives > 0, std::max<int64_t>(rows, 1));
+  }
+
+  // Scratch for its teams: in shared memory, else in a workspace.
+  void make_room(Planned& planned, int width, int64_t K) {
+    Launch& launch = planned.launch;
+    launch.scratch_size =
+        Scratch<scalar_t>{}.lay_out(nullptr, launch.way, launch.warps, work.problem.dim, width,
+                                    launch.most_rows, K, work.query.entries.candidates());
+    const size_t team_bytes = launch.scratch_size * sizeof(scalar_t);
+    const size_t limit = static_cast<size_t>(shared_memory_limit()) - kStaticSharedMemory;
+    while (launch.teams_per_block > 1 && launch.teams_per_block * team_bytes > limit)
+      launch.teams_per_block /= 2;
+    const bool fits = launch.teams_per_block * team_bytes <= limit;
+    if (!fits) launch.teams_per_block = kLargestTeam / launch.warps;
+    planned.shared_bytes = fits ? launch.teams_per_block * team_bytes : 0;
+    work.launch = launch;
+    const int64_t needed =
+        (work.problem.num_tasks + launch.teams_per_block - 1) / launch.teams_per_block;
+    planned.blocks =
+        std::clamp<int64_t>(needed, 1, resident_adapt_blocks(work, planned.shared_bytes));
+    const int64_t teams = planned.blocks * launch.teams_per_block;
+    if (!fits) {
+      planned.workspace = empty(like_, dtype_, {teams, launch.scratch_size});
+      launch.workspace = planned.workspace.mutable_data_ptr();
+    }
+    launch.first_record = num_records_;
+    num_records_ += teams;
+  }
+
+  static constexpr size_t kStaticSharedMemory = kMostTeams * sizeof(Scratch<scalar_t>) + 1024;
+
+  const char* op_;
+  const bool items_too_;
+  const int64_t largest_;
+  const Tensor like_;
+  const ScalarType dtype_;
+  int64_t num_records_ = 0;
+  std::vector<Planned> launches_;
+  Tensor normalisers_, records_, hit_places_, hit_grads_;
+};
+
+}  // namespace metarec_fast::cuda

@@ -1,0 +1,195 @@
+// Vectors and rows as the lanes of a warp hold them: see row_layout.h.
+#pragma once
+
+#include "row_layout.h"
+#include "team.h"
+
+namespace metarec_fast::cuda {
+
+__device__ __forceinline__ float widen(float value) { return value; }
+__device__ __forceinline__ double widen(double value) { return value; }
+__device__ __forceinline__ float widen(Bfloat16 value) {
+  return __uint_as_float(static_cast<unsigned>(value.bits) << 16);
+}
+
+// Four numbers from an address that is a multiple of their size.
+__device__ __forceinline__ void load_pack(const float* from, float* to) {
+  const float4 pack = *reinterpret_cast<const float4*>(from);
+  to[0] = pack.x, to[1] = pack.y, to[2] = pack.z, to[3] = pack.w;
+}
+__device__ __forceinline__ void load_pack(const double* from, double* to) {
+  const double2 low = *reinterpret_cast<const double2*>(from),
+                high = *reinterpret_cast<const double2*>(from + 2);
+  to[0] = low.x, to[1] = low.y, to[2] = high.x, to[3] = high.y;
+}
+__device__ __forceinline__ void load_pack(const Bfloat16* from, float* to) {
+  const uint2 pack = *reinterpret_cast<const uint2*>(from);
+  to[0] = __uint_as_float(pack.x << 16), to[1] = __uint_as_float(pack.x & 0xffff0000u);
+  to[2] = __uint_as_float(pack.y << 16), to[3] = __uint_as_float(pack.y & 0xffff0000u);
+}
+__device__ __forceinline__ void store_pack(const float* from, float* to) {
+  *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+}
+__device__ __forceinline__ void store_pack(const double* from, double* to) {
+  *reinterpret_cast<double2*>(to) = make_double2(from[0], from[1]);
+  *reinterpret_cast<double2*>(to + 2) = make_double2(from[2], from[3]);
+}
+
+// A fast vector (u, c), or a row and what stands beside it; the lane's columns of it.
+template <typename scalar_t, int kChunks>
+struct Vector {
+  static constexpr int kSize = kChunks * kPack;
+  scalar_t at[kSize];
+  scalar_t bias;
+
+  __device__ __forceinline__ static Vector zero() { return filled(0); }
+  __device__ __forceinline__ static Vector filled(scalar_t value) {
+    Vector result;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) result.at[i] = value;
+    result.bias = value;
+    return result;
+  }
+
+  // this ← function(this, others …), number by number
+  template <typename Function, typename... Others>
+  __device__ __forceinline__ void update(const Function& function, const Others&... others) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) at[i] = function(at[i], others.at[i]...);
+    bias = function(bias, others.bias...);
+  }
+
+  __device__ __forceinline__ void add(scalar_t factor, const Vector& other) {
+    update([=](scalar_t a, scalar_t b) { return a + factor * b; }, other);
+  }
+
+  // Of the lane's columns alone.
+  __device__ __forceinline__ scalar_t dot(const Vector& other) const {
+    scalar_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) sum += at[i] * other.at[i];
+    return sum;
+  }
+};
+
+template <int kChunks>
+struct Columns {
+  int dim;     // D
+  int lanes;   // L, a power of two
+  int chunks;  // that there are, ≤ kChunks
+  int lane;    // in its group
+  int group;
+
+  __device__ __forceinline__ Columns(int dim_in, int lane_in_warp)
+      : dim(dim_in),
+        lanes(lanes_for(dim_in)),
+        chunks(width_for(dim_in) / (lanes * kPack)),
+        lane(lane_in_warp % lanes),
+        group(lane_in_warp / lanes) {}
+
+  __device__ __forceinline__ int groups() const { return kWarpSize / lanes; }
+  __device__ __forceinline__ int width() const { return chunks * lanes * kPack; }
+  __device__ __forceinline__ int column(int chunk) const { return (chunk * lanes + lane) * kPack; }
+
+  // Calls body(chunk, column) for the lane's packs.
+  template <typename Body>
+  __device__ __forceinline__ void each(const Body& body) const {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c)
+      if (kChunks == 1 || c < chunks) body(c, column(c));
+  }
+
+  // A padded row [width] of ours; the bias stays as it is.
+  template <typename scalar_t>
+  __device__ __forceinline__ void load(const scalar_t* row, Vector<scalar_t, kChunks>& to) const {
+    if (kChunks > 1) clear(to);
+    each([&](int c, int column) { load_pack(row + column, to.at + c * kPack); });
+  }
+  template <typename scalar_t>
+  __device__ __forceinline__ void store(const Vector<scalar_t, kChunks>& from,
+                                        scalar_t* row) const {
+    each([&](int c, int column) { store_pack(from.at + c * kPack, row + column); });
+  }
+
+  // A row [D] of somebody else's, zeros beyond it; `packed` says that it may be read four at a
+  // time.
+  template <typename Number, typename scalar_t>
+  __device__ __forceinline__ void load_row(const Number* row, bool packed,
+                                           Vector<scalar_t, kChunks>& to) const {
+    clear(to);
+    each([&](int c, int column) {
+      if (packed) {
+        if (column < dim) load_pack(row + column, to.at + c * kPack);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPack; ++i)
+          if (column + i < dim) to.at[c * kPack + i] = widen(row[column + i]);
+      }
+    });
+  }
+  template <typename scalar_t>
+  __device__ __forceinline__ void store_row(const Vector<scalar_t, kChunks>& from, bool packed,
+                                            scalar_t* row) const {
+    each([&](int c, int column) {
+      if (packed) {
+        if (column < dim) store_pack(from.at + c * kPack, row + column);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPack; ++i)
+          if (column + i < dim) row[column + i] = from.at[c * kPack + i];
+      }
+    });
+  }
+
+  // The sum over a row's lanes, for all of them.
+  template <typename scalar_t>
+  __device__ __forceinline__ scalar_t sum(scalar_t value) const {
+    for (int apart = lanes / 2; apart > 0; apart /= 2)
+      value += __shfl_xor_sync(kAllLanes, value, apart);
+    return value;
+  }
+
+  // Of several values at once: lane i of a group gets the sum of values[i], in half as many
+  // exchanges and additions as one by one.
+  template <typename scalar_t>
+  __device__ __forceinline__ scalar_t sums(const scalar_t (&values)[2]) const {
+    return sum_from(2, halve(1, values[0], values[1]));
+  }
+  template <typename scalar_t>
+  __device__ __forceinline__ scalar_t sums(const scalar_t (&values)[4]) const {
+    const scalar_t low = halve(1, values[0], values[1]), high = halve(1, values[2], values[3]);
+    return sum_from(4, halve(2, low, high));
+  }
+
+  // The sum over the groups of a warp, for all of them.
+  template <typename scalar_t>
+  __device__ __forceinline__ void sum_groups(Vector<scalar_t, kChunks>& vector) const {
+    for (int apart = lanes; apart < kWarpSize; apart *= 2) {
+#pragma unroll
+      for (int i = 0; i < Vector<scalar_t, kChunks>::kSize; ++i)
+        vector.at[i] += __shfl_xor_sync(kAllLanes, vector.at[i], apart);
+      vector.bias += __shfl_xor_sync(kAllLanes, vector.bias, apart);
+    }
+  }
+
+ private:
+  // Of two lanes `apart`, the lower one gets the sum of their `a`, the upper one that of their `b`.
+  template <typename scalar_t>
+  __device__ __forceinline__ scalar_t halve(int apart, scalar_t a, scalar_t b) const {
+    const bool upper = (lane & apart) != 0;
+    return (upper ? b : a) + __shfl_xor_sync(kAllLanes, upper ? a : b, apart);
+  }
+  template <typename scalar_t>
+  __device__ __forceinline__ scalar_t sum_from(int apart, scalar_t value) const {
+    for (; apart < lanes; apart *= 2) value += __shfl_xor_sync(kAllLanes, value, apart);
+    return value;
+  }
+
+  template <typename scalar_t>
+  __device__ __forceinline__ static void clear(Vector<scalar_t, kChunks>& vector) {
+#pragma unroll
+    for (int i = 0; i < Vector<scalar_t, kChunks>::kSize; ++i) vector.at[i] = 0;
+  }
+};
+
+}  // namespace metarec_fast::cuda

@@ -1,0 +1,147 @@
+// What the kernels that adapt tasks are given: plain pointers into the tensors of an operator.
+#pragma once
+
+#include "../inner_loop.h"
+#include "row_layout.h"
+
+namespace metarec_fast::cuda {
+
+// Entries of T tasks, one after the other.
+template <typename scalar_t>
+struct EntryData {
+  const int64_t* items;
+  const int64_t* offsets;
+  const int64_t* negatives;  // [n, num_negatives]
+  int64_t num_negatives;
+  const scalar_t* log_q;  // [n, 1 + num_negatives], or nullptr
+
+  HOST_DEVICE int64_t begin(int64_t task) const { return offsets[task]; }
+  HOST_DEVICE int64_t size(int64_t task) const { return offsets[task + 1] - offsets[task]; }
+  HOST_DEVICE int64_t candidates() const { return 1 + num_negatives; }  // of an entry
+  // Candidate 0 of an entry is its item, the others are its negatives.
+  HOST_DEVICE int64_t candidate(int64_t entry, int64_t j) const {
+    return j == 0 ? items[entry] : negatives[entry * num_negatives + j - 1];
+  }
+};
+
+// The meta-parameters, the support, and how it is adapted on.
+template <typename scalar_t, typename table_t>
+struct Problem {
+  const scalar_t* user_init;       // [D] or [T, D]
+  const scalar_t* user_bias_init;  // scalar or [T]
+  int64_t user_stride, bias_stride;
+  const table_t* item_table;  // [N, D]
+  const scalar_t* item_bias;  // [N]
+  const scalar_t* offset;     // scalar
+  EntryData<scalar_t> support;
+  const scalar_t* targets;  // [n]
+  const scalar_t* weights;  // [n], or nullptr: ones
+  InnerLoop<scalar_t> loop;
+  int64_t num_tasks;
+  int64_t num_items;
+  int dim;
+  bool packed_table;  // rows may be read four numbers at a time
+
+  // Rows of an entry: one, a difference for each negative, or all candidates.
+  HOST_DEVICE int64_t group() const {
+    if (loop.loss == Loss::kBpr) return support.num_negatives;
+    return loop.loss == Loss::kSoftmax ? 1 + support.num_negatives : 1;
+  }
+};
+
+// Where the gradients of a batch go; nullptr where one is not wanted.
+//
+// Item gradients have a row for each support item, then each support negative, query item and query
+// negative. Where the support gets none (first order), its rows are left out.
+template <typename scalar_t>
+struct GradientData {
+  Wanted wanted;
+  scalar_t* user_init;        // [T, D] if there is a start per task, else summed in records
+  scalar_t* user_bias_init;   // likewise
+  scalar_t* prior_pull;       // likewise
+  scalar_t* support_weights;  // [n]
+  scalar_t* item_rows;        // [rows, D]
+  scalar_t* item_biases;      // [rows]
+  int64_t* item_ids;          // [rows], or nullptr
+  int64_t support_entries, support_negatives, query_entries, query_negatives;  // negatives: each
+  bool support_rows;  // whether the support has any
+  bool packed_rows;   // rows may be written four numbers at a time
+
+  HOST_DEVICE int64_t query_begin() const {
+    return support_rows ? support_entries * (1 + support_negatives) : 0;
+  }
+  // Where candidate j of an entry has its row.
+  HOST_DEVICE int64_t of_support(int64_t entry, int64_t j) const {
+    return j == 0 ? entry : support_entries + entry * support_negatives + j - 1;
+  }
+  HOST_DEVICE int64_t of_query(int64_t entry, int64_t j) const {
+    return query_begin() + (j == 0 ? entry : query_entries + entry * query_negatives + j - 1);
+  }
+};
+
+// What is asked of a task once it has adapted.
+enum class Ask {
+  kNothing,  // φ_K itself
+  kScores,   // of the query
+  kLoss,     // of the query, and the way back
+  kGiven,    // the way back from given gradients
+  kMove,     // how far it moved, and its loss on the support (Reptile)
+};
+
+// Query, and what comes of it.
+template <typename scalar_t>
+struct QueryData {
+  Ask ask;
+  EntryData<scalar_t> entries;
+  OuterLoss loss;
+  const scalar_t* targets;       // y [n], or nullptr where only pairs are judged
+  const scalar_t* weights;       // v [n], or nullptr: ones
+  const scalar_t* task_weights;  // ω [T], or nullptr: ones
+  const scalar_t* step_weights;  // κ [K + 1], or nullptr: only the last step counts
+  const scalar_t* normalisers;   // 1/Σ ω over tasks with a query; for kMove over all, over those
+                                 // with a support
+  scalar_t* user;                // φ_K: [T, D], or nullptr
+  scalar_t* bias;                // [T]
+  scalar_t* scores;              // [n]
+  const scalar_t* grad_user;     // of kGiven: [T, D]
+  const scalar_t* grad_bias;     // [T]
+  const scalar_t* grad_scores;   // [n]
+
+  HOST_DEVICE bool whole_path() const { return step_weights != nullptr; }
+  HOST_DEVICE bool goes_back() const { return ask == Ask::kLoss || ask == Ask::kGiven; }
+  HOST_DEVICE scalar_t task_weight(int64_t task) const {
+    return task_weights == nullptr ? 1 : task_weights[task];
+  }
+};
+
+// The sums that a team keeps of what all tasks share, in one stretch of memory:
+// φ̄_0, Ā, s̄, β̄, ρ̄, m̄, loss.
+struct RecordLayout {
+  int width, steps;
+
+  HOST_DEVICE int start() const { return 0; }  // [width], then the bias
+  HOST_DEVICE int scale() const { return width + kPack; }
+  HOST_DEVICE int inner_lr() const { return 2 * (width + kPack); }
+  HOST_DEVICE int momentum() const { return inner_lr() + steps; }
+  HOST_DEVICE int pull() const { return momentum() + steps; }
+  HOST_DEVICE int offset() const { return pull() + 1; }
+  HOST_DEVICE int loss() const { return offset() + 1; }
+  HOST_DEVICE int size() const { return (loss() + kPack) / kPack * kPack; }
+};
+
+// How the inner loop of a task is run. kPlain: kDirect of nothing but the gradient (no A, ρ or β),
+// of losses of single scores.
+enum class Way { kPlain, kDirect, kGram, kExact, kItemsToo };
+
+// Which tasks a launch takes, by how many rows they have, and what it needs for each.
+struct Launch {
+  Way way;
+  int warps;  // of a team
+  int teams_per_block;
+  int64_t fewest_rows, most_rows;
+  int64_t scratch_size;  // numbers of a team
+  void* workspace;       // [teams, scratch_size] where shared memory is too small, or nullptr
+  int64_t first_record;  // of the launch's teams
+};
+
+}  // namespace metarec_fast::cuda

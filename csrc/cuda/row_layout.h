@@ -1,0 +1,44 @@
+// How rows of D numbers lie across a warp. L lanes hold a row, four neighbouring columns each, of
+// every chunk of 4 L columns; 32 / L rows are held at once, by as many groups of lanes.
+//
+//   D = 64, L = 16:   lane 0 … 15: row r, columns 0–3, 4–7, … 60–63    lane 16 … 31: row r + 1
+//
+// Vectors that belong to no row lie in the same way, a copy in every group.
+#pragma once
+
+#include <cstdint>
+
+#include "../host_device.h"
+
+namespace metarec_fast::cuda {
+
+constexpr int kWarpSize = 32;
+constexpr int kPack = 4;                         // columns that are loaded together
+constexpr int kWidestChunk = kPack * kWarpSize;  // columns
+constexpr int kMostChunks = 2;
+constexpr int kLargestDim = kMostChunks * kWidestChunk;
+
+HOST_DEVICE int lanes_for(int dim) {
+  int lanes = kPack;  // so that each has one of as many rows to finish
+  while (lanes < kWarpSize && lanes * kPack < dim) lanes *= 2;
+  return lanes;
+}
+
+// Of a row in scratch, whole chunks.
+HOST_DEVICE int width_for(int dim) {
+  const int chunk = lanes_for(dim) * kPack;
+  return (dim + chunk - 1) / chunk * chunk;
+}
+
+// bfloat16, as it lies in memory.
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+// Whether rows of D numbers may be read and written four at a time.
+template <typename Number>
+bool packs(const Number* rows, int64_t dim) {
+  return dim % kPack == 0 && reinterpret_cast<uintptr_t>(rows) % 16 == 0;
+}
+
+}  // namespace metarec_fast::cuda
