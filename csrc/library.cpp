@@ -60,6 +60,7 @@ STABLE_TORCH_LIBRARY(METAREC_NAMESPACE, m) {
       "score_top_k(Tensor user, Tensor user_bias, Tensor item_table, Tensor item_bias, int k, "
       "Tensor? exclude_items, Tensor? exclude_offsets) -> (Tensor, Tensor)");
   m.def("coalesce_rows(Tensor ids, Tensor rows) -> (Tensor, Tensor)");
+  m.def("coalesce_rows_padded(Tensor ids, Tensor rows) -> (Tensor, Tensor, Tensor)");
   m.def("sum_rows(Tensor ids, Tensor rows, int num_rows) -> Tensor");
   m.def(
       "sparse_adam(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "

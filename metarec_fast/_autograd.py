@@ -123,6 +123,10 @@ def _fake_coalesce_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return ids.new_empty((distinct,)), rows.new_empty((distinct, *rows.shape[1:]))
 
 
+def _fake_coalesce_rows_padded(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return ids.new_empty(ids.shape), rows.new_empty(rows.shape), ids.new_empty(())
+
+
 def _fake_sum_rows(ids: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     return rows.new_empty((num_rows, *rows.shape[1:]))
 
@@ -219,6 +223,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "reptile_step": _fake_reptile_step,
     "score_top_k": _fake_score_top_k,
     "coalesce_rows": _fake_coalesce_rows,
+    "coalesce_rows_padded": _fake_coalesce_rows_padded,
     "sum_rows": _fake_sum_rows,
     "sparse_adam": _fake_update,
     "sparse_adagrad": _fake_update,
@@ -239,7 +244,7 @@ def register(namespace: str) -> None:
         "adapt_all_backward": (_refuse("adapt cannot be differentiated twice"), None),
         "meta_step": (_meta_step_backward, _meta_step_setup),
     }
-    for name in ("reptile_step", "score_top_k", "coalesce_rows", "sum_rows"):
+    for name in ("reptile_step", "score_top_k", "coalesce_rows", "coalesce_rows_padded", "sum_rows"):
         gradients[name] = _refuse(f"{name} has no gradient of its own"), None
     for name, (backward, setup) in gradients.items():
         register_autograd(f"{namespace}::{name}", backward, setup_context=setup)

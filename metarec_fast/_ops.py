@@ -92,6 +92,11 @@ def coalesce_rows(gradient: SparseRows) -> SparseRows:
     return SparseRows(*ops.coalesce_rows(gradient.ids, gradient.rows))
 
 
+def coalesce_rows_padded(gradient: SparseRows) -> tuple[SparseRows, Tensor]:
+    ids, rows, count = ops.coalesce_rows_padded(gradient.ids, gradient.rows)
+    return SparseRows(ids, rows), count
+
+
 def _inputs(model: Model, support: Entries) -> tuple[Any, ...]:
     targets = model.item_bias.new_zeros(len(support)) if support.targets is None else support.targets
     return (

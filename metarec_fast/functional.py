@@ -311,6 +311,19 @@ def coalesce_rows(gradient: SparseRows) -> SparseRows:
     return run(gradient)
 
 
+def coalesce_rows_padded(gradient: SparseRows) -> tuple[SparseRows, Tensor]:
+    """As `coalesce_rows`, in shapes that do not depend on the ids, so that nobody waits for the device to count them.
+
+    Args:
+        gradient: ids int64 [n] ≥ 0 and rows [n, D] or [n], float32 or float64.
+
+    Returns:
+        Ids [n], −1 after the distinct ones, with rows of zeros there; and how many are distinct, an int64 scalar.
+    """
+    run = _ops.coalesce_rows_padded if _library.loaded_for(gradient.rows) else reference.coalesce_rows_padded
+    return run(gradient)
+
+
 def sum_rows(gradient: SparseRows, num_rows: int) -> Tensor:
     """The gradient of the whole table, [num_rows, D] or [num_rows], summed in the order of the rows.
 
@@ -344,6 +357,6 @@ def _with_negatives(batch: TaskBatch) -> TaskBatch:
 
 
 __all__ = [
-    "InnerLoop", "Model", "adapt", "adapt_and_score", "coalesce_rows", "meta_step", "reptile_step", "score_top_k",
-    "sum_rows",
+    "InnerLoop", "Model", "adapt", "adapt_and_score", "coalesce_rows", "coalesce_rows_padded", "meta_step",
+    "reptile_step", "score_top_k", "sum_rows",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from metarec_fast import _library, functional, reference
+from metarec_fast import _library, _ops, functional, reference
 from metarec_fast._arguments import DTYPES
 from metarec_fast._known_gradients import sparse_tensor
 from metarec_fast.results import SparseRows
@@ -252,16 +252,16 @@ def _new_state(table: Tensor, value: float = 0.0) -> Tensor:
     """A table of the same shape; where it is large, both in huge pages, which scattered rows are found in faster."""
     state = torch.empty_like(table)
     if _can_run(table, state) and table.nbytes >= _HUGE:
-        torch.ops.metarec_fast.use_huge_pages(table)
-        torch.ops.metarec_fast.use_huge_pages(state)
+        _ops.ops.use_huge_pages(table)
+        _ops.ops.use_huge_pages(state)
     return state.fill_(value)
 
 
 def _can_run(table: Tensor, rows: Tensor) -> bool:
     """Whether the kernels can change this table in place."""
     return (
-        _library.cpu.loaded
-        and table.device.type == "cpu"
+        _library.loaded_for(table)
+        and table.device.type in ("cpu", "cuda")
         and table.dtype in DTYPES
         and table.dtype == rows.dtype
         and table.dim() <= 2
@@ -273,7 +273,7 @@ def _run(name: str, parts: Sequence[_Part], states: list[list[Tensor]], numbers:
     """Applies an operator to all parts at once, or its reference to one after the other."""
     if can_run:
         tables, rows = [part.table for part in parts], [part.gradient.rows for part in parts]
-        getattr(torch.ops.metarec_fast, name)(tables, *states, parts[0].gradient.ids, rows, *numbers.values())
+        getattr(_ops.ops, name)(tables, *states, parts[0].gradient.ids, rows, *numbers.values())
         return
     for part, *kept in zip(parts, *states, strict=True):
         getattr(reference, name)(part.table, *kept, part.gradient, **numbers)

@@ -249,6 +249,17 @@ def coalesce_rows(gradient: SparseRows) -> SparseRows:
     return SparseRows(ids, SparseRows(place, gradient.rows).to_dense(ids.numel()))
 
 
+def coalesce_rows_padded(gradient: SparseRows) -> tuple[SparseRows, Tensor]:
+    """The same, followed by ids −1 with rows of zeros up to the size of the gradient; and the number of ids."""
+    ids, rows = coalesce_rows(gradient)
+    padding = gradient.ids.numel() - ids.numel()
+    padded = (
+        torch.cat([ids, ids.new_full((padding,), -1)]),
+        torch.cat([rows, rows.new_zeros((padding, *rows.shape[1:]))]),
+    )
+    return SparseRows(*padded), ids.new_tensor(ids.numel())
+
+
 def sparse_adam(
     param: Tensor,
     exp_avg: Tensor,

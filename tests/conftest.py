@@ -13,7 +13,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "cpu: of what only the operators of the CPU do, such as looking at ids and threads"
+    )
     if config.getoption("--device") == "simulated":
         import simulator
 
         simulator.use(simulator.build())
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cpu") and item.config.getoption("--device") != "cpu":
+        pytest.skip("only on the CPU")

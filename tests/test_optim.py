@@ -9,12 +9,12 @@ from torch import nn
 from torch.library import opcheck
 
 import metarec_fast as mf
+from metarec_fast import _ops, optim, reference
 from metarec_fast import functional as F
-from metarec_fast import optim, reference
 from metarec_fast.results import SparseRows
 
 NUM_ROWS = 30
-ops = torch.ops.metarec_fast
+ops = _ops.ops
 
 # How many tables each operator changes, and its numbers.
 RULES = {
@@ -88,6 +88,7 @@ def test_non_contiguous_rows_and_ids_are_read_right(name):
         assert torch.equal(one, other)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("name", RULES)
 def test_the_same_bits_for_any_number_of_threads(name):
     num_rows = 5000
@@ -117,8 +118,16 @@ def test_opcheck_finds_nothing(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ids": torch.tensor([0, NUM_ROWS])}, rf"ids: must be in \[0, {NUM_ROWS}\), got {NUM_ROWS} at position 1"),
-        ({"ids": torch.tensor([-1, 0])}, rf"ids: must be in \[0, {NUM_ROWS}\), got -1 at position 0"),
+        pytest.param(
+            {"ids": torch.tensor([0, NUM_ROWS])},
+            rf"ids: must be in \[0, {NUM_ROWS}\), got {NUM_ROWS} at position 1",
+            marks=pytest.mark.cpu,
+        ),
+        pytest.param(
+            {"ids": torch.tensor([-1, 0])},
+            rf"ids: must be in \[0, {NUM_ROWS}\), got -1 at position 0",
+            marks=pytest.mark.cpu,
+        ),
         ({"ids": torch.tensor([0, 1], dtype=torch.int32)}, r"ids: expected int64 \[n\]"),
         ({"rows": torch.zeros(3, 4).double()}, r"rows: expected shape \[n\] or \[n, D\] with n = 2"),
         ({"rows": torch.zeros(2, 5).double()}, r"rows: expected shape \[n\] or \[n, D\], like param"),
@@ -385,6 +394,7 @@ def test_clipping_takes_gradients_without_rows():
     assert optim.clip_grad_norm_(embedding.parameters(), 1.0) == 0
 
 
+@pytest.mark.cpu
 def test_many_entries_of_one_id_are_summed_in_time_that_grows_with_their_number():
     gradient = SparseRows(torch.full((1_000_000,), 3), torch.ones(1_000_000, dtype=torch.float64))
     ids, rows = F.coalesce_rows(gradient)  # took seconds when every range looked for the end of the id
@@ -392,6 +402,7 @@ def test_many_entries_of_one_id_are_summed_in_time_that_grows_with_their_number(
     assert rows.tolist() == [1_000_000]
 
 
+@pytest.mark.cpu
 def test_a_refused_step_is_not_counted():
     weight = nn.Parameter(torch.ones(3, 2))
     optimizer = mf.SparseAdam([weight])

@@ -5,8 +5,8 @@ import torch
 from problems import Draw
 from torch.library import opcheck
 
+from metarec_fast import _ops, reference
 from metarec_fast import functional as F
-from metarec_fast import reference
 from metarec_fast.results import SparseRows
 from metarec_fast.tasks import Entries
 
@@ -83,6 +83,63 @@ def test_among_equal_scores_the_smaller_id_comes_first_and_nan_last():
     assert best.scores[0, 4:].tolist() == [float("-inf")] * 2
 
 
+@pytest.mark.parametrize("num_items", [127, 129, 513, 1300])
+@pytest.mark.parametrize("num_users", [1, 8, 33])
+@pytest.mark.parametrize("k", [1, 32, 33, 127, "N"])
+def test_catalogues_are_cut_anywhere(num_items, num_users, k):
+    k = num_items if k == "N" else k
+    user, bias, table, item_bias = problem(num_users, num_items, dim=3)
+    seen = Entries(torch.arange(num_users * 5) * 7 % num_items, None, 5 * torch.arange(num_users + 1))
+    best = F.score_top_k(user, bias, table, item_bias, k, exclude=seen)
+    expected = reference.score_top_k(user, bias, table, item_bias, k, seen)
+    assert torch.equal(best.items, expected.items)
+    torch.testing.assert_close(best.scores, expected.scores, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 10, 130, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_many_equal_scores_are_in_the_order_of_their_ids(k, dtype):
+    draw = Draw(3, torch.float32)
+    table = torch.randint(-1, 2, (700, 2), generator=draw.generator).to(dtype)
+    user, bias, item_bias = (
+        torch.ones(size, dtype=torch.promote_types(dtype, torch.float32)) for size in ((9, 2), (9,), (700,))
+    )
+    user[3], item_bias[::50] = -1, float("nan")
+    item_bias[7::50] = float("-inf")
+    seen = Entries(torch.arange(0, 700, 3).repeat(2), None, torch.tensor([0, 0, 0, 0, 234, 234, 468, 468, 468, 468]))
+    for exclude in (None, seen):
+        best = F.score_top_k(user, bias, table, item_bias, k, exclude=exclude)
+        expected = reference.score_top_k(user, bias, table, item_bias, k, exclude)
+        assert torch.equal(best.items, expected.items)
+        assert torch.equal(best.scores, expected.scores)
+
+
+@pytest.mark.parametrize("k", [5, 129, 400])
+def test_users_may_exclude_nothing_or_everything(k):
+    user, bias, table, item_bias = problem(4, 400, dim=5)
+    some = torch.randperm(400, generator=torch.Generator().manual_seed(0))[:390]
+    items = torch.cat([torch.arange(400).flip(0), some, some[:3].repeat(50)])
+    seen = Entries(items, None, torch.tensor([0, 0, 400, 790, 940]))
+    best = F.score_top_k(user, bias, table, item_bias, k, exclude=seen)
+    expected = reference.score_top_k(user, bias, table, item_bias, k, seen)
+    assert torch.equal(best.items, expected.items)
+    torch.testing.assert_close(best.scores, expected.scores)
+    assert (best.items[1] == -1).all()
+    nothing = Entries(items[:0], None, torch.zeros(5, dtype=torch.int64))
+    best = F.score_top_k(user, bias, table, item_bias, k, exclude=nothing)
+    assert torch.equal(best.items, F.score_top_k(user, bias, table, item_bias, k).items)
+
+
+@pytest.mark.parametrize("k", [10, 200])
+def test_both_ways_to_the_best_give_the_same_bits(k):
+    arguments = problem(9, 600, dim=33, dtype=torch.float32)
+    best, more = F.score_top_k(*arguments, k), F.score_top_k(*arguments, 600)
+    assert torch.equal(best.items, more.items[:, :k])
+    assert torch.equal(best.scores, more.scores[:, :k])
+    again = F.score_top_k(*arguments, k)
+    assert torch.equal(best.scores, again.scores)
+
+
 @pytest.mark.parametrize("k", [0, -1, 61])
 def test_k_outside_the_catalogue_is_named(k):
     with pytest.raises(ValueError, match=rf"k: must be in \[1, 60\], the number of items, got {k}"):
@@ -111,21 +168,25 @@ def test_rows_of_equal_ids_are_summed(shape, count):
     assert torch.equal(tidy.ids, expected.ids)
     torch.testing.assert_close(tidy.rows, expected.rows)
     small = ids // 1_000_003
-    dense = torch.ops.metarec_fast.sum_rows(small, rows, 45)
+    dense = _ops.ops.sum_rows(small, rows, 45)
     torch.testing.assert_close(dense, SparseRows(small, rows).to_dense(45))
 
 
+@pytest.mark.cpu
 def test_ids_outside_are_named():
     with pytest.raises(RuntimeError, match=r"ids: must be in \[0, 3\), got 3 at position 1"):
-        torch.ops.metarec_fast.sum_rows(torch.tensor([0, 3]), torch.ones(2), 3)
+        _ops.ops.sum_rows(torch.tensor([0, 3]), torch.ones(2), 3)
     with pytest.raises(RuntimeError, match="ids: must be in .* got -1 at position 0"):
         F.coalesce_rows(SparseRows(torch.tensor([-1]), torch.ones(1)))
+
+
+def test_rows_that_do_not_fit_ids_are_named():
     with pytest.raises(RuntimeError, match="rows: expected shape"):
         F.coalesce_rows(SparseRows(torch.tensor([1]), torch.ones(2)))
 
 
 def test_opcheck_finds_nothing():
     seen = (torch.tensor([4, 2]), torch.tensor([0, 1, 1, 2, 2, 2]))
-    opcheck(torch.ops.metarec_fast.score_top_k, (*problem(), 3, *seen))
-    opcheck(torch.ops.metarec_fast.coalesce_rows, (torch.tensor([3, 1, 3]), torch.ones(3, 2)))
-    opcheck(torch.ops.metarec_fast.sum_rows, (torch.tensor([3, 1, 3]), torch.ones(3, 2), 5))
+    opcheck(_ops.ops.score_top_k, (*problem(), 3, *seen))
+    opcheck(_ops.ops.coalesce_rows, (torch.tensor([3, 1, 3]), torch.ones(3, 2)))
+    opcheck(_ops.ops.sum_rows, (torch.tensor([3, 1, 3]), torch.ones(3, 2), 5))

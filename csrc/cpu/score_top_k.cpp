@@ -6,6 +6,8 @@
 #include <limits>
 #include <vector>
 
+#include "../candidate.h"
+#include "../top_k_arguments.h"
 #include "task_reader.h"
 
 namespace metarec_fast::cpu {
@@ -17,16 +19,6 @@ constexpr int64_t kGlance = 64;           // of them that are passed over togeth
 constexpr int64_t kSmallestRange = 4096;  // items
 constexpr int64_t kEnoughMeetings = 64;   // to keep many threads busy
 
-template <typename scalar_t>
-struct Candidate {
-  scalar_t score;
-  int64_t item;
-
-  bool better_than(const Candidate& other) const {
-    return score > other.score || (score == other.score && item < other.item);
-  }
-};
-
 // The k best candidates offered so far; as a heap with the worst on top.
 template <typename scalar_t>
 class Best {
@@ -34,9 +26,7 @@ class Best {
   explicit Best(int64_t k) : k_(k) {}
 
   void offer(scalar_t score, int64_t item) {
-    if (!(score >= -std::numeric_limits<scalar_t>::infinity()))  // not a number
-      score = -std::numeric_limits<scalar_t>::infinity();
-    const Candidate<scalar_t> candidate{score, item};
+    const Candidate<scalar_t> candidate{as_number(score), item};
     if (static_cast<int64_t>(heap_.size()) < k_) {
       heap_.push_back(candidate);
       std::push_heap(heap_.begin(), heap_.end(), better);
@@ -138,33 +128,20 @@ std::tuple<Tensor, Tensor> score_top_k_cpu(const Tensor& user_in, const Tensor& 
                                            const Tensor& item_table_in, const Tensor& item_bias_in,
                                            int64_t k, const OptionalTensor& exclude_items,
                                            const OptionalTensor& exclude_offsets) {
-  const Tensor user = as_contiguous(user_in), user_bias = as_contiguous(user_bias_in),
-               item_table = as_contiguous(item_table_in), item_bias = as_contiguous(item_bias_in);
-  STD_TORCH_CHECK(item_table.dim() == 2, "item_table: expected shape [N, D]");
-  const int64_t N = item_table.size(0), D = item_table.size(1);
-  STD_TORCH_CHECK(user.dim() == 2 && user.size(1) == D, "user: expected shape [T, ", D, "]");
-  const int64_t T = user.size(0);
-  const bool narrow = item_table.scalar_type() == ScalarType::BFloat16;
-  const ScalarType dtype = narrow ? ScalarType::Float : item_table.scalar_type();
-  for (const auto& [name, tensor] : {std::pair{"user", user}, std::pair{"user_bias", user_bias},
-                                     std::pair{"item_bias", item_bias}})
-    check_tensor(name, tensor, dtype, item_table);
-  check_size("user_bias", user_bias, T);
-  check_size("item_bias", item_bias, N);
-  STD_TORCH_CHECK(k >= 1 && k <= N, "k: must be in [1, ", N, "], got ", k);
-  STD_TORCH_CHECK(exclude_items.has_value() == exclude_offsets.has_value(),
-                  "exclude_items, exclude_offsets: expected both or none");
+  const TopKArguments arguments(user_in, user_bias_in, item_table_in, item_bias_in, k,
+                                exclude_items, exclude_offsets);
+  const Tensor &user = arguments.user, &user_bias = arguments.user_bias,
+               &item_table = arguments.item_table, &item_bias = arguments.item_bias;
+  const auto& exclude = arguments.exclude;
+  const int64_t T = arguments.T(), N = arguments.N(), D = arguments.D();
 
   // Every user's excluded items, ascending, so that a walk over the items meets them in turn.
   std::vector<int64_t> excluded, bounds(T + 1);
-  if (exclude_items) {
-    const RaggedItems exclude("exclude", *exclude_items, *exclude_offsets, item_table);
-    STD_TORCH_CHECK(exclude.num_tasks == T, "exclude_offsets: expected ", T, " tasks, got ",
-                    exclude.num_tasks);
-    check_ragged("exclude", exclude, N);
-    const int64_t* items = exclude.items.const_data_ptr<int64_t>();
-    excluded.assign(items, items + exclude.size());
-    std::copy_n(exclude.offsets.const_data_ptr<int64_t>(), T + 1, bounds.begin());
+  if (exclude) {
+    check_ragged("exclude", *exclude, N);
+    const int64_t* items = exclude->items.const_data_ptr<int64_t>();
+    excluded.assign(items, items + exclude->size());
+    std::copy_n(exclude->offsets.const_data_ptr<int64_t>(), T + 1, bounds.begin());
     for (int64_t t = 0; t < T; ++t)
       std::sort(excluded.begin() + bounds[t], excluded.begin() + bounds[t + 1]);
   }
@@ -172,14 +149,14 @@ std::tuple<Tensor, Tensor> score_top_k_cpu(const Tensor& user_in, const Tensor& 
   Tensor best_items = torch::stable::empty({T, k}, ScalarType::Long);
   Tensor best_scores = torch::stable::new_empty(user, {T, k});
 
-  dispatch_floating(dtype, "score_top_k", [&](auto zero) {
+  dispatch_floating(arguments.dtype(), "score_top_k", [&](auto zero) {
     using scalar_t = decltype(zero);
     const scalar_t* vectors = user.const_data_ptr<scalar_t>();
     const scalar_t* biases = user_bias.const_data_ptr<scalar_t>();
     const ItemTable<scalar_t> table(item_table, D);
     const Layout<scalar_t> layout(D);
     const int64_t width = layout.width;
-    const bool fills_registers = D == width && !narrow;
+    const bool fills_registers = D == width && !arguments.narrow();
     const scalar_t* bias = item_bias.const_data_ptr<scalar_t>();
     int64_t* items_out = best_items.mutable_data_ptr<int64_t>();
     scalar_t* scores_out = best_scores.mutable_data_ptr<scalar_t>();

@@ -128,15 +128,6 @@ void for_ranges(int64_t count, const Body& body) {
   });
 }
 
-// Throws unless ids is int64 [n] and rows [n] or [n, D]; returns D, which is 1 for [n].
-inline int64_t row_width(const Tensor& ids, const Tensor& rows) {
-  STD_TORCH_CHECK(ids.dim() == 1 && ids.scalar_type() == ScalarType::Long,
-                  "ids: expected int64 [n]");
-  STD_TORCH_CHECK((rows.dim() == 1 || rows.dim() == 2) && rows.size(0) == ids.size(0),
-                  "rows: expected shape [n] or [n, D] with n = ", ids.size(0));
-  return rows.dim() == 2 ? rows.size(1) : 1;
-}
-
 // sum = Σ rows[entry] over the entries in places [first, last), first to last.
 template <typename scalar_t, typename Entries>
 ALWAYS_INLINE void sum_group(const Entries& entries, int64_t first, int64_t last,

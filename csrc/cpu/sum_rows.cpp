@@ -1,5 +1,6 @@
 #include "sum_rows.h"
 
+#include "../sparse_rows.h"
 #include "result_memory.h"
 #include "sorted_entries.h"
 
@@ -42,14 +43,21 @@ Tensor empty_rows(const Tensor& like, int64_t count) {
                          : empty_result(like, like.scalar_type(), {count});
 }
 
-std::tuple<Tensor, Tensor> coalesce_rows_cpu(const Tensor& ids_in, const Tensor& rows_in) {
+struct Coalesced {
+  Tensor ids, rows;
+  int64_t count;
+};
+
+// The distinct ids, ascending, and the sums of their rows; padded to the number of entries with −1
+// and zeros, or not.
+Coalesced coalesce(const Tensor& ids_in, const Tensor& rows_in, bool padded) {
   const int64_t width = row_width(ids_in, rows_in), count = ids_in.size(0);
   const Tensor ids = as_contiguous(ids_in), rows = as_contiguous(rows_in);
   const int64_t* id = ids.const_data_ptr<int64_t>();
   check_ids("ids:", id, count, std::numeric_limits<int64_t>::max());
   const int64_t largest = count == 0 ? 0 : *std::max_element(id, id + count);
 
-  Tensor result_ids, result;
+  Coalesced result{};
   with_sorted_entries(id, count, largest, [&](const auto& entries) {
     std::vector<int64_t> begins{0};  // where a range's distinct ids begin in the result
     for (int64_t first = 0; first < count; first += kEntriesPerRange) {
@@ -58,21 +66,37 @@ std::tuple<Tensor, Tensor> coalesce_rows_cpu(const Tensor& ids_in, const Tensor&
       for (int64_t place = first; place < last; ++place) distinct += entries.begins(place);
       begins.push_back(begins.back() + distinct);
     }
-    result_ids = torch::stable::new_empty(ids, {begins.back()});
-    result = empty_rows(rows, begins.back());
+    result.count = begins.back();
+    const int64_t size = padded ? count : result.count;
+    result.ids = empty(ids, ScalarType::Long, {size});
+    result.rows = empty_rows(rows, size);
 
     dispatch_floating(rows.scalar_type(), "coalesce_rows", [&](auto zero) {
       using scalar_t = decltype(zero);
       const scalar_t* row = rows.const_data_ptr<scalar_t>();
-      int64_t* distinct = result_ids.mutable_data_ptr<int64_t>();
-      scalar_t* sums = result.mutable_data_ptr<scalar_t>();
+      int64_t* distinct = result.ids.mutable_data_ptr<int64_t>();
+      scalar_t* sums = result.rows.mutable_data_ptr<scalar_t>();
       for_ranges(count, [&](int64_t first, int64_t last) {
         sum_distinct(entries, first, last, begins[first / kEntriesPerRange], row, width, distinct,
                      sums);
       });
+      std::fill(distinct + result.count, distinct + size, int64_t{-1});
+      std::fill(sums + result.count * width, sums + size * width, scalar_t{0});
     });
   });
-  return {result_ids, result};
+  return result;
+}
+
+std::tuple<Tensor, Tensor> coalesce_rows_cpu(const Tensor& ids, const Tensor& rows) {
+  Coalesced result = coalesce(ids, rows, /*padded=*/false);
+  return {result.ids, result.rows};
+}
+
+std::tuple<Tensor, Tensor, Tensor> coalesce_rows_padded_cpu(const Tensor& ids, const Tensor& rows) {
+  Coalesced result = coalesce(ids, rows, /*padded=*/true);
+  Tensor count = empty(ids, ScalarType::Long, {});
+  *count.mutable_data_ptr<int64_t>() = result.count;
+  return {result.ids, result.rows, count};
 }
 
 }  // namespace
@@ -103,6 +127,7 @@ Tensor sum_rows(const Tensor& ids_in, const Tensor& rows_in, int64_t num_rows) {
 
 STABLE_TORCH_LIBRARY_IMPL(metarec_fast, CPU, m) {
   m.impl("coalesce_rows", TORCH_BOX(&coalesce_rows_cpu));
+  m.impl("coalesce_rows_padded", TORCH_BOX(&coalesce_rows_padded_cpu));
   m.impl("sum_rows", TORCH_BOX(&sum_rows));
 }
 

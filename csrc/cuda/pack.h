@@ -1,0 +1,36 @@
+// A few numbers that are loaded and stored together.
+#pragma once
+
+#include "dialect.h"
+
+namespace metarec_fast::cuda {
+
+template <typename scalar_t, int kCount>
+struct alignas(sizeof(scalar_t) * kCount) Pack {
+  scalar_t values[kCount];
+
+  __device__ void operator+=(const Pack& other) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] += other.values[i];
+  }
+};
+
+template <typename scalar_t>
+constexpr int kWidestPack = 16 / sizeof(scalar_t);
+
+template <typename PackType, typename scalar_t>
+__device__ PackType load(const scalar_t* address) {
+  return *reinterpret_cast<const PackType*>(address);
+}
+
+template <typename PackType, typename scalar_t>
+__device__ void store(scalar_t* address, const PackType& pack) {
+  *reinterpret_cast<PackType*>(address) = pack;
+}
+
+// For the widest pack.
+inline bool is_aligned(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % 16 == 0;
+}
+
+}  // namespace metarec_fast::cuda
