@@ -15,6 +15,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 NAMESPACE = "metarec_fast_simulated"
 SCHEDULES = ("forward", "reverse", "random:1")
+EXERCISE = HERE / "exercise.py"
+
+_PATHS = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
 
 
 def cuda_headers() -> Path | None:
@@ -62,7 +65,7 @@ def run(
     """Runs a program that was built with a sanitizer, or that loads such a library, and keeps what it says."""
     done = subprocess.run(
         [str(part) for part in command],
-        env={**os.environ, **_sanitizer(kind), "METAREC_SCHEDULE": schedule, **environment},
+        env={**os.environ, **_PATHS, **_sanitizer(kind), "METAREC_SCHEDULE": schedule, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
