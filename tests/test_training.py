@@ -123,6 +123,7 @@ def test_logistic_models_train_on_clicks():
     assert history.best < history.epochs[0].valid < 0.75
 
 
+@pytest.mark.cpu
 def test_the_same_seed_gives_the_same_bits_whatever_the_threads():
     split = make_split()
     one, other, different = make_learner(), make_learner(), make_learner()
@@ -177,6 +178,7 @@ def test_the_default_optimisers_train_sparse_tables_as_torchs_do(algorithm):
         torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("algorithm", [mf.MAML, mf.MAMLR])
 def test_sparse_training_gives_the_same_bits_whatever_the_threads(algorithm):
     split = make_split()
