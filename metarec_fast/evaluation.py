@@ -83,7 +83,8 @@ def evaluate(
     lengths = _check_lengths(k)
     item_ids = _item_ids(learner, baselines)
     tasks, train = _align(log, baselines, item_ids)
-    predictors = _predictors(learner, baselines if train is None else train, item_ids, seed)
+    with torch.device("cpu"):  # where metrics and baselines are, whatever the default
+        predictors = _predictors(learner, baselines if train is None else train, item_ids, seed)
     rating_range = _rating_range(learner, predictors, train)
     if catalogue:
         batch_size = min(batch_size, max(1, _LARGEST_SCORES // max(1, len(item_ids))))
@@ -92,7 +93,7 @@ def evaluate(
     chance = _Judge("chance", _Chance(item_ids), rating_range, relevant_from)
     users: list[Tensor] = []
     sizes: list[Tensor] = []
-    with torch.no_grad(), _evaluation_mode(predictors.values()):
+    with torch.no_grad(), torch.device("cpu"), _evaluation_mode(predictors.values()):
         for batch in TaskSampler(tasks, support, query, batch_size, order, seed, shuffle=False):
             assert batch.users is not None
             assert batch.query is not None

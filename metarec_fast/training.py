@@ -131,7 +131,8 @@ def fit(
             training.restore(path, settings)
         else:
             if not bool(learner.model.initialized):
-                learner.initialize(train, seed=seed)
+                with torch.device("cpu"):  # where the log is, whatever the default
+                    learner.initialize(train, seed=seed)
             training.judge(train_loss=None, since=time.perf_counter())
         with tqdm(
             total=epochs * len(train_tasks), initial=training.step, desc=type(learner).__name__, unit="batch",

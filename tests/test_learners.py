@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from problems import Draw
 
 from metarec_fast import functional as F
 from metarec_fast.data import Interactions
@@ -21,16 +22,16 @@ OFF = {
 }  # fmt: skip
 
 
-def make_entries(generator, sizes, dtype=torch.float64, num_items=NUM_ITEMS):
+def make_entries(draw, sizes, dtype=torch.float64, num_items=NUM_ITEMS):
     n = sum(sizes)
-    items = torch.randint(num_items, (n,), generator=generator)
-    targets = torch.randint(1, 6, (n,), generator=generator).to(dtype)
+    items = draw.integers(0, num_items, n)
+    targets = draw.integers(1, 6, n).to(dtype)
     return Entries(items, targets, torch.tensor([0, *np.cumsum(sizes)]))
 
 
 def make_batch(seed=0, support=(3, 0, 5), query=(2, 4, 1), dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return TaskBatch(make_entries(generator, support, dtype), make_entries(generator, query, dtype))
+    draw = Draw(seed)
+    return TaskBatch(make_entries(draw, support, dtype), make_entries(draw, query, dtype))
 
 
 def make_model(seed=0, dtype=torch.float64, **arguments):
@@ -319,7 +320,7 @@ def test_sparse_gradients_are_the_dense_ones(algorithm, adapt):
         algorithm = MAML
     batch = make_batch(query=(2, 0, 4))
     weights = torch.tensor([1.0, 5.0, 3.0], dtype=torch.float64)
-    entry_weights = torch.rand(len(batch.support), dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1
+    entry_weights = Draw(0).uniform(len(batch.support)) + 1
     support = Entries(batch.support.items, batch.support.targets, batch.support.offsets, entry_weights)
     for each in (batch, TaskBatch(support, batch.query, weights=weights)):
         results = [gradients(algorithm(make_model(sparse=sparse), adapt=adapt), each) for sparse in (False, True)]

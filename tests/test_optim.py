@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from problems import Draw
+from problems import DEVICE, Draw
 from torch import nn
 from torch.library import opcheck
 
@@ -37,7 +37,7 @@ def make_tables(count, shape, dtype=torch.float64, seed=0):
 
 def make_rows(n, shape, dtype=torch.float64, seed=1, num_rows=NUM_ROWS):
     draw = Draw(seed, dtype)
-    return SparseRows(torch.randint(num_rows, (n,), generator=draw.generator), draw.normal(n, *shape))
+    return SparseRows(draw.integers(0, num_rows, n), draw.normal(n, *shape))
 
 
 def arguments(name, tables, gradient):
@@ -139,7 +139,7 @@ def test_opcheck_finds_nothing(name):
 def test_bad_arguments_of_an_operator_are_named(change, message):
     good = {"param": make_tables(1, (NUM_ROWS, 4))[0], "state": torch.zeros(NUM_ROWS, 4).double(),
             "ids": torch.tensor([0, 1]), "rows": torch.zeros(2, 4).double()}  # fmt: skip
-    param, state, ids, rows = {**good, **change}.values()
+    param, state, ids, rows = (value.to(DEVICE) for value in {**good, **change}.values())
     with pytest.raises(RuntimeError, match=message):
         ops.sparse_adagrad([param], [state], ids, [rows], 0.1, 1e-8)
 
@@ -200,7 +200,7 @@ def make_model(dtype=torch.float64):
 
 
 def backward(model, seed):
-    ids = torch.randint(NUM_ROWS, (25,), generator=torch.Generator().manual_seed(seed))
+    ids = Draw(seed).integers(0, NUM_ROWS, 25)
     loss = (model[0](ids).sum(1) * model[1](ids).squeeze(1).exp()).square().mean()
     loss.backward()
     return loss

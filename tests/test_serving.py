@@ -32,7 +32,7 @@ def test_an_adapted_user_predicts_what_the_learner_does(algorithm):
     learner = make_learner(algorithm)
     user = learner.adapt(["m3", "m9"], [5, 1])
     batch = batch_of([1, 3], [5.0, 1.0], [0, 1, 2, 3, 4, 5])
-    np.testing.assert_allclose(user.predict(IDS), learner.predict(batch).numpy(), rtol=1e-5)
+    np.testing.assert_allclose(user.predict(IDS), learner.predict(batch).cpu().numpy(), rtol=1e-5)
     fast = learner.fast_weights(batch)
     torch.testing.assert_close(user.vector, fast.user[0])
     torch.testing.assert_close(user.bias, fast.bias[0])

@@ -57,7 +57,7 @@ def test_training_improves_on_the_start_and_adapting_beats_not_adapting(algorith
     batch = next(iter(tasks))
     nothing = mf.Entries(batch.support.items[:0], batch.support.targets[:0], torch.zeros_like(batch.support.offsets))
     errors = [
-        (learner.predict(mf.TaskBatch(support, batch.query)) - batch.query.targets).square().mean()
+        (learner.predict(mf.TaskBatch(support, batch.query)).cpu() - batch.query.targets).square().mean()
         for support in (batch.support, nothing)
     ]
     assert errors[0] < errors[1]

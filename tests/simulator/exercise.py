@@ -149,7 +149,7 @@ def summing(dtype: torch.dtype, dim: int, sizes: tuple[int, ...]) -> Iterator[tu
     draw = Draw(dim, dtype)
     counts = {"few": 40, "none": 0} if len(sizes) == 3 else {"few": 40, "none": 0, "one id": 700, "many": 700}
     for name, count in counts.items():
-        ids = torch.randint(1 if name == "one id" else 30, (count,), generator=draw.generator)
+        ids = draw.integers(0, 1 if name == "one id" else 30, count)
         for rows in (draw.normal(count, dim), draw.normal(count)):
             gradient = SparseRows(ids, rows)
             shape = "rows" if rows.dim() == 2 else "numbers"
@@ -164,7 +164,7 @@ def optimising(dtype: torch.dtype, dim: int, sizes: tuple[int, ...]) -> Iterator
 
     def step(name: str, count: int) -> Results:
         draw = Draw(dim, dtype)
-        ids = torch.randint(30, (count,), generator=draw.generator)
+        ids = draw.integers(0, 30, count)
         tables = [[draw.uniform(33, dim), draw.uniform(33)] for _ in range(1 + states[name])]
         rows = [draw.normal(count, dim), draw.normal(count)]
         getattr(_ops.ops, f"sparse_{name}")(*tables, ids, rows, *numbers[name])
