@@ -167,6 +167,7 @@ def test_the_gradients_of_maml_r_are_those_of_finite_differences():
         torch.testing.assert_close(grads[name].reshape(-1)[place], slope, rtol=1e-5, atol=1e-7, msg=name)
 
 
+@pytest.mark.cpu
 def test_maml_r_starts_where_its_factor_model_is():
     from metarec_fast.factor_model import FactorModel
 
@@ -186,6 +187,7 @@ def test_maml_r_starts_where_its_factor_model_is():
     torch.testing.assert_close(learner.predict(batch), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.cpu
 def test_the_warm_started_steps_of_maml_r_end_near_the_exact_solution():
     log, batch = make_log(), make_batch(dtype=torch.float32, support=(3, 4, 5))
     predictions = {}

@@ -75,7 +75,7 @@ def test_the_history_tells_every_epoch_and_the_best_weights_are_restored(tmp_pat
 
     tasks = mf.TaskSampler(split.valid, support=(2, 8), query="rest", shuffle=False, batch_size=100)
     batch = next(iter(tasks))
-    error = learner.predict(batch).clamp(*learner.rating_range) - batch.query.targets
+    error = learner.predict(batch).cpu().clamp(*learner.rating_range) - batch.query.targets
     assert float(error.square().mean().sqrt()) == pytest.approx(history.best, rel=1e-5)
 
     path = tmp_path / "history.json"
@@ -304,7 +304,7 @@ def test_ctrl_c_leaves_the_best_weights_so_far_in_the_learner():
     reference.initialize(split.train)
     tasks = mf.TaskSampler(split.valid, support=(2, 8), query="rest", shuffle=False)
     batch = next(iter(tasks))
-    error = learner.predict(batch).clamp(*learner.rating_range) - batch.query.targets
+    error = learner.predict(batch).cpu().clamp(*learner.rating_range) - batch.query.targets
     assert float(error.square().mean().sqrt()) == pytest.approx(expected.epochs[0].valid, rel=1e-5)
 
 
