@@ -33,6 +33,8 @@ class CMakeBuild(build_ext):
         cuda = "ON" if wants_cuda() else "OFF"
         configure = ["cmake", "-S", str(ROOT), "-B", str(work), "-G", "Ninja"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DMETAREC_CUDA={cuda}"]
+        if "METAREC_CUDA_ARCHITECTURES" in os.environ:
+            configure += [f"-DMETAREC_CUDA_ARCHITECTURES={os.environ['METAREC_CUDA_ARCHITECTURES']}"]
         build = ["cmake", "--build", str(work)]
         install = ["cmake", "--install", str(work), "--strip", "--prefix", str(package / "metarec_fast")]
         for command in (configure, build, install):
