@@ -9,6 +9,7 @@
 
 #include "../arguments.h"
 #include "adapt.h"
+#include "bfloat16.h"
 #include "launch.h"
 #include "scratch.h"
 #include "sum_rows.h"
@@ -22,7 +23,7 @@ using GradientTuple =
 // Calls body(scalar_t{}, table_t{}) with the types of arithmetic and of the item table.
 template <typename Body>
 void dispatch_tables(const Inputs& inputs, const char* op, const Body& body) {
-  if (inputs.narrow_table()) return body(float{}, Bfloat16{});
+  if (inputs.narrow_table()) return body(float{}, BFloat16{});
   dispatch_floating(inputs.dtype(), op, [&](auto zero) { body(zero, zero); });
 }
 
