@@ -163,7 +163,6 @@ class AdaptCall {
       : stream(stream_in),
         op_(op),
         items_too_(loop.adapts_items),
-        largest_(inputs.largest_support),
         like_(inputs.item_bias),
         dtype_(inputs.dtype()) {
     STD_TORCH_CHECK(inputs.D() <= kLargestDim, "item_table: expected rows of at most ", kLargestDim,
@@ -181,9 +180,10 @@ class AdaptCall {
                     data<scalar_t>(inputs.weights),
                     loop.view<scalar_t>(),
                     inputs.T(),
-                    inputs.N(),
+                    0,
                     RowShape(static_cast<int>(inputs.D())),
                     packs(table, inputs.D())};
+    work.problem.most_rows = inputs.largest_support * work.problem.group();
     work.query.entries = entry_data<scalar_t>(query);
   }
 
@@ -239,7 +239,7 @@ class AdaptCall {
 
   // Splits the tasks by size into launches that suit them.
   void plan(int64_t K) {
-    const int64_t largest = largest_ * work.problem.group();
+    const int64_t largest = work.problem.most_rows;
     int64_t bounds[] = {kWarpSize, kLargestGram, (kDirectPasses * K - 1) / kGramPasses, largest};
     std::sort(std::begin(bounds), std::end(bounds));
     int64_t first = 0;
@@ -297,7 +297,6 @@ class AdaptCall {
 
   const char* op_;
   const bool items_too_;
-  const int64_t largest_;
   const Tensor like_;
   const ScalarType dtype_;
   int64_t num_records_ = 0;

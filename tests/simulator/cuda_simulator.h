@@ -68,6 +68,7 @@ struct cusim_shfler { int op; const char* f; int l;
 #define __reduce_add_sync(m, v) unsigned(cusim_collective(CUSIM_ADD_U32, m, unsigned(v), 0, 32, __FILE__, __LINE__))
 #define __reduce_max_sync(m, v) unsigned(cusim_collective(CUSIM_MAX_U32, m, unsigned(v), 0, 32, __FILE__, __LINE__))
 #define __activemask() (cusim_fail(__FILE__, __LINE__, "__activemask() is not a convergence guarantee"), 0u)
+#define __trap() cusim_fail(__FILE__, __LINE__, "__trap()")
 #define __threadfence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
 template <class T> inline T __ldg(const T* p) { return *p; }
 template <class T> inline T __ldcs(const T* p) { return *p; }
