@@ -1,19 +1,23 @@
-"""Builds the CUDA operators for the CPU, and puts them in the place of the others: see README.md."""
+"""Builds the CUDA operators for the CPU, and runs programs on them: see README.md."""
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
-
-import torch
-
-from metarec_fast import _autograd, _ops
+from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 NAMESPACE = "metarec_fast_simulated"
+SCHEDULES = ("forward", "reverse", "random:1")
+EXERCISE = HERE / "exercise.py"
+
+_PATHS = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
 
 
 def cuda_headers() -> Path | None:
@@ -26,21 +30,83 @@ def cuda_headers() -> Path | None:
     return Path(top).resolve() / "include"
 
 
-def build(kind: str = "plain") -> Path:
-    """The library with the simulated operators; `kind` is plain, address, thread or coverage."""
-    folder = ROOT / "build" / f"simulated-{kind}"
+def missing() -> str:
+    """Why there can be no simulator here; empty where there can."""
+    if shutil.which("nvcc") is None:
+        return "no nvcc: the CUDA sources are not checked"
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        return "the simulator of CUDA threads is for Linux on x86-64: the CUDA sources are not checked"
+    return ""
+
+
+@cache
+def build(kind: str = "plain", target: str = "_C_simulated", sources: Path = ROOT) -> Path:
+    """The library with the simulated operators, or another target of CMakeLists.txt.
+
+    Args:
+        kind: plain, address, thread or coverage.
+        sources: Where csrc is, if it is a copy, which is built beside itself.
+    """
+    folder = (ROOT / "build" if sources == ROOT else sources) / f"simulated-{kind}"
     configure = ["cmake", "-S", str(HERE), "-B", str(folder), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
-    configure += [f"-DCUDA_INCLUDES={cuda_headers()}"]
-    if kind in ("address", "thread"):
-        configure.append(f"-DSANITIZER={kind}")
+    configure += [f"-DCUDA_INCLUDES={cuda_headers()}", f"-DROOT={sources}"]
+    configure.append(f"-DSANITIZER={kind if kind in ('address', 'thread') else ''}")
     configure.append(f"-DCOVERAGE={'ON' if kind == 'coverage' else 'OFF'}")
-    for command in (configure, ["cmake", "--build", str(folder)]):
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return folder / "_C_simulated.so"
+    for command in (configure, ["cmake", "--build", str(folder), "--target", target]):
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stdout}")
+    return folder / ("_C_simulated.so" if target == "_C_simulated" else target)
+
+
+def run(
+    kind: str, *command: str | Path, schedule: str = "forward", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a program that was built with a sanitizer, or that loads such a library, and keeps what it says."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        env={**os.environ, **_PATHS, **_sanitizer(kind), "METAREC_SCHEDULE": schedule, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=600,
+    )
+    return done
 
 
 def use(library: Path) -> None:
     """From now on metarec_fast runs on the simulated operators."""
+    import torch
+
+    from metarec_fast import _autograd
+
     torch.ops.load_library(str(library))
     _autograd.register(NAMESPACE)
-    _ops.ops = _autograd.ops = getattr(torch.ops, NAMESPACE)
+    switch(NAMESPACE)
+
+
+def switch(namespace: str) -> Any:
+    """Lets metarec_fast call the operators of this namespace."""
+    import torch
+
+    from metarec_fast import _autograd, _ops
+
+    _ops.ops = _autograd.ops = getattr(torch.ops, namespace)
+    return _ops.ops
+
+
+@cache
+def _sanitizer(kind: str) -> dict[str, str]:
+    """What a process needs that was not built with the sanitizer itself."""
+    if kind == "address":
+        preload = f"{_library('libasan.so')} {_library('libstdc++.so.6')}"  # this one, to see its exceptions
+        return {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    if kind == "thread":
+        return {"LD_PRELOAD": _library("libtsan.so"), "OMP_NUM_THREADS": "1", "TSAN_OPTIONS": "halt_on_error=1"}
+    return {}
+
+
+def _library(name: str) -> str:
+    compiler = os.environ.get("CXX", "g++")
+    return subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
