@@ -9,6 +9,7 @@
 
 #include "../arguments.h"
 #include "adapt.h"
+#include "bfloat16.h"
 #include "launch.h"
 #include "scratch.h"
 #include "sum_rows.h"
@@ -22,7 +23,7 @@ using GradientTuple =
 // Calls body(scalar_t{}, table_t{}) with the types of arithmetic and of the item table.
 template <typename Body>
 void dispatch_tables(const Inputs& inputs, const char* op, const Body& body) {
-  if (inputs.narrow_table()) return body(float{}, Bfloat16{});
+  if (inputs.narrow_table()) return body(float{}, BFloat16{});
   dispatch_floating(inputs.dtype(), op, [&](auto zero) { body(zero, zero); });
 }
 
@@ -162,7 +163,6 @@ class AdaptCall {
       : stream(stream_in),
         op_(op),
         items_too_(loop.adapts_items),
-        largest_(inputs.largest_support),
         like_(inputs.item_bias),
         dtype_(inputs.dtype()) {
     STD_TORCH_CHECK(inputs.D() <= kLargestDim, "item_table: expected rows of at most ", kLargestDim,
@@ -180,9 +180,10 @@ class AdaptCall {
                     data<scalar_t>(inputs.weights),
                     loop.view<scalar_t>(),
                     inputs.T(),
-                    inputs.N(),
+                    0,
                     RowShape(static_cast<int>(inputs.D())),
                     packs(table, inputs.D())};
+    work.problem.most_rows = inputs.largest_support * work.problem.group();
     work.query.entries = entry_data<scalar_t>(query);
   }
 
@@ -238,7 +239,7 @@ class AdaptCall {
 
   // Splits the tasks by size into launches that suit them.
   void plan(int64_t K) {
-    const int64_t largest = largest_ * work.problem.group();
+    const int64_t largest = work.problem.most_rows;
     int64_t bounds[] = {kWarpSize, kLargestGram, (kDirectPasses * K - 1) / kGramPasses, largest};
     std::sort(std::begin(bounds), std::end(bounds));
     int64_t first = 0;
@@ -296,7 +297,6 @@ class AdaptCall {
 
   const char* op_;
   const bool items_too_;
-  const int64_t largest_;
   const Tensor like_;
   const ScalarType dtype_;
   int64_t num_records_ = 0;

@@ -37,7 +37,7 @@ __device__ __forceinline__ void write_support_rows(
                            grads.item_rows + place * task.problem.shape.dim);
     if (task.columns.lane != 0) return;
     grads.item_biases[place] = row.bias;
-    if (grads.item_ids != nullptr) grads.item_ids[place] = task.problem.support.candidate(entry, j);
+    grads.item_ids[place] = task.problem.support.candidate(entry, j);
   };
   const auto row_and_bias = [&](int r) {
     Fast row = row_of(r);
@@ -142,6 +142,7 @@ __device__ __forceinline__ void run_tasks(const Work& work,
   task.each(record.at.size(), [&](int i) { record.values()[i] = 0; });
   for (int64_t t = place.team; t < problem.num_tasks; t += place.num_teams) {
     const int64_t rows = problem.support.size(t) * task.group;
+    if (rows > problem.most_rows) __trap();  // nobody would take it
     if (rows < launch.fewest_rows || rows > launch.most_rows) continue;
     team.sync();  // the task before has been read to its end
     if (team.leads()) {

@@ -1,16 +1,11 @@
 // Vectors and rows as the lanes of a warp hold them: see row_layout.h.
 #pragma once
 
+#include "bfloat16.h"
 #include "row_layout.h"
 #include "team.h"
 
 namespace metarec_fast::cuda {
-
-__device__ __forceinline__ float widen(float value) { return value; }
-__device__ __forceinline__ double widen(double value) { return value; }
-__device__ __forceinline__ float widen(Bfloat16 value) {
-  return __uint_as_float(static_cast<unsigned>(value.bits) << 16);
-}
 
 // Four numbers from an address that is a multiple of their size.
 __device__ __forceinline__ void load_pack(const float* from, float* to) {
@@ -22,7 +17,7 @@ __device__ __forceinline__ void load_pack(const double* from, double* to) {
                 high = *reinterpret_cast<const double2*>(from + 2);
   to[0] = low.x, to[1] = low.y, to[2] = high.x, to[3] = high.y;
 }
-__device__ __forceinline__ void load_pack(const Bfloat16* from, float* to) {
+__device__ __forceinline__ void load_pack(const BFloat16* from, float* to) {
   const uint2 pack = *reinterpret_cast<const uint2*>(from);
   to[0] = __uint_as_float(pack.x << 16), to[1] = __uint_as_float(pack.x & 0xffff0000u);
   to[2] = __uint_as_float(pack.y << 16), to[3] = __uint_as_float(pack.y & 0xffff0000u);
@@ -125,7 +120,7 @@ struct Columns {
       } else {
 #pragma unroll
         for (int i = 0; i < kPack; ++i)
-          if (column + i < dim()) to.at[c * kPack + i] = widen(row[column + i]);
+          if (column + i < dim()) to.at[c * kPack + i] = static_cast<scalar_t>(row[column + i]);
       }
     });
   }

@@ -38,7 +38,7 @@ struct Problem {
   const scalar_t* weights;  // [n], or nullptr: ones
   InnerLoop<scalar_t> loop;
   int64_t num_tasks;
-  int64_t num_items;
+  int64_t most_rows;  // no task has more
   RowShape shape;
   bool packed_table;  // rows may be read four numbers at a time
 
@@ -62,7 +62,7 @@ struct GradientData {
   scalar_t* support_weights;  // [n]
   scalar_t* item_rows;        // [rows, D]
   scalar_t* item_biases;      // [rows]
-  int64_t* item_ids;          // [rows], or nullptr
+  int64_t* item_ids;          // [rows]
   int64_t support_entries, support_negatives, query_entries, query_negatives;  // negatives: each
   bool support_rows;  // whether the support has any
   bool packed_rows;   // rows may be written four numbers at a time

@@ -14,7 +14,6 @@ template <typename TaskType, typename Items>
 struct Judge {
   using scalar_t = typename TaskType::scalar_t;
   using Fast = typename TaskType::Fast;
-  static constexpr int kChunks = TaskType::kChunks;
   static constexpr int kAtOnce = 2;  // rows in each group of lanes
 
   const TaskType& task;
@@ -111,7 +110,7 @@ struct Judge {
     if (grads.item_rows == nullptr) return grad;
     const int64_t row = grads.of_query(at.entry, at.j);
     grads.item_biases[row] = grad + (first ? 0 : grads.item_biases[row]);
-    if (grads.item_ids != nullptr) grads.item_ids[row] = item;
+    grads.item_ids[row] = item;
     return grad;
   }
 
@@ -253,9 +252,7 @@ struct Judge {
     if (lane == 0) {
       loss += softmax * (most - logit(0) + std::log(total));
       own -= softmax;
-      if (query.loss.pointwise()) {
-        own += judge(entry, counts, scores[0]);
-      }
+      if (query.loss.pointwise()) own += judge(entry, counts, scores[0]);
       grad[0] += own;
     }
     __syncwarp();

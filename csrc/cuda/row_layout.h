@@ -45,11 +45,6 @@ struct RowShape {
   HOST_DEVICE int width() const { return chunks * kPack << lanes_log2; }
 };
 
-// bfloat16, as it lies in memory.
-struct Bfloat16 {
-  uint16_t bits;
-};
-
 // Whether rows of D numbers may be read and written four at a time.
 template <typename Number>
 bool packs(const Number* rows, int64_t dim) {

@@ -65,46 +65,56 @@ HOST_DEVICE ScratchLayout lay_out_scratch(Way way, int warps, int dim, int64_t R
   return at;
 }
 
+// The arrays themselves. R rows, K steps; what belongs to rows has a number for each.
 template <typename scalar_t>
 struct Scratch {
   scalar_t* memory;
   const ScratchLayout& at;
   Facts<scalar_t>& facts;
 
-  HOST_DEVICE scalar_t* record() const { return memory + at.record; }    // [RecordLayout::size]
-  HOST_DEVICE scalar_t* partial() const { return memory + at.partial; }  // [warps, width + kPack]
-  HOST_DEVICE scalar_t* candidates() const {
-    return memory + at.candidates;
-  }  // scores of an entry's candidates and p̄: [warps, 2, 1 + M]
-  HOST_DEVICE scalar_t* rows() const { return memory + at.rows; }  // X [R, width]
-  HOST_DEVICE scalar_t* base() const { return memory + at.base; }  // score of a fast vector 0 [R]
+  // [RecordLayout::size]; [warps, width + kPack]; scores of an entry's candidates and their p̄,
+  // [warps, 2, 1 + M]
+  HOST_DEVICE scalar_t* record() const { return memory + at.record; }
+  HOST_DEVICE scalar_t* partial() const { return memory + at.partial; }
+  HOST_DEVICE scalar_t* candidates() const { return memory + at.candidates; }
+
+  // X [R, width], and of each row its score at a fast vector 0, y, w, p, X η, b̄ and w̄
+  HOST_DEVICE scalar_t* rows() const { return memory + at.rows; }
+  HOST_DEVICE scalar_t* base() const { return memory + at.base; }
   HOST_DEVICE scalar_t* targets() const { return memory + at.targets; }
-  HOST_DEVICE scalar_t* weights() const { return memory + at.weights; }  // w [R]
-  HOST_DEVICE scalar_t* scores() const { return memory + at.scores; }    // [R]
+  HOST_DEVICE scalar_t* weights() const { return memory + at.weights; }
+  HOST_DEVICE scalar_t* scores() const { return memory + at.scores; }
   HOST_DEVICE scalar_t* along() const { return memory + at.along; }
-  HOST_DEVICE scalar_t* grad_base() const { return memory + at.grad_base; }        // b̄ [R]
-  HOST_DEVICE scalar_t* grad_weights() const { return memory + at.grad_weights; }  // w̄ [R]
-  HOST_DEVICE scalar_t* pushes() const { return memory + at.pushes; }  // w ℓ'/(S + n0) [K, R]
-  HOST_DEVICE scalar_t* curvatures() const { return memory + at.curvatures; }  // its slope [K, R]
-  HOST_DEVICE scalar_t* bends() const { return memory + at.bends; }            // h [K, R]
-  HOST_DEVICE scalar_t* path() const { return memory + at.path; }              // φ_k [K + 1, width]
-  HOST_DEVICE scalar_t* path_bias() const { return memory + at.path_bias; }    // [K + 1]
-  HOST_DEVICE scalar_t* directions() const {
-    return memory + at.directions;
-  }  // η_k = A ∘ λ_{k+1} [K, width]
-  HOST_DEVICE scalar_t* direction_bias() const { return memory + at.direction_bias; }  // [K]
-  HOST_DEVICE scalar_t* gram() const { return memory + at.gram; }  // G and later C [R, R]
-  HOST_DEVICE scalar_t* coefficients() const { return memory + at.coefficients; }  // a_k [K + 1, R]
-  HOST_DEVICE scalar_t* matrix() const { return memory + at.matrix; }  // of the exact form: [n, n]
-  HOST_DEVICE scalar_t* dual() const { return memory + at.dual; }      // a [R]
-  HOST_DEVICE scalar_t* solved() const { return memory + at.solved; }  // [width + 4]
-  HOST_DEVICE scalar_t* grad_rows() const {
-    return memory + at.grad_rows;
-  }  // of adapted items: ē [R, width]
-  HOST_DEVICE scalar_t* biases() const { return memory + at.biases; }  // m + b [R]
+  HOST_DEVICE scalar_t* grad_base() const { return memory + at.grad_base; }
+  HOST_DEVICE scalar_t* grad_weights() const { return memory + at.grad_weights; }
+
+  // w ℓ'/(S + n0), its slope, and h, [K, R]
+  HOST_DEVICE scalar_t* pushes() const { return memory + at.pushes; }
+  HOST_DEVICE scalar_t* curvatures() const { return memory + at.curvatures; }
+  HOST_DEVICE scalar_t* bends() const { return memory + at.bends; }
+
+  // Direct: φ_k [K + 1, width], η_k = A ∘ λ_{k+1} [K, width]
+  HOST_DEVICE scalar_t* path() const { return memory + at.path; }
+  HOST_DEVICE scalar_t* path_bias() const { return memory + at.path_bias; }
+  HOST_DEVICE scalar_t* directions() const { return memory + at.directions; }
+  HOST_DEVICE scalar_t* direction_bias() const { return memory + at.direction_bias; }
+
+  // Gram: G, later C [R, R]; a_k [K + 1, R]
+  HOST_DEVICE scalar_t* gram() const { return memory + at.gram; }
+  HOST_DEVICE scalar_t* coefficients() const { return memory + at.coefficients; }
+
+  // Exact: the system [n, n], a [R], a vector [width + kPack]
+  HOST_DEVICE scalar_t* matrix() const { return memory + at.matrix; }
+  HOST_DEVICE scalar_t* dual() const { return memory + at.dual; }
+  HOST_DEVICE scalar_t* solved() const { return memory + at.solved; }
+
+  // Items that adapt: ē [R, width], m + b, b̄, g_k [K, R], s g; where an entry's item comes first,
+  // and where next
+  HOST_DEVICE scalar_t* grad_rows() const { return memory + at.grad_rows; }
+  HOST_DEVICE scalar_t* biases() const { return memory + at.biases; }
   HOST_DEVICE scalar_t* grad_biases() const { return memory + at.grad_biases; }
-  HOST_DEVICE scalar_t* slopes() const { return memory + at.slopes; }  // g_k by item [K, R]
-  HOST_DEVICE scalar_t* moves() const { return memory + at.moves; }    // s g [R]
+  HOST_DEVICE scalar_t* slopes() const { return memory + at.slopes; }
+  HOST_DEVICE scalar_t* moves() const { return memory + at.moves; }
   HOST_DEVICE int* place() const { return reinterpret_cast<int*>(memory + at.place); }
   HOST_DEVICE int* next() const { return reinterpret_cast<int*>(memory + at.next); }
 };
