@@ -56,6 +56,7 @@ def check_equal(actual: Outputs, expected: Outputs, work: Workload) -> None:
             _check_learned(value, expected[name], work)
             continue
         left, right = _comparable(value), _comparable(expected[name])
+        left = SparseRows(*(part.to(right.rows.device) for part in left))
         ids = torch.unique(torch.cat([left.ids, right.ids]))
         found, wanted = _sums(left, ids), _sums(right, ids)
         if found.shape != wanted.shape:
@@ -107,9 +108,10 @@ def _seconds(step: Step) -> float:
 def _comparable(value: Any) -> SparseRows:
     """Anything as rows in float64: a tensor as row 0 alone."""
     if isinstance(value, Sequence):
-        ids, rows = torch.cat([each.ids for each in value]), torch.cat([_double(each.rows) for each in value])
-        return SparseRows(ids, rows)
-    return SparseRows(torch.zeros(1, dtype=torch.int64), _double(value)[None])
+        ids = torch.cat([each.ids for each in value])
+        return SparseRows(ids, torch.cat([_double(each.rows).to(ids.device) for each in value]))
+    row = _double(value)[None]
+    return SparseRows(torch.zeros(1, dtype=torch.int64, device=row.device), row)
 
 
 def _double(value: Any) -> Tensor:

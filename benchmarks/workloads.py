@@ -73,6 +73,27 @@ WORKLOADS = (
     ),
     Workload("serve", "serve", num_tasks=1, num_items=1_000_000, query=0, prior_pull=0.1),
 )
+ON_A_GPU = (
+    CANONICAL,
+    replace(CANONICAL, name="tasks-4096", num_tasks=4096),
+    replace(CANONICAL, name="tasks-65536", num_tasks=65_536),
+    replace(CANONICAL, name="items-1000000", num_tasks=4096, num_items=1_000_000),
+    replace(CANONICAL, name="items-10000000", num_tasks=4096, num_items=10_000_000),
+    replace(CANONICAL, name="large", num_tasks=65_536, num_items=10_000_000),
+    *(
+        replace(CANONICAL, num_tasks=4096, **changes)
+        for changes in (
+            {"name": "user_bpr", "loss": "bpr"},
+            {"name": "full", "adapt": "all"},
+            {"name": "first_order", "first_order": True},
+            {"name": "ragged", "support": (3, 90)},
+            {"name": "deep-20", "steps": 20},
+        )
+    ),
+    *(Workload(f"train-{tasks}", "train", num_tasks=tasks, num_items=1_000_000) for tasks in (256, 4096)),
+    Workload("serve", "serve", num_tasks=1, num_items=1_000_000, query=0, prior_pull=0.1),
+)
+"""What `benchmarks.gpu` times, in the order of their importance."""
 QUICK = (
     CANONICAL,
     *(each for each in WORKLOADS if each.name in ("user_bpr", "full", "small", "ragged", "first_order", "reptile")),
@@ -95,16 +116,22 @@ class Problem:
     batch: TaskBatch
 
     @staticmethod
-    def draw(workload: Workload, seed: int = 0, dtype: torch.dtype = torch.float32) -> Problem:
+    def draw(
+        workload: Workload, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Problem:
         """Ids uniform; rows of length 0.8, with which the inner steps are stable; ratings in 1 … 5."""
-        generator = torch.Generator().manual_seed(seed)
-        table = torch.empty(workload.num_items, workload.dim, dtype=dtype).normal_(generator=generator)
-        table *= 0.8 / workload.dim**0.5
-        bias = 0.1 * torch.randn(workload.num_items, generator=generator, dtype=dtype)
-        user = torch.randn(workload.dim, generator=generator, dtype=dtype)
-        return Problem(
-            workload, user, torch.full((), 0.1, dtype=dtype), table, bias, _batch(workload, generator, dtype)
-        )
+        generator = torch.Generator(device).manual_seed(seed)
+        with torch.device(device):
+            table = torch.empty(workload.num_items, workload.dim, dtype=dtype).normal_(generator=generator)
+            table *= 0.8 / workload.dim**0.5
+            bias = 0.1 * torch.randn(workload.num_items, generator=generator, dtype=dtype)
+            user = torch.randn(workload.dim, generator=generator, dtype=dtype)
+            user_bias, batch = torch.full((), 0.1, dtype=dtype), _batch(workload, generator, dtype)
+        return Problem(workload, user, user_bias, table, bias, batch)
+
+    @property
+    def device(self) -> torch.device:
+        return self.user.device
 
 
 def _batch(workload: Workload, generator: torch.Generator, dtype: torch.dtype) -> TaskBatch:

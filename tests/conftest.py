@@ -10,6 +10,7 @@ OPERATORS_AND_LEARNERS = {
     "test_reptile_step", "test_score_top_k", "test_serving", "test_sum_rows", "test_training",
 }  # fmt: skip
 """Modules whose tests make their tensors on the device; all others are about something on the CPU, and stay there."""
+DEVICE_FIRST = OPERATORS_AND_LEARNERS | {"test_cuda", "test_compile", "test_transfer", "test_library"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,6 +19,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("cpu", "simulated", "cuda"),
         default="cpu",
         help="where operators run: simulated means the CUDA kernels, on the CPU (tests/simulator)",
+    )
+    parser.addoption(
+        "--about", choices=("device", "rest"), help="only tests of what runs on devices, or all others (default: both)"
     )
 
 
@@ -38,7 +42,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    device = config.getoption("--device")
+    device, about = config.getoption("--device"), config.getoption("--about")
+    if about is not None:
+        others = [item for item in items if (item.path.stem in DEVICE_FIRST) != (about == "device")]
+        items[:] = [item for item in items if item not in others]
+        config.hook.pytest_deselected(items=others)
     for item in items:
         if item.get_closest_marker("cpu") is not None and device != "cpu":
             item.add_marker(pytest.mark.skip(reason="about what only the operators of the CPU do"))

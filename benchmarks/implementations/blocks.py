@@ -38,7 +38,7 @@ class Rectangle:
             return Rectangle(entries.items.view(shape), negatives, entries.targets.view(shape), 1 / width)
 
         sizes = entries.sizes()
-        kept = torch.arange(entries.max_size) < sizes[:, None]  # [T, S]
+        kept = torch.arange(entries.max_size, device=sizes.device) < sizes[:, None]  # [T, S]
 
         def pad(values: Tensor) -> Tensor:
             return values.new_zeros(kept.shape).masked_scatter_(kept, values)

@@ -16,10 +16,11 @@ from metarec_fast import SparseRows
 MOST_UNROLLED_STEPS = 10  # beyond: a scan, which compiles in the time of one step
 
 
-def start(threads: int) -> Any:
+def start(threads: int, platform: str = "cpu") -> Any:
     """JAX with a thread pool of `threads`: it makes one thread for each CPU that its process may use at that time."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("JAX_PLATFORMS", platform)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # of a GPU's memory, which others need too
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if allowed is not None:
@@ -35,7 +36,7 @@ def start(threads: int) -> Any:
 
 
 def prepare(problem: Problem) -> Step:
-    jax = start(torch.get_num_threads())
+    jax = start(torch.get_num_threads(), problem.device.type)
     jnp = jax.numpy
     work, blocks = problem.workload, Blocks.of(problem.batch)
     known, asked = blocks.support, blocks.query
@@ -85,9 +86,9 @@ def prepare(problem: Problem) -> Step:
         return value, user, bias, [each.reshape(-1, work.dim) for each in rows], [each.reshape(-1) for each in biases]
 
     def array(tensor: torch.Tensor) -> Any:
-        return jnp.asarray(tensor.numpy())
+        return jnp.asarray(tensor.numpy()) if tensor.device.type == "cpu" else jnp.from_dlpack(tensor.contiguous())
 
-    weights = torch.as_tensor(known.weights, dtype=problem.user.dtype).expand(known.items.shape)
+    weights = torch.as_tensor(known.weights, dtype=problem.user.dtype, device=problem.device).expand(known.items.shape)
     ids = [array(each.int()) for each in blocks.ids]
     tensors = (problem.user, problem.user_bias, problem.item_table, problem.item_bias)
     inputs = (*map(array, tensors), ids, array(known.targets), array(weights), array(asked.targets))

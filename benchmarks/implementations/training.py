@@ -1,7 +1,7 @@
 """A whole training step: sample a batch of tasks, meta-gradient, Adam on the touched rows of the item table.
 
-Everybody samples with our `TaskSampler`, in the step and without prefetching, and moves the user's start by plain SGD,
-which costs nothing. They differ in the gradient, and in who updates the table.
+Everybody samples with our `TaskSampler`, in the step (for a GPU two batches ahead), and moves the user's start by plain
+SGD, which costs nothing. They differ in the gradient, and in who updates the table.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ def log_of(num_items: int, num_tasks: int) -> mf.Interactions:
     return mf.Interactions.from_arrays(users, items, 1 + 4 * rng.random(len(items), dtype=np.float32))
 
 
-def _batches(work: Workload) -> Iterator[mf.TaskBatch]:
+def _batches(work: Workload, device: torch.device) -> Iterator[mf.TaskBatch]:
     assert isinstance(work.support, int)
-    log = log_of(work.num_items, work.num_tasks)
-    sampler = mf.TaskSampler(log, work.support, work.query, work.num_tasks, drop_last=True, prefetch=0)
+    log, prefetch = log_of(work.num_items, work.num_tasks), 0 if device.type == "cpu" else 2
+    sampler = mf.TaskSampler(
+        log, work.support, work.query, work.num_tasks, drop_last=True, prefetch=prefetch, device=device
+    )
     while True:
         yield from sampler
 
@@ -53,7 +55,7 @@ def _prepare(
         for parameter in (table, bias):
             parameter.requires_grad_()
         adam, gradients = optimizer([table, bias], lr=OUTER_LR), gradient(problem)
-        batches = _batches(problem.workload)
+        batches = _batches(problem.workload, problem.device)
 
         def step() -> Outputs:
             loss, grad_user, ids, rows, biases = gradients(next(batches), user, table.detach(), bias.detach())
