@@ -26,7 +26,7 @@ def gradient_of(sizes, shape, dtype=torch.float64, seed=0):
     """Ids that come as often as `sizes` say, in disorder."""
     draw = Draw(seed, dtype)
     ids = torch.repeat_interleave(3 * torch.arange(len(sizes)) + 1, torch.tensor(sizes, dtype=torch.int64))
-    ids = ids[torch.randperm(ids.numel(), generator=draw.generator)]
+    ids = ids[draw.permutation(ids.numel())]
     return SparseRows(ids, draw.normal(ids.numel(), *shape))
 
 
