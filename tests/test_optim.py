@@ -37,7 +37,7 @@ def make_tables(count, shape, dtype=torch.float64, seed=0):
 
 def make_rows(n, shape, dtype=torch.float64, seed=1, num_rows=NUM_ROWS):
     draw = Draw(seed, dtype)
-    return SparseRows(torch.randint(num_rows, (n,), generator=draw.generator), draw.normal(n, *shape))
+    return SparseRows(draw.integers(0, num_rows, n), draw.normal(n, *shape))
 
 
 def arguments(name, tables, gradient):
@@ -107,6 +107,23 @@ def test_the_same_bits_for_any_number_of_threads(name):
         torch.set_num_threads(threads)
     for other in seen[1:]:
         assert all(torch.equal(one, two) for one, two in zip(seen[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("shape", [(), (3,), (64,)])
+@pytest.mark.parametrize("sizes", [[400], [70, 1, 300, 2, 63]])
+def test_ids_with_many_entries_are_updated_once_and_the_same_every_time(name, shape, sizes, monkeypatch):
+    ids = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    draw = Draw(1)
+    gradient = SparseRows(ids[draw.permutation(ids.numel())], draw.normal(ids.numel(), *shape))
+    tables = make_tables(RULES[name][0], (NUM_ROWS, *shape))
+    first, expected = run(name, tables, gradient)
+    for one, other in zip(first, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    for schedule in ("forward", "reverse", "random:7"):  # in which the simulator runs threads and blocks
+        monkeypatch.setenv("METAREC_SCHEDULE", schedule)
+        again, _ = run(name, tables, gradient)
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -200,7 +217,7 @@ def make_model(dtype=torch.float64):
 
 
 def backward(model, seed):
-    ids = torch.randint(NUM_ROWS, (25,), generator=torch.Generator().manual_seed(seed))
+    ids = Draw(seed).integers(0, NUM_ROWS, 25)
     loss = (model[0](ids).sum(1) * model[1](ids).squeeze(1).exp()).square().mean()
     loss.backward()
     return loss
