@@ -171,7 +171,7 @@ class FoldIn(Baseline):
     name = "fold-in"
     model: FactorModel
 
-    def __init__(self, *, dim: int = 16, sweeps: int = 10, seed: int = 0) -> None:
+    def __init__(self, *, dim: int = 16, sweeps: int = 20, seed: int = 0) -> None:
         super().__init__(seed=seed)
         self.dim, self.sweeps = dim, sweeps
 
