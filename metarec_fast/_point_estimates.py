@@ -1,4 +1,4 @@
-"""Factor models whose items are points, without uncertainty: probabilistic PCA, alternating least squares, given vectors.
+"""Factor models whose items are points, without uncertainty: by probabilistic PCA, by ALS, and from given vectors.
 
 All alternate between users and items, each a ridge regression on the other; they differ in whether users are integrated
 out, and in what may move.

@@ -23,7 +23,7 @@ class Segments:
         self.offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
 
     def sum(self, table: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Sums rows of a table [M, ...] of the other side, times a weight for each rating, over every group: [R, ...]."""
+        """Sums rows of the other side's table [M, ...], times a weight for each rating, over every group: [R, ...]."""
         sums = embedding_bag(
             self.ids, table.flatten(1), self.offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
         )
