@@ -210,14 +210,14 @@ class MAMLR(Learner):
         model.initialized.fill_(True)
 
     def parameter_groups(self, outer_lr: float | None = None) -> list[dict[str, Any]]:
-        """Items at `outer_lr`; offset, start and pull at 5 times that, weights and choices at 15, steps at 50."""
+        """Items at `outer_lr`; offset, start and pull at 5 times that, weights and choices at 15, steps at 10."""
         rate = self._outer_lr(outer_lr)
         model = self.model
         groups: list[tuple[float, list[Tensor | None]]] = [
             (1, [model.item_embedding.weight, model.item_bias.weight]),
             (5, [model.offset, model.user_init, model.user_bias_init, self.log_pull]),
             (15, [None if table is None else table.weight for table in (self.log_weight, self.choice)]),
-            (50, [self.log_steps, self.log_rates, self.momentum]),
+            (10, [self.log_steps, self.log_rates, self.momentum]),
         ]
         present = ((times, [p for p in parameters if p is not None]) for times, parameters in groups)
         return [{"params": parameters, "lr": times * rate} for times, parameters in present if parameters]
