@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "inner_loop.h"
+#include "host_device.h"
 
 namespace metarec_fast {
 

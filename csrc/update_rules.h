@@ -3,8 +3,9 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
-#include "inner_loop.h"
+#include "host_device.h"
 
 namespace metarec_fast {
 

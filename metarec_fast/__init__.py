@@ -1,6 +1,6 @@
 """Meta-learning for recommender systems, fused: MAML, FOMAML, Reptile, Meta-SGD and MAML-R on batched operators."""
 
-from metarec_fast import functional
+from metarec_fast import functional, warm_start
 from metarec_fast.baselines import BASELINES
 from metarec_fast.checkpoint import load
 from metarec_fast.data import Interactions, UserSplit, load_movielens_small, split_users
@@ -24,5 +24,5 @@ __all__ = [
     "BASELINES", "FOMAML", "MAML", "MAMLR", "AdaptedUser", "DotRecommender", "Entries", "FactorModel",
     "FastWeights", "History", "Interactions", "Learner", "MetaSGD", "MetaStep", "Report", "Reptile",
     "SparseAdagrad", "SparseAdam", "SparseRows", "SparseSGD", "TaskBatch", "TaskSampler", "TopK", "UserSplit",
-    "evaluate", "functional", "load", "load_movielens_small", "split_users",
+    "evaluate", "functional", "load", "load_movielens_small", "split_users", "warm_start",
 ]  # fmt: skip

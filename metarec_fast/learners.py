@@ -101,12 +101,16 @@ class Learner(nn.Module):
         unique, local = batch.localize()
         rows, biases = self.model.lookup(unique)
         support = self.weigh(local.support, batch.support.items)
-        local = local.with_entries(support, local.query)
-        start, settings = self.model.user_init, self._settings(support)
+        local = batch.with_entries(support, local.query)  # its weights, which may be newer
+        block: dict[str, Any] = {
+            "item_table": rows,
+            "item_bias": biases,
+            "batch": local,
+            **self._settings(batch.support),
+        }
         if torch.is_grad_enabled():
-            result = functional.meta_step(start, rows, biases, local, outer_loss=self.outer_loss, **settings)
-            return result.loss
-        scores = functional.adapt_and_score(start, rows, biases, local, **settings)
+            return functional.meta_step(**block, outer_loss=self.outer_loss).loss
+        scores = functional.adapt_and_score(**block)
         assert local.query is not None
         return mean_task_loss(self.outer_loss, scores, local.query, local.weights)
 
@@ -123,6 +127,10 @@ class Learner(nn.Module):
     def weigh(self, support: Entries, items: Tensor) -> Entries:
         """The support with the weight of every entry, given its items' row numbers [n] in the model."""
         return support
+
+    def start_of(self, support: Entries) -> tuple[Tensor, Tensor]:
+        """Where tasks start before they adapt: user vectors, [D] or [T, D], and biases, a scalar or [T]."""
+        return self.model.user_init, self.model.user_bias_init
 
     @torch.no_grad()
     def initialize(self, log: Interactions, seed: int = 0) -> None:
@@ -154,15 +162,16 @@ class Learner(nn.Module):
         batch = self._prepare(batch, query="items")
         support = self.weigh(batch.support, batch.support.items)
         batch = batch.with_entries(support, batch.query)
-        tables = self.model.tables()
-        return functional.adapt_and_score(self.model.user_init, *tables, batch, **self._settings(support))
+        table, item_bias = self.model.tables()
+        return functional.adapt_and_score(item_table=table, item_bias=item_bias, batch=batch, **self._settings(support))
 
     @torch.no_grad()
     def fast_weights(self, batch: TaskBatch) -> FastWeights:
         """What each task becomes on its support: user vectors [T, D], biases [T], with adapt="all" items too."""
         support = self._prepare(batch, query=None).support
         support = self.weigh(support, support.items)
-        return functional.adapt(self.model.user_init, *self.model.tables(), support, **self._settings(support))
+        table, item_bias = self.model.tables()
+        return functional.adapt(item_table=table, item_bias=item_bias, support=support, **self._settings(support))
 
     @torch.no_grad()
     def score_catalogue(self, batch: TaskBatch) -> Tensor:
@@ -212,10 +221,9 @@ class Learner(nn.Module):
         with torch.no_grad():
             table, item_bias = model.tables()
             result = functional.meta_step(
-                model.user_init, table, item_bias, batch, outer_loss=self.outer_loss, **settings
+                item_table=table, item_bias=item_bias, batch=batch, outer_loss=self.outer_loss, **settings
             )
         given = {
-            "user_init": model.user_init,
             "item_table": model.item_embedding.weight,
             "item_bias": model.item_bias.weight,
             "support_weights": support.weights,
@@ -227,10 +235,10 @@ class Learner(nn.Module):
         return loss
 
     def _settings(self, support: Entries) -> dict[str, Any]:
-        """The keyword arguments of a functional operator on this support, besides tables, start and batch."""
-        model = self.model
+        """The keyword arguments of a functional operator, tables and batch apart, for a support in the model's ids."""
+        user, bias = self.start_of(support)
         loop = self.inner_loop(support.sizes())
-        return {"user_bias_init": model.user_bias_init, "offset": model.offset, **loop}
+        return {"user_init": user, "user_bias_init": bias, "offset": self.model.offset, **loop}
 
     def _prepare(self, batch: TaskBatch, query: str | None, localized: bool = False) -> TaskBatch:
         """The batch with the model's device and dtype, its ids checked against the table; asked whether `localized`."""
@@ -263,7 +271,9 @@ class Learner(nn.Module):
     def _split_groups(self, outer_lr: float | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """`parameter_groups`, apart for those with dense and those with sparse gradients."""
         groups = self.parameter_groups(outer_lr)
-        modules = (module for module in self.modules() if isinstance(module, nn.Embedding) and module.sparse)
+        modules = (
+            module for module in self.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse
+        )
         sparse = {module.weight for module in modules}
         return (
             _select(groups, lambda parameter: parameter not in sparse),

@@ -1,8 +1,10 @@
 """MAML-R: MAML for recommendation. The start comes from a Bayesian factor model, the inner loop is learned whole.
 
     φ_{k+1} = φ_k − s_k A ∘ [∇L_S(φ_k) + ρ (φ_k − φ_0)] + β_k (φ_k − φ_{k−1}),    ρ (|S| + n0)/2 = λ0 + λ1 |S|
+    φ_0 = φ_start + (|S| + 1)^(−1/2) Σ_{j∈S} y_j
 
-with s, A, β, λ0, λ1 and the weight w_i of a rating of item i learned; K → ∞ would be the factor model's ridge.
+with s, A, β, λ0, λ1, the weight w_i of a rating of item i, and what it says about a user that he rated it, y_i, all
+learned; K → ∞ would be the factor model's ridge.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metarec_fast import warm_start as warm_starts
 from metarec_fast.data import Interactions
 from metarec_fast.factor_model import FactorModel
 from metarec_fast.functional import Steps
 from metarec_fast.learners import Learner, OuterLoss
 from metarec_fast.models import DotRecommender
-from metarec_fast.tasks import Entries
+from metarec_fast.tasks import Entries, TaskBatch
 
 _PULL_PER_RATING = 0.008  # λ1/λ0 at the start
 _FIRST_RATE = 0.2  # s_k A_j starts at this over the curvature of coordinate j
@@ -29,8 +32,8 @@ _PULL = 1.0  # λ0 without a warm start
 class MAMLR(Learner):
     """MAML with a learned inner loop, started from a factor model of the training users.
 
-    With every part off (`warm_start=False, learn_rates=False, momentum=0, pull=False, weigh_items=False,
-    extra_count=0, outer_loss="squared"`) it is MAML.
+    With every part off (`warm_start=False, choices=False, learn_rates=False, momentum=0, pull=False,
+    weigh_items=False, extra_count=0, outer_loss="squared"`) it is MAML.
 
     Args:
         model: The meta-parameters.
@@ -40,11 +43,14 @@ class MAMLR(Learner):
         adapt: "user"; "all" only with `learn_rates`, `momentum` and `pull` off.
         outer_loss: "squared", "logistic", "absolute", or the weight of each. By default half squared and half
             absolute, or for a logistic model "logistic".
-        warm_start: Let `initialize` fit a `FactorModel` (for the squared loss), else as MAML does.
+        warm_start: What `initialize` fits for the squared loss: "variational" (or True), "ppca" or "als" of
+            `metarec_fast.warm_start`; False to start as MAML does. `start_from` takes any other.
+        choices: Let a user's start depend on which items he rated. Turn it off where users do not choose.
         learn_rates: Learn a step size per step, s, and per coordinate, A.
         momentum: Where the learned momentum β of all steps starts; 0 for none.
         pull: Learn a pull to the start that grows with the support, λ0 + λ1 |S|.
         weigh_items: Learn how much a rating of each item can be trusted.
+        weigh_users: How much users count in the outer loss: "equal", or "ratings" in proportion to their queries.
         extra_count: n0, added to the number of support entries in the inner loss' mean: steadier for small supports.
 
     Raises:
@@ -63,16 +69,19 @@ class MAMLR(Learner):
         first_order: bool = False,
         adapt: str = "user",
         outer_loss: OuterLoss | None = None,
-        warm_start: bool = True,
+        warm_start: bool | str = True,
+        choices: bool = True,
         learn_rates: bool = True,
         momentum: float = 0.4,
         pull: bool = True,
         weigh_items: bool = True,
+        weigh_users: str = "equal",
         extra_count: float = 5.0,
     ) -> None:
         settings = {
-            "warm_start": warm_start, "learn_rates": learn_rates, "momentum": momentum, "pull": pull,
-            "weigh_items": weigh_items, "extra_count": extra_count,
+            "warm_start": warm_start, "choices": choices, "learn_rates": learn_rates, "momentum": momentum,
+            "pull": pull, "weigh_items": weigh_items, "weigh_users": weigh_users,
+            "extra_count": extra_count,
         }  # fmt: skip
         super().__init__(
             model, inner_lr=inner_lr, inner_steps=inner_steps, first_order=first_order, adapt=adapt,
@@ -82,12 +91,18 @@ class MAMLR(Learner):
             self.outer_loss = {"squared": 0.5, "absolute": 0.5}
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum: must be in [0, 1), got {momentum}")
-        self.warm_start, self.extra_count = warm_start, extra_count
+        self.method = "variational" if warm_start is True else warm_start
+        if self.method is not False and self.method not in warm_starts.METHODS:
+            known = ", ".join(map(repr, warm_starts.METHODS))
+            raise ValueError(f"warm_start: expected a bool or one of {known}, got {warm_start!r}")
+        if weigh_users not in ("equal", "ratings"):
+            raise ValueError(f'weigh_users: expected "equal" or "ratings", got {weigh_users!r}')
+        self.weigh_users, self.extra_count = weigh_users, extra_count
 
         steps = inner_steps if isinstance(inner_steps, int) else 0
         like = model.item_embedding.weight
         kind: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
-        self.log_steps = self.log_rates = self.momentum = self.log_pull = self.log_weight = None
+        self.log_steps = self.log_rates = self.momentum = self.log_pull = self.log_weight = self.choice = None
         if learn_rates and steps > 0:
             self.log_steps = nn.Parameter(torch.zeros(steps, **kind))  # s [K]
             self.log_rates = nn.Parameter(torch.full((model.dim + 1,), math.log(inner_lr), **kind))  # A [D + 1]
@@ -98,7 +113,27 @@ class MAMLR(Learner):
         if weigh_items:
             self.log_weight = nn.Embedding(model.num_items, 1, sparse=model.sparse, **kind)  # w [N, 1]
             nn.init.zeros_(self.log_weight.weight)
+        if choices:
+            self.choice = nn.EmbeddingBag(  # y [N, D + 1]
+                model.num_items, model.dim + 1, mode="sum", sparse=model.sparse, include_last_offset=True, **kind
+            )
+            nn.init.zeros_(self.choice.weight)
         self._check()
+
+    def forward(self, batch: TaskBatch) -> Tensor:
+        if self.weigh_users == "ratings" and isinstance(batch, TaskBatch) and batch.query is not None:
+            sizes = batch.query.sizes().to(self.model.offset)
+            weights = sizes if batch.weights is None else sizes * batch.weights.to(sizes)
+            batch = batch.with_weights(weights)
+        return super().forward(batch)
+
+    def start_of(self, support: Entries) -> tuple[Tensor, Tensor]:
+        user, bias = super().start_of(support)
+        if self.choice is None:
+            return user, bias
+        sums = self.choice(support.items, support.offsets)  # [T, D + 1]
+        moved = sums / (support.sizes() + 1).to(sums.dtype).sqrt()[:, None]
+        return user + moved[:, :-1], bias + moved[:, -1]
 
     def inner_loop(self, sizes: Tensor) -> dict[str, Any]:
         loop = {**super().inner_loop(sizes), "extra_count": self.extra_count}
@@ -123,25 +158,47 @@ class MAMLR(Learner):
 
     @torch.no_grad()
     def initialize(self, log: Interactions, seed: int = 0) -> None:
-        """Starts from a factor model of the log: items, offset, weights, pull, and rates that fit its curvature."""
-        model = self.model
-        if not self.warm_start or model.loss != "squared":
+        """Starts from a factor model of the log, or without a warm start (or for other losses) as MAML does."""
+        if not isinstance(self.method, str) or self.model.loss != "squared":
             super().initialize(log, seed)
             return
+        self.model.check_log(log)
+        more = {"choices": self.choice is not None} if self.method == "variational" else {}
+        self.start_from(warm_starts.METHODS[self.method](log, dim=self.model.dim, seed=seed, **more), log)
+
+    @torch.no_grad()
+    def start_from(self, factors: FactorModel, log: Interactions) -> None:
+        """Starts from a factor model: items, offset, weights, choices, pull, and rates that fit its curvature.
+
+        Args:
+            factors: What a function of `metarec_fast.warm_start` gives, of the model's width.
+            log: The ratings that say how often items occur; its items are the model's.
+
+        Raises:
+            ValueError: The sizes are not the model's.
+        """
+        model = self.model
         model.check_log(log)
-        factors = FactorModel.fit(log, dim=model.dim, seed=seed)
+        if factors.item_table.shape != model.item_embedding.weight.shape:
+            expected, found = (tuple(each.shape) for each in (model.item_embedding.weight, factors.item_table))
+            raise ValueError(f"factors.item_table: expected shape [N, D] = {expected}, like the model's, got {found}")
         counts = torch.bincount(torch.from_numpy(log.items).long(), minlength=model.num_items).double()
         share = counts / counts.sum()
 
         # Users come from an isotropic Gaussian, so a rotation changes nothing but where rates are diagonal.
         table = factors.item_table.double()
-        _, axes = torch.linalg.eigh(table.T @ (share[:, None] * table))
-        table = table @ axes.flip(1)
+        axes = torch.linalg.eigh(table.T @ (share[:, None] * table)).eigenvectors.flip(1)
+        table = table @ axes
         model.item_embedding.weight.copy_(table)
         model.item_bias.weight.copy_(factors.item_bias[:, None])
         model.offset.fill_(factors.offset)
         model.user_init.zero_()
         model.user_bias_init.zero_()
+        if self.choice is not None:
+            self.choice.weight.zero_()
+            if factors.user_start is not None:
+                start = factors.user_start.double()
+                self.choice.weight.copy_(torch.cat([start[:, :-1] @ axes, start[:, -1:]], 1))
         if self.log_weight is not None:
             self.log_weight.weight.copy_(factors.support_weights.log()[:, None])
         if self.log_pull is not None:
@@ -153,14 +210,14 @@ class MAMLR(Learner):
         model.initialized.fill_(True)
 
     def parameter_groups(self, outer_lr: float | None = None) -> list[dict[str, Any]]:
-        """Items at `outer_lr`; offset, start and pull at 5 times that, support weights at 15, steps at 50."""
+        """Items at `outer_lr`; offset, start and pull at 5 times that, weights and choices at 15, steps at 10."""
         rate = self._outer_lr(outer_lr)
         model = self.model
         groups: list[tuple[float, list[Tensor | None]]] = [
             (1, [model.item_embedding.weight, model.item_bias.weight]),
             (5, [model.offset, model.user_init, model.user_bias_init, self.log_pull]),
-            (15, [None if self.log_weight is None else self.log_weight.weight]),
-            (50, [self.log_steps, self.log_rates, self.momentum]),
+            (15, [None if table is None else table.weight for table in (self.log_weight, self.choice)]),
+            (10, [self.log_steps, self.log_rates, self.momentum]),
         ]
         present = ((times, [p for p in parameters if p is not None]) for times, parameters in groups)
         return [{"params": parameters, "lr": times * rate} for times, parameters in present if parameters]

@@ -60,9 +60,9 @@ class Reptile(Learner):
         unique, local = batch.localize()
         model, support = self.model, local.support
         rows, biases = model.lookup(unique)
-        settings = {name: value for name, value in self._settings(support).items() if name != "first_order"}
+        settings = {name: value for name, value in self._settings(batch.support).items() if name != "first_order"}
         result = functional.reptile_step(
-            model.user_init, rows.detach(), biases.detach(), support, task_weights=batch.weights, **settings
+            item_table=rows.detach(), item_bias=biases.detach(), support=support, task_weights=batch.weights, **settings
         )
         inputs = (model.user_init, model.user_bias_init, model.offset, rows, biases)
         user, bias, *items = result.grads.values()

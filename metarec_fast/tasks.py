@@ -227,6 +227,10 @@ class TaskBatch:
             self._unique_items, self._local = _localize(self)
         return self._unique_items, self._local
 
+    def with_weights(self, weights: Tensor | None) -> TaskBatch:
+        """The same batch with other task weights ω, [T], ≥ 0."""
+        return TaskBatch(self.support, self.query, self.users, weights, self._unique_items, self._local)
+
     def with_negatives_of(self, *, support: bool, query: bool) -> TaskBatch:
         """The same batch, of whose negatives only those of the parts named are left."""
         local = None if self._local is None else self._local.with_negatives_of(support=support, query=query)

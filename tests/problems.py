@@ -36,8 +36,8 @@ class Draw:
         """In low … high − 1."""
         return torch.randint(low, high, shape, generator=self.generator, device="cpu").to(DEVICE)
 
-    def permutation(self, n: int) -> Tensor:
-        return torch.randperm(n, generator=self.generator, device="cpu").to(DEVICE)
+    def permutation(self, size: int) -> Tensor:
+        return torch.randperm(size, generator=self.generator, device="cpu").to(DEVICE)
 
     def model(self, num_items: int = 60, dim: int = 7, num_tasks: int | None = None) -> Model:
         """Rows of length about one, so that inner steps of 0.1 are stable; one start per task if `num_tasks`."""

@@ -8,12 +8,15 @@ import torch
 
 from metarec_fast.baselines import (
     BASELINES,
+    EASE,
     Bias,
-    FoldIn,
     GlobalMean,
+    ItemKNN,
     ItemMean,
     Popularity,
+    PPCAFoldIn,
     Random,
+    VariationalFoldIn,
     fit_baselines,
 )
 from metarec_fast.data import Interactions
@@ -43,7 +46,10 @@ def batch():
 
 
 def test_there_is_a_baseline_of_every_name(log):
-    assert NAMES == ["global-mean", "item-mean", "bias", "fold-in", "popularity", "random"]
+    assert NAMES == [
+        "global-mean", "item-mean", "bias", "item-knn", "ease", "ppca-fold-in", "als-fold-in", "vb-fold-in",
+        "popularity", "random",
+      ]  # fmt: skip
     fitted = fit_baselines(log)
     assert list(fitted) == NAMES
     assert all(baseline.name == name for name, baseline in fitted.items())
@@ -119,15 +125,59 @@ def test_biases_without_damping_stand_an_empty_support_and_cold_items(log, batch
     assert scores[1, 26].item() == pytest.approx(log.ratings.mean(), rel=1e-6)
 
 
-def test_fold_in_follows_the_taste_that_a_support_shows():
+@pytest.mark.parametrize("make", [VariationalFoldIn, PPCAFoldIn])
+def test_fold_in_follows_the_taste_that_a_support_shows(make):
     rng = np.random.default_rng(1)
     taste = rng.choice([-1, 1], 200)
     users, items = np.nonzero(rng.random((200, 20)) < 0.6)
     ratings = 3 + taste[users] * np.where(items < 10, 1.0, -1.0) + rng.normal(0, 0.3, len(users))
-    baseline = FoldIn(dim=2).fit(Interactions.from_arrays(users, items, ratings))
+    baseline = make(dim=2).fit(Interactions.from_arrays(users, items, ratings))
     likes_first = TaskBatch(entries([0, 1, 12], [4.0, 4.0, 2.0], [3]), entries([5, 15], None, [2]))
     prediction = baseline.predict(likes_first)
     torch.testing.assert_close(prediction, torch.tensor([4.0, 2.0]), rtol=0, atol=0.3)
+
+
+def test_ease_is_the_ridge_of_each_item_on_the_others(log):
+    """Its column i, by the normal equations of the residuals without item i."""
+    baseline = EASE(ridge=2.0).fit(log)
+    users = np.repeat(np.arange(log.num_users), log.sizes())
+    item_scores = baseline.item_scores.double().numpy()
+    residuals = np.zeros((log.num_users, log.num_items))
+    residuals[users, log.items] = log.ratings - item_scores[log.items]
+    bias = residuals.sum(1) / (log.sizes() + baseline.user_damping)
+    residuals[users, log.items] -= bias[users]
+    products = residuals.T @ residuals
+    for item in range(log.num_items):
+        others = np.delete(np.arange(log.num_items), item)
+        ridge = products[np.ix_(others, others)] + 2 * np.eye(len(others))
+        expected = np.linalg.solve(ridge, products[others, item])
+        np.testing.assert_allclose(baseline.influence[others, item], expected, rtol=1e-3, atol=1e-4)
+        assert baseline.influence[item, item] == 0
+
+
+def test_item_knn_is_the_similarity_weighted_mean_of_the_users_residuals(log, batch):
+    baseline = ItemKNN(shrinkage=3.0, damping=0.5).fit(log)
+    predicted, biases = baseline.predict(batch), Bias().fit(log)
+    user_bias = biases.user_bias(batch)
+    for task in range(batch.num_tasks):
+        own = batch.support.task_ids() == task
+        items = batch.support.items[own]
+        residuals = batch.support.targets[own] - biases.item_scores[items] - user_bias[task]
+        for place in (batch.query.task_ids() == task).nonzero()[:, 0].tolist():
+            item = int(batch.query.items[place])
+            similar = baseline.influence[items, item]
+            expected = biases.item_scores[item] + user_bias[task]
+            expected = expected + (similar * residuals).sum() / (similar.sum() + 0.5)
+            assert predicted[place].item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_items_beyond_the_most_rated_are_predicted_by_biases(log, batch, monkeypatch):
+    from metarec_fast import _neighbours
+
+    monkeypatch.setattr(_neighbours, "_MOST_ITEMS", 3)
+    scores, biases = ItemKNN().fit(log).score_catalogue(batch), Bias().fit(log).score_catalogue(batch)
+    differ = (scores - biases).abs().amax(0) > 1e-6
+    assert 0 < int(differ.sum()) <= 3
 
 
 def test_popularity_counts_ratings(log, batch):
@@ -157,8 +207,8 @@ def test_random_scores_are_uniform():
 
 
 def test_the_seed_reaches_what_is_random(log):
-    one, other = (fit_baselines(log, ["fold-in", "random"], seed=seed) for seed in (0, 1))
-    assert not torch.equal(one["fold-in"].model.item_table, other["fold-in"].model.item_table)
+    one, other = (fit_baselines(log, ["vb-fold-in", "random"], seed=seed) for seed in (0, 1))
+    assert not torch.equal(one["vb-fold-in"].model.item_table, other["vb-fold-in"].model.item_table)
     assert one["random"].seed == 0
     assert other["random"].seed == 1
 
@@ -183,7 +233,7 @@ def test_bad_input_is_refused_by_name(name, log, batch):
         fitted.score_catalogue(TaskBatch(entries([99], [1.0], [1])))
 
 
-@pytest.mark.parametrize("name", ["bias", "fold-in"])
+@pytest.mark.parametrize("name", ["bias", "item-knn", "ease", "vb-fold-in"])
 def test_a_support_without_ratings_is_refused_where_it_is_needed(name, log):
     with pytest.raises(ValueError, match=r"support\.targets: expected ratings"):
         BASELINES[name]().fit(log).score_catalogue(TaskBatch(entries([1], None, [1])))
@@ -196,6 +246,8 @@ def test_a_support_without_ratings_is_refused_where_it_is_needed(name, log):
         (lambda: Bias(item_damping=float("nan")), "item_damping: must be ≥ 0, got nan"),
         (lambda: Bias(user_damping=-2), "user_damping: must be ≥ 0, got -2"),
         (lambda: Bias(sweeps=0), "sweeps: must be ≥ 1, got 0"),
+        (lambda: ItemKNN(shrinkage=0), "shrinkage: must be > 0 and finite, got 0"),
+        (lambda: EASE(ridge=-1), "ridge: must be > 0 and finite, got -1"),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(make, message):

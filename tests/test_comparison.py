@@ -36,7 +36,7 @@ def test_report_and_plots_are_written(split, tmp_path):
     means = comparison.write_json(tmp_path / "report.json", [report, report])
     written = json.loads((tmp_path / "report.json").read_text())
     assert written["results"] == means
-    assert set(means) == {"maml", "global-mean", "item-mean", "bias", "fold-in", "popularity", "random"}
+    assert set(means) == {"maml", *mf.BASELINES}
     assert len(written["seeds"]["maml"]["rmse"]) == 2
     assert "rmse" not in means["popularity"]
     comparison.plot_learning_curves({"maml": history}, tmp_path / "curves.png")

@@ -15,7 +15,8 @@ import metarec_fast as mf
 DEMO = Path(__file__).parent.parent / "examples" / "movielens.py"
 NAMES = (
     "maml", "fomaml", "reptile", "meta-sgd", "maml-r",
-    "global-mean", "item-mean", "bias", "fold-in", "popularity", "random",
+    "global-mean", "item-mean", "bias", "item-knn", "ease", "ppca-fold-in", "als-fold-in", "vb-fold-in",
+    "popularity", "random",
 )  # fmt: skip
 RANKING = (
     "ndcg@10", "ndcg_linear@10", "catalogue_ndcg@10", "catalogue_hr@10", "catalogue_recall@10", "catalogue_mrr",

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from metarec_fast._variational import Inference
 from metarec_fast.data import Interactions
-from metarec_fast.factor_model import FactorModel, _Inference
+from metarec_fast.factor_model import FactorModel
 from metarec_fast.tasks import Entries, TaskBatch
 
 
@@ -50,21 +51,23 @@ def naive_half_step(vectors, covariances, known, free, ratings_of_row, prior_mea
 def test_a_sweep_gives_the_posteriors_of_a_loop_over_users_and_items():
     rng = np.random.default_rng(0)
     log, _ = make_log(rng, num_users=12, num_items=9)
-    inference = _Inference(log, dim=2, seed=0)
-    inference.sweep(learn_item_noise=False)
-    inference.sweep(learn_item_noise=True)
+    inference = Inference(log, dim=2, seed=0, choices=False)
+    inference.sweep(learn_noise=False)
+    inference.sweep(learn_noise=True)
     inference.item_noise = torch.linspace(0.5, 2, log.num_items)
+    inference.user_noise = torch.linspace(2, 0.5, log.num_users)
 
     width = 4  # (b, e, 1) and (1, u, c)
     items, noise = inference.items.double().numpy().copy(), inference.noise
     item_covariance = np.zeros((log.num_items, width, width))
     item_covariance[:, :-1, :-1] = inference.item_covariance.numpy()
-    item_prior = inference.item_prior_mean.double().numpy(), inference.item_prior_covariance.double().numpy()
+    item_prior = inference.item_prior_mean[0].double().numpy(), inference.item_prior_covariance.double().numpy()
     user_prior = np.zeros(width - 1), np.diag([1, 1, inference.bias_variance])
     users = np.repeat(np.arange(log.num_users), log.sizes())
     residuals = log.ratings - inference.offset
-    variances = noise * inference.item_noise.double().numpy()
-    rows = list(zip(users, log.items, residuals, variances[log.items], strict=True))
+    item_noise, user_noise = inference.item_noise.double().numpy(), inference.user_noise.double().numpy()
+    variances = noise * item_noise[log.items] * user_noise[users]
+    rows = list(zip(users, log.items, residuals, variances, strict=True))
 
     user_vectors, user_covariance = np.ones((log.num_users, width)), np.zeros((log.num_users, width, width))
     for user in range(log.num_users):
@@ -86,10 +89,9 @@ def test_a_sweep_gives_the_posteriors_of_a_loop_over_users_and_items():
         )
         for user, item, residual, _ in rows
     ]
-    item_noise = inference.item_noise.double().numpy()
-    new_noise = np.mean(np.array(expected_errors) / item_noise[log.items])
+    new_noise = np.mean(np.array(expected_errors) / item_noise[log.items] / user_noise[users])
 
-    inference.sweep(learn_item_noise=False)
+    inference.sweep(learn_noise=False)
     assert inference.noise == pytest.approx(new_noise, rel=1e-4)
     # Users end normalised, which must change no score: compare means and variances of scores, not coordinates.
     latent = user_vectors[:, 1:] - user_vectors[:, 1:].mean(0)
@@ -145,9 +147,10 @@ def test_fold_in_is_the_ridge_of_each_task():
     for task, (begin, end) in enumerate(zip(support.offsets[:-1], support.offsets[1:], strict=True)):
         own = items[begin:end]
         rows, w = table[own], model.support_weights.double().numpy()[own] * weights.numpy()[begin:end]
-        residuals = targets[begin:end] - model.offset - model.item_bias.double().numpy()[own]
+        start = model.user_start.double().numpy()[own].sum(0) / np.sqrt(len(own) + 1)
+        residuals = targets[begin:end] - model.offset - model.item_bias.double().numpy()[own] - rows @ start
         ridge = (rows * w[:, None]).T @ rows + model.pull * np.eye(6)
-        expected = np.linalg.solve(ridge, (rows * w[:, None]).T @ residuals)
+        expected = start + np.linalg.solve(ridge, (rows * w[:, None]).T @ residuals)
         np.testing.assert_allclose(torch.cat([user[task], bias[task, None]]), expected, rtol=1e-4, atol=1e-5)
     assert user[1].tolist() == [0] * 5
     assert bias[1] == 0
@@ -185,7 +188,7 @@ def test_an_item_without_ratings_gets_the_prior_and_one_with_few_shrinks_to_it()
         np.concatenate([log.items, np.full(100, often), [once]]),
         np.concatenate([log.ratings, np.full(101, 6.0)]),
     ).align_items(np.arange(83))
-    model = FactorModel.fit(extended, dim=3)
+    model = FactorModel.fit(extended, dim=3, choices=False)
 
     rows = torch.cat([model.item_bias[:, None], model.item_table], 1)
     torch.testing.assert_close(rows[cold], rows[:82].mean(0), rtol=1e-3, atol=1e-4)

@@ -53,7 +53,6 @@ def test_a_run_times_all_workloads_compares_first_and_writes_tables(tmp_path, ca
         "full",
         "ragged",
         "train-256",
-        "train-4096",
         "serve",
     ]
     user = report["workloads"][0]

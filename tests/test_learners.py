@@ -17,7 +17,7 @@ from metarec_fast.tasks import Entries, TaskBatch
 NUM_ITEMS, DIM = 12, 3
 ALL = [MAML, FOMAML, Reptile, MetaSGD, MAMLR]
 OFF = {
-    "warm_start": False, "learn_rates": False, "momentum": 0.0, "pull": False, "weigh_items": False,
+    "warm_start": False, "choices": False, "learn_rates": False, "momentum": 0.0, "pull": False, "weigh_items": False,
     "extra_count": 0.0, "outer_loss": "squared",
 }  # fmt: skip
 
@@ -177,6 +177,7 @@ def test_maml_r_starts_where_its_factor_model_is():
     learner.initialize(log)
     factors = FactorModel.fit(log, dim=DIM)
     user, bias = factors.fold_in(batch)
+    assert factors.user_start.abs().max() > 0
     tasks, items = batch.query.task_ids(), batch.query.items
     # The start adds to the factor model's pull a little more with every rating, which is taken out here.
     with torch.no_grad():
@@ -185,6 +186,61 @@ def test_maml_r_starts_where_its_factor_model_is():
         factors.offset + factors.item_bias[items] + bias[tasks] + (user[tasks] * factors.item_table[items]).sum(1)
     )
     torch.testing.assert_close(learner.predict(batch), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.cpu
+def test_maml_r_starts_from_any_factor_model():
+    from metarec_fast import warm_start
+
+    log, batch = make_log(), make_batch(dtype=torch.float32)
+    factors = warm_start.given(torch.randn(NUM_ITEMS, DIM, generator=torch.Generator().manual_seed(0)), log)
+    learner = MAMLR(DotRecommender(NUM_ITEMS, DIM), inner_steps="exact")
+    learner.start_from(factors, log)
+    with torch.no_grad():
+        learner.log_pull[1] = -30.0
+    user, bias = factors.fold_in(batch)
+    tasks, items = batch.query.task_ids(), batch.query.items
+    expected = factors.offset + factors.item_bias[items] + bias[tasks]
+    expected = expected + (user[tasks] * factors.item_table[items]).sum(1)
+    torch.testing.assert_close(learner.predict(batch), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"factors\.item_table: expected shape \[N, D\] = \(12, 3\).* got \(12, 2\)"):
+        learner.start_from(warm_start.ppca(log, dim=2), log)
+
+
+@pytest.mark.parametrize("method", ["ppca", "als", False])
+def test_maml_r_takes_other_warm_starts_by_name(method):
+    learner = MAMLR(DotRecommender(NUM_ITEMS, DIM), warm_start=method)
+    learner.initialize(make_log())
+    assert bool(learner.model.initialized)
+    assert not learner.choice.weight.any()
+
+
+def test_maml_r_names_settings_that_it_does_not_know():
+    with pytest.raises(ValueError, match=r"warm_start: expected a bool or one of 'variational', .* got 'svd'"):
+        MAMLR(make_model(), warm_start="svd")
+    with pytest.raises(ValueError, match=r'weigh_users: expected "equal" or "ratings", got 3'):
+        MAMLR(make_model(), weigh_users=3)
+
+
+def test_users_weighed_by_ratings_count_by_their_query_sizes():
+    batch = make_batch()
+    learner = MAMLR(make_model(), weigh_users="ratings", outer_loss="squared")
+    expected = (learner.predict(batch) - batch.query.targets).square().mean()
+    torch.testing.assert_close(learner(batch).detach(), expected)
+
+
+def test_the_choices_of_a_user_move_his_start():
+    batch = make_batch()
+    learner = MAMLR(make_model(), inner_steps=0)
+    with torch.no_grad():
+        learner.choice.weight.normal_(generator=torch.Generator().manual_seed(1))
+    user, bias = learner.start_of(batch.support)
+    for task, items in enumerate(batch.support.items.split(batch.support.sizes().tolist())):
+        moved = learner.choice.weight[items].sum(0) / (len(items) + 1) ** 0.5
+        torch.testing.assert_close(user[task], learner.model.user_init + moved[:-1])
+        torch.testing.assert_close(bias[task], learner.model.user_bias_init + moved[-1])
+    fast = learner.fast_weights(batch)
+    torch.testing.assert_close(fast.user, user.detach())
 
 
 @pytest.mark.cpu

@@ -42,6 +42,23 @@ def test_the_exact_form_agrees(sizes):
     compare_with_reference(draw.model(), draw.batch(sizes, weights=True), loop, {"squared": 1.0})
 
 
+@pytest.mark.parametrize(
+    ("dim", "sizes", "steps"),
+    [(1, (5, 3), 3), (3, (9,), 5), (4, (40, 2), 3), (64, (150, 2), 10), (132, (300, 3, 40), 20), (256, (70, 0, 5), 3)],
+)
+def test_tasks_of_any_size_and_width_agree(dim, sizes, steps):
+    draw = Draw(dim)
+    model, batch = draw.model(dim=dim), draw.batch(sizes, tuple(3 for _ in sizes), weights=True)
+    rate = 0.02 * draw.uniform()
+    for loop in (
+        InnerLoop(rate, steps),
+        InnerLoop(rate, steps, form="direct"),
+        InnerLoop(rate, steps, adapt="all"),
+        InnerLoop(rate, "exact", prior_pull=draw.uniform() + 0.5),
+    ):
+        compare_with_reference(model, batch, loop, {"squared": 1.0})
+
+
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("form", ["auto", "normal"])
 def test_the_multi_step_loss_weighs_every_step(form, first_order):
@@ -340,6 +357,7 @@ def test_large_gradients_are_those_of_their_parts_and_their_memory_comes_again()
         assert len(seen) < 4
 
 
+@pytest.mark.cpu
 @pytest.mark.skipif("not _keeps_result_memory()")
 @pytest.mark.parametrize("megabytes", [4.1, 6.3, 8.0, 40.5])
 def test_results_of_any_large_size_get_the_memory_of_the_last_one(megabytes):

@@ -110,6 +110,23 @@ def test_the_same_bits_for_any_number_of_threads(name):
 
 
 @pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("shape", [(), (3,), (64,)])
+@pytest.mark.parametrize("sizes", [[400], [70, 1, 300, 2, 63]])
+def test_ids_with_many_entries_are_updated_once_and_the_same_every_time(name, shape, sizes, monkeypatch):
+    ids = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    draw = Draw(1)
+    gradient = SparseRows(ids[draw.permutation(ids.numel())], draw.normal(ids.numel(), *shape))
+    tables = make_tables(RULES[name][0], (NUM_ROWS, *shape))
+    first, expected = run(name, tables, gradient)
+    for one, other in zip(first, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    for schedule in ("forward", "reverse", "random:7"):  # in which the simulator runs threads and blocks
+        monkeypatch.setenv("METAREC_SCHEDULE", schedule)
+        again, _ = run(name, tables, gradient)
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("name", RULES)
 def test_opcheck_finds_nothing(name):
     tables = make_tables(RULES[name][0], (NUM_ROWS, 4))
     opcheck(getattr(ops, name), arguments(name, tables, make_rows(20, (4,))))

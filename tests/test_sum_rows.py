@@ -69,10 +69,12 @@ def test_up_to_a_chunk_of_entries_is_summed_first_to_last(shape):
 
 @pytest.mark.parametrize("shape", [(), (3,), (64,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_same_bits_every_time(shape, dtype):
+def test_the_same_bits_every_time(shape, dtype, monkeypatch):
     gradient = gradient_of(LONG["a long id between short ones"], shape, dtype)
     first = bits(gradient, 30)
-    assert all(torch.equal(one, other) for one, other in zip(first, bits(gradient, 30), strict=True))
+    for schedule in ("forward", "reverse", "random:7"):  # in which the simulator runs threads and blocks
+        monkeypatch.setenv("METAREC_SCHEDULE", schedule)
+        assert all(torch.equal(one, other) for one, other in zip(first, bits(gradient, 30), strict=True))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

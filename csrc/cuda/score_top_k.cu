@@ -7,7 +7,6 @@
 #include <algorithm>
 
 #include "best_list.h"
-#include "excluded.h"
 #include "score_top_k.h"
 
 namespace metarec_fast::cuda {
@@ -16,6 +15,36 @@ namespace {
 constexpr int kLongestList = 128;        // candidates that a warp keeps for a user
 constexpr int64_t kSmallestRange = 512;  // items
 constexpr int kThreads = 256;
+
+// Items that a user is not to get, as numbers  t N + item,  ascending; none if keys is nullptr.
+struct Excluded {
+  const int64_t* keys;     // [E]
+  const int64_t* offsets;  // [T + 1]
+
+  __device__ bool contains(int64_t task, int64_t key) const {
+    if (keys == nullptr) return false;
+    int64_t begin = offsets[task], end = offsets[task + 1];
+    while (begin < end) {
+      const int64_t middle = begin + (end - begin) / 2;
+      if (keys[middle] == key) return true;
+      if (keys[middle] < key)
+        begin = middle + 1;
+      else
+        end = middle;
+    }
+    return false;
+  }
+};
+
+// Which task owns an entry: the last that begins at it or before.
+__device__ int64_t task_of(const int64_t* offsets, int64_t num_tasks, int64_t entry) {
+  int64_t task = 0, end = num_tasks;
+  while (end - task > 1) {
+    const int64_t middle = task + (end - task) / 2;
+    (offsets[middle] <= entry ? task : end) = middle;
+  }
+  return task;
+}
 
 // keys[e] = t N + items[e]. One thread an entry.
 __global__ void __launch_bounds__(kThreads)
@@ -120,15 +149,16 @@ __global__ void __launch_bounds__(kScoringThreads)
   best.write(best_scores + t * k, best_items + t * k);
 }
 
-// The keys of excluded items, ascending.
-Tensor sort_excluded(const TopKArguments& arguments, cudaStream_t stream) {
-  const RaggedItems& exclude = *arguments.exclude;
-  Tensor keys = empty(exclude.items, ScalarType::Long, {exclude.size()});
+// The keys of excluded items, ascending; nothing if there are none.
+OptionalTensor sort_excluded(const TopKArguments& arguments, cudaStream_t stream) {
+  const auto& exclude = arguments.exclude;
+  if (!exclude || exclude->size() == 0) return std::nullopt;
+  Tensor keys = empty(exclude->items, ScalarType::Long, {exclude->size()});
   check_launch(
       "score_top_k",
-      launch("exclude_keys_kernel", exclude_keys_kernel, blocks_for(exclude.size(), kThreads),
-             kThreads, 0, stream, exclude.items.const_data_ptr<int64_t>(),
-             exclude.offsets.const_data_ptr<int64_t>(), exclude.size(), arguments.T(),
+      launch("exclude_keys_kernel", exclude_keys_kernel, blocks_for(exclude->size(), kThreads),
+             kThreads, 0, stream, exclude->items.const_data_ptr<int64_t>(),
+             exclude->offsets.const_data_ptr<int64_t>(), exclude->size(), arguments.T(),
              arguments.N(), keys.mutable_data_ptr<int64_t>()));
   return stable_sort(keys).first;
 }
@@ -192,17 +222,13 @@ std::tuple<Tensor, Tensor> score_top_k_cuda(const Tensor& user, const Tensor& us
   Tensor best_scores = empty(arguments.user, arguments.dtype(), {T, k});
   if (T == 0) return {best_items, best_scores};
 
+  const OptionalTensor keys = sort_excluded(arguments, device.stream);
   if (k > kLongestList) {
-    sort_all_scores(arguments, best_scores, best_items, device.stream);
+    sort_all_scores(arguments, keys, best_scores, best_items, device.stream);
     return {best_items, best_scores};
   }
-  Tensor keys;
-  Excluded excluded{nullptr, nullptr};
-  if (arguments.exclude && arguments.exclude->size() > 0) {
-    keys = sort_excluded(arguments, device.stream);
-    excluded = {keys.const_data_ptr<int64_t>(),
-                arguments.exclude->offsets.const_data_ptr<int64_t>()};
-  }
+  const Excluded excluded{keys ? keys->const_data_ptr<int64_t>() : nullptr,
+                          keys ? arguments.exclude->offsets.const_data_ptr<int64_t>() : nullptr};
   dispatch_rows(arguments, [&](auto zero, auto row) {
     using scalar_t = decltype(zero);
     using row_t = decltype(row);

@@ -29,8 +29,10 @@ void dispatch_rows(const TopKArguments& arguments, const Body& body) {
 }
 
 // The first k of all scores, sorted, for any k: as many users at a time as there is room for.
-void sort_all_scores(const TopKArguments& arguments, Tensor& best_scores,  // [T, k]
-                     Tensor& best_items,                                   // [T, k]
+void sort_all_scores(const TopKArguments& arguments,
+                     const OptionalTensor& excluded,  // keys [E], see score_top_k.cu
+                     Tensor& best_scores,             // [T, k]
+                     Tensor& best_items,              // [T, k]
                      cudaStream_t stream);
 
 }  // namespace metarec_fast::cuda

@@ -1,7 +1,6 @@
 // The k best items of each user for any k: all scores of some users at a time, sorted.
 #include <algorithm>
 
-#include "excluded.h"
 #include "score_top_k.h"
 
 namespace metarec_fast::cuda {
@@ -40,17 +39,17 @@ __global__ void __launch_bounds__(kScoringThreads, kBlocksAtOnce<scalar_t>)
   }
 }
 
-// Marks excluded items. One thread an entry.
+// Marks excluded items; one that comes twice, once. One thread a key.
 template <typename scalar_t>
-__global__ void __launch_bounds__(kThreads) mark_excluded_kernel(
-    const int64_t* __restrict__ items,    // [E]
-    const int64_t* __restrict__ offsets,  // [all tasks + 1]
-    int64_t count, int64_t num_tasks, int64_t first_user, int64_t num_users, int64_t num_items,
-    scalar_t* __restrict__ scores) {  // [T, N], of the tasks from first_user on
-  const int64_t entry = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (entry >= count) return;
-  const int64_t row = task_of(offsets, num_tasks, entry) - first_user;
-  if (row >= 0 && row < num_users) scores[row * num_items + items[entry]] = kMark<scalar_t>;
+__global__ void __launch_bounds__(kThreads)
+    mark_excluded_kernel(const int64_t* __restrict__ keys,  // [E], ascending
+                         int64_t count, int64_t first_key, int64_t end_key,
+                         scalar_t* __restrict__ scores) {  // of the keys [first_key, end_key)
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i >= count) return;
+  const bool is_new = i == 0 || keys[i] != keys[i - 1];
+  if (is_new && keys[i] >= first_key && keys[i] < end_key)
+    scores[keys[i] - first_key] = kMark<scalar_t>;
 }
 
 // The first k of the sorted scores that are no marks. One thread a result.
@@ -80,8 +79,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // For users [first_user, first_user + num_users); their scores are sorted in `all_scores` [T, N].
 template <typename scalar_t, typename row_t>
-void sort_some(const TopKArguments& arguments, int64_t first_user, int64_t num_users,
-               Tensor& best_scores, Tensor& best_items, cudaStream_t stream) {
+void sort_some(const TopKArguments& arguments, const OptionalTensor& excluded, int64_t first_user,
+               int64_t num_users, Tensor& best_scores, Tensor& best_items, cudaStream_t stream) {
   using Tile = ScoreTile<kUsers, scalar_t, row_t>;
   const int64_t N = arguments.N(), k = arguments.k;
   const int64_t user_blocks = blocks_for(num_users, Tile::kUsersPerBlock);
@@ -93,12 +92,11 @@ void sort_some(const TopKArguments& arguments, int64_t first_user, int64_t num_u
              blocks_for(blocks_for(N, kItemsPerChunk) * user_blocks, 1), kScoringThreads,
              Tile::kNumbers * sizeof(scalar_t), stream,
              score_inputs<scalar_t, row_t>(arguments, first_user, num_users), user_blocks, scores));
-  if (const auto& exclude = arguments.exclude; exclude && exclude->size() > 0)
+  if (excluded)
     check_launch("score_top_k", launch("mark_excluded_kernel", mark_excluded_kernel<scalar_t>,
-                                       blocks_for(exclude->size(), kThreads), kThreads, 0, stream,
-                                       exclude->items.const_data_ptr<int64_t>(),
-                                       exclude->offsets.const_data_ptr<int64_t>(), exclude->size(),
-                                       arguments.T(), first_user, num_users, N, scores));
+                                       blocks_for(excluded->size(0), kThreads), kThreads, 0, stream,
+                                       excluded->const_data_ptr<int64_t>(), excluded->size(0),
+                                       first_user * N, (first_user + num_users) * N, scores));
 
   const auto [sorted, order] = stable_sort(all_scores, /*descending=*/true);
   check_launch("score_top_k", launch("take_best_kernel", take_best_kernel<scalar_t>,
@@ -111,14 +109,15 @@ void sort_some(const TopKArguments& arguments, int64_t first_user, int64_t num_u
 
 }  // namespace
 
-void sort_all_scores(const TopKArguments& arguments, Tensor& best_scores, Tensor& best_items,
-                     cudaStream_t stream) {
+void sort_all_scores(const TopKArguments& arguments, const OptionalTensor& excluded,
+                     Tensor& best_scores, Tensor& best_items, cudaStream_t stream) {
   const int64_t T = arguments.T();
   const int64_t at_once = std::clamp<int64_t>(kScoresAtOnce / arguments.N(), 1, T);
   dispatch_rows(arguments, [&](auto zero, auto row) {
     for (int64_t first = 0; first < T; first += at_once)
-      sort_some<decltype(zero), decltype(row)>(arguments, first, std::min(at_once, T - first),
-                                               best_scores, best_items, stream);
+      sort_some<decltype(zero), decltype(row)>(arguments, excluded, first,
+                                               std::min(at_once, T - first), best_scores,
+                                               best_items, stream);
   });
 }
 
