@@ -164,7 +164,8 @@ class MAMLR(Learner):
             return
         self.model.check_log(log)
         more = {"choices": self.choice is not None} if self.method == "variational" else {}
-        self.start_from(warm_starts.METHODS[self.method](log, dim=self.model.dim, seed=seed, **more), log)
+        with torch.device("cpu"):  # where the log is, whatever the default
+            self.start_from(warm_starts.METHODS[self.method](log, dim=self.model.dim, seed=seed, **more), log)
 
     @torch.no_grad()
     def start_from(self, factors: FactorModel, log: Interactions) -> None:

@@ -131,8 +131,7 @@ def fit(
             training.restore(path, settings)
         else:
             if not bool(learner.model.initialized):
-                with torch.device("cpu"):  # where the log is, whatever the default
-                    learner.initialize(train, seed=seed)
+                learner.initialize(train, seed=seed)
             training.judge(train_loss=None, since=time.perf_counter())
         with tqdm(
             total=epochs * len(train_tasks), initial=training.step, desc=type(learner).__name__, unit="batch",

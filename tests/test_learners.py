@@ -233,7 +233,7 @@ def test_the_choices_of_a_user_move_his_start():
     batch = make_batch()
     learner = MAMLR(make_model(), inner_steps=0)
     with torch.no_grad():
-        learner.choice.weight.normal_(generator=torch.Generator().manual_seed(1))
+        learner.choice.weight.copy_(Draw(1).normal(*learner.choice.weight.shape))
     user, bias = learner.start_of(batch.support)
     for task, items in enumerate(batch.support.items.split(batch.support.sizes().tolist())):
         moved = learner.choice.weight[items].sum(0) / (len(items) + 1) ** 0.5
