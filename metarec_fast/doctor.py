@@ -25,7 +25,7 @@ def diagnose() -> tuple[list[str], bool]:
         "C++ compiler": _version("c++"),
         "nvcc": _version("nvcc"),
         "_C": f"{_state(_library.cpu)} (operators on the CPU, {_library.cpu.name})",
-        "_C_cuda": f"{_state(_library.cuda)} (operators on the GPU)",
+        "_C_cuda": f"{_state(_library.cuda)} (operators on the GPU{_built_for()})",
         "_tasks": f"{_state(tasks)} (task sampler)",
     }
     width = max(map(len, facts))
@@ -33,8 +33,10 @@ def diagnose() -> tuple[list[str], bool]:
 
 
 def _verdict(fast: bool) -> str:
-    if fast and _library.cuda.loaded:
+    if fast and _library.cuda.loaded and torch.cuda.is_available():
         return "The fast path is active, on the CPU and on the GPU."
+    if fast and torch.cuda.is_available():
+        return "The fast path is active on the CPU; on the GPU it is not, see _C_cuda."
     if fast:
         return "The fast path is active."
     if shutil.which("c++") is None:
@@ -55,12 +57,19 @@ def _state(library: _library.Library) -> str:
     return "active" if library.loaded else f"missing: {library.reason}"
 
 
+def _built_for() -> str:
+    """Which CUDA the kernels that are there were built with."""
+    file = _library.FOLDER / "_C_cuda.version"
+    return f", built for CUDA {file.read_text().strip()}" if file.exists() else ""
+
+
 def _cuda() -> str:
     if torch.version.cuda is None:
         return "torch was built without it"
     if not torch.cuda.is_available():
         return f"{torch.version.cuda}, but no GPU can be used"
-    return f"{torch.version.cuda}, {torch.cuda.get_device_name()}"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.version.cuda}, {torch.cuda.get_device_name()} (compute capability {major}.{minor})"
 
 
 def _version(program: str) -> str:

@@ -115,6 +115,28 @@ def test_doctor_says_why_the_fast_path_is_missing(monkeypatch, capsys):
     assert printed.splitlines()[-1].startswith("The slow path is active")
 
 
+@pytest.mark.parametrize(
+    ("kernels", "verdict"),
+    [
+        (True, "The fast path is active, on the CPU and on the GPU."),
+        (False, "The fast path is active on the CPU; on the"),
+    ],
+)
+def test_doctor_says_what_a_gpu_is_worked_on_with(kernels, verdict, monkeypatch, tmp_path, capsys):
+    (tmp_path / "_C_cuda.version").write_text("13.0.88\n")
+    monkeypatch.setattr(doctor._library, "FOLDER", tmp_path)
+    monkeypatch.setattr(doctor._library, "cuda", _library.Library("_C_cuda", kernels, "it does not load: no file"))
+    monkeypatch.setattr(doctor.torch.version, "cuda", "13.0")
+    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor.torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(doctor.torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert cli.main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "13.0, A GPU (compute capability 9.0)" in printed
+    assert "(operators on the GPU, built for CUDA 13.0.88)" in printed
+    assert printed.splitlines()[-1].startswith(verdict)
+
+
 def test_bench_runs_the_benchmark_of_the_source_tree(tmp_path, monkeypatch, capsys):
     (tmp_path / "run.py").write_text("def main(arguments):\n    print(arguments)\n")
     monkeypatch.setattr(cli, "BENCHMARK", tmp_path / "run.py")

@@ -4,9 +4,11 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import metarec_fast as mf
 from metarec_fast import cli
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +36,15 @@ def test_the_example_of_the_operators_gives_scores_gradients_and_the_best_items(
     assert names["result"].grads["user_init"].abs().max() > 0
     assert names["best"].items.shape == (2, 10)
     assert 3 not in names["best"].items[0]
+
+
+def test_the_example_of_a_gpu_runs_but_for_the_gpu():
+    rng = np.random.default_rng(0)
+    log = mf.Interactions.from_arrays(rng.integers(0, 60, 900), rng.integers(0, 30, 900), rng.random(900))
+    names = {"mf": mf, "log": log, "split": mf.split_users(log, valid=0.2, test=0.2, seed=0)}
+    assert '"cuda"' in EXAMPLES[2]
+    exec(compile(EXAMPLES[2].replace('"cuda"', '"cpu"'), "README.md", "exec"), names)
+    assert len(names["user"].recommend(3)[0]) == 3
 
 
 def test_every_link_leads_to_a_file():
