@@ -25,6 +25,11 @@ struct AdaptWork {
 };
 
 constexpr int kThreads = 128;  // of a block, at most
+// At least so many blocks at once, which bounds their registers.
+template <typename scalar_t, bool kNarrow>
+constexpr int kLeastBlocks = kNarrow                             ? 5
+                             : sizeof(scalar_t) == sizeof(float) ? 3
+                                                                 : 2;
 constexpr int kMostTeams = kThreads / kWarpSize;
 constexpr int kLargestTeam = kThreads / kWarpSize;  // warps
 

@@ -3,6 +3,6 @@
 
 namespace metarec_fast::cuda {
 
-METAREC_ADAPT(float, Bfloat16);
+METAREC_ADAPT(float, BFloat16);
 
 }  // namespace metarec_fast::cuda

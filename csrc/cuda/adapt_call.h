@@ -2,12 +2,14 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "../arguments.h"
 #include "adapt.h"
+#include "bfloat16.h"
 #include "launch.h"
 #include "scratch.h"
 #include "sum_rows.h"
@@ -21,7 +23,7 @@ using GradientTuple =
 // Calls body(scalar_t{}, table_t{}) with the types of arithmetic and of the item table.
 template <typename Body>
 void dispatch_tables(const Inputs& inputs, const char* op, const Body& body) {
-  if (inputs.narrow_table()) return body(float{}, Bfloat16{});
+  if (inputs.narrow_table()) return body(float{}, BFloat16{});
   dispatch_floating(inputs.dtype(), op, [&](auto zero) { body(zero, zero); });
 }
 
@@ -161,7 +163,6 @@ class AdaptCall {
       : stream(stream_in),
         op_(op),
         items_too_(loop.adapts_items),
-        largest_(inputs.largest_support),
         like_(inputs.item_bias),
         dtype_(inputs.dtype()) {
     STD_TORCH_CHECK(inputs.D() <= kLargestDim, "item_table: expected rows of at most ", kLargestDim,
@@ -179,9 +180,10 @@ class AdaptCall {
                     data<scalar_t>(inputs.weights),
                     loop.view<scalar_t>(),
                     inputs.T(),
-                    inputs.N(),
-                    static_cast<int>(inputs.D()),
+                    0,
+                    RowShape(static_cast<int>(inputs.D())),
                     packs(table, inputs.D())};
+    work.problem.most_rows = inputs.largest_support * work.problem.group();
     work.query.entries = entry_data<scalar_t>(query);
   }
 
@@ -209,9 +211,9 @@ class AdaptCall {
   // Runs all tasks; with `grads` the sums over them go there, and the loss to `loss`.
   void run(GradientTensors* grads, Tensor* loss) {
     const int64_t K = std::max<int64_t>(work.problem.loop.steps, 0);
-    const int width = width_for(work.problem.dim);
+    const int width = work.problem.shape.width();
     const RecordLayout record{width, static_cast<int>(K)};
-    plan(width, K);
+    plan(K);
     if (grads != nullptr) {
       records_ = empty(like_, dtype_, {num_records_, record.size()});
       work.records = records_.mutable_data_ptr<scalar_t>();
@@ -221,10 +223,10 @@ class AdaptCall {
       check_launch(op_, launch_adapt(work, planned.blocks, planned.shared_bytes, stream));
     }
     if (grads != nullptr)
-      check_launch(op_,
-                   sum_records<scalar_t>(
-                       work.records, num_records_, record.size(),
-                       grads->parts<scalar_t>(record, work.problem.dim, width, K, *loss), stream));
+      check_launch(op_, sum_records<scalar_t>(
+                            work.records, num_records_, record.size(),
+                            grads->parts<scalar_t>(record, work.problem.shape.dim, width, K, *loss),
+                            stream));
   }
 
  private:
@@ -236,8 +238,8 @@ class AdaptCall {
   };
 
   // Splits the tasks by size into launches that suit them.
-  void plan(int width, int64_t K) {
-    const int64_t largest = largest_ * work.problem.group();
+  void plan(int64_t K) {
+    const int64_t largest = work.problem.most_rows;
     int64_t bounds[] = {kWarpSize, kLargestGram, (kDirectPasses * K - 1) / kGramPasses, largest};
     std::sort(std::begin(bounds), std::end(bounds));
     int64_t first = 0;
@@ -251,10 +253,10 @@ class AdaptCall {
       if (as_before)
         launches_.back().launch.most_rows = last;
       else
-        launches_.push_back({{way, warps, kLargestTeam / warps, first, last, 0, nullptr, 0}});
+        launches_.push_back({{way, warps, kLargestTeam / warps, first, last, {}, nullptr, 0}});
       first = last + 1;
     }
-    for (Planned& planned : launches_) make_room(planned, width, K);
+    for (Planned& planned : launches_) make_room(planned, K);
   }
 
   Way way_of(int64_t rows) const {
@@ -263,12 +265,14 @@ class AdaptCall {
   }
 
   // Scratch for its teams: in shared memory, else in a workspace.
-  void make_room(Planned& planned, int width, int64_t K) {
+  void make_room(Planned& planned, int64_t K) {
     Launch& launch = planned.launch;
-    launch.scratch_size =
-        Scratch<scalar_t>{}.lay_out(nullptr, launch.way, launch.warps, work.problem.dim, width,
-                                    launch.most_rows, K, work.query.entries.candidates());
-    const size_t team_bytes = launch.scratch_size * sizeof(scalar_t);
+    launch.scratch = lay_out_scratch(launch.way, launch.warps, work.problem.shape.dim,
+                                     launch.most_rows, K, work.query.entries.candidates());
+    STD_TORCH_CHECK(launch.scratch.size <= std::numeric_limits<int>::max(), op_,
+                    ": a task of up to ", launch.most_rows,
+                    " rows needs more scratch than a team can address");
+    const size_t team_bytes = launch.scratch.size * sizeof(scalar_t);
     const size_t limit = static_cast<size_t>(shared_memory_limit()) - kStaticSharedMemory;
     while (launch.teams_per_block > 1 && launch.teams_per_block * team_bytes > limit)
       launch.teams_per_block /= 2;
@@ -282,18 +286,17 @@ class AdaptCall {
         std::clamp<int64_t>(needed, 1, resident_adapt_blocks(work, planned.shared_bytes));
     const int64_t teams = planned.blocks * launch.teams_per_block;
     if (!fits) {
-      planned.workspace = empty(like_, dtype_, {teams, launch.scratch_size});
+      planned.workspace = empty(like_, dtype_, {teams, launch.scratch.size});
       launch.workspace = planned.workspace.mutable_data_ptr();
     }
     launch.first_record = num_records_;
     num_records_ += teams;
   }
 
-  static constexpr size_t kStaticSharedMemory = kMostTeams * sizeof(Scratch<scalar_t>) + 1024;
+  static constexpr size_t kStaticSharedMemory = kMostTeams * sizeof(Facts<scalar_t>) + 1024;
 
   const char* op_;
   const bool items_too_;
-  const int64_t largest_;
   const Tensor like_;
   const ScalarType dtype_;
   int64_t num_records_ = 0;

@@ -29,9 +29,9 @@ struct AdaptedItems {
   __device__ __forceinline__ int find(const TaskType& task, int64_t item) const {
     const int64_t* items = task.problem.support.items + task.begin();
     int found = task.rows();
-    for (int e = task.columns.lane; e < task.rows(); e += task.columns.lanes)
+    for (int e = task.columns.lane; e < task.rows(); e += task.columns.lanes())
       if (items[e] == item && e < found) found = e;
-    for (int apart = task.columns.lanes / 2; apart > 0; apart /= 2) {
+    for (int apart = task.columns.lanes() / 2; apart > 0; apart /= 2) {
       const int other = __shfl_xor_sync(kAllLanes, found, apart);
       found = other < found ? other : found;
     }
@@ -81,7 +81,8 @@ struct ItemsRunner {
     Fast fast = task.start();
     for (int k = 0; k < K; ++k) fast = step(k, fast);
     if (query.user != nullptr && record.owns()) {
-      task.columns.store_row(fast, /*packed=*/false, query.user + task.index() * task.problem.dim);
+      task.columns.store_row(fast, /*packed=*/false,
+                             query.user + task.index() * task.problem.shape.dim);
       if (record.leads()) query.bias[task.index()] = fast.bias;
     }
     if (work.rows_out != nullptr) write_items();
@@ -91,28 +92,29 @@ struct ItemsRunner {
     Judging judge(task, query, grads, {work.hit_places, work.hit_grads});
     Fast grad_fast = Fast::zero();
     task.each_own(task.rows(), [&](int i) { task.columns.store(Fast::zero(), grad_row(i)); });
-    task.each(task.rows(), [&](int i) { scratch.grad_biases[i] = scratch.grad_weights[i] = 0; });
+    task.each(task.rows(),
+              [&](int i) { scratch.grad_biases()[i] = scratch.grad_weights()[i] = 0; });
     task.team.sync();
     if (query.ask == Ask::kGiven) take_given(grad_fast);
     scalar_t offset = 0;
     for (int k = K; k >= 0; --k) {
       if (k == K || query.whole_path()) judge_at(judge, k, fast, /*first=*/k == K, grad_fast);
       if (k == 0 || !(grads.wanted.any() || query.whole_path())) break;
-      fast = task.load_kept(scratch.path, scratch.path_bias, k - 1);
+      fast = task.load_kept(scratch.path(), scratch.path_bias(), k - 1);
       undo(k - 1, fast, grad_fast, offset);
     }
     if (query.ask == Ask::kScores) return;
-    record.add(record.at.loss(), task.team.sum(judge.loss, scratch.partial));
+    record.add(record.at.loss(), task.team.sum(judge.loss, scratch.partial()));
     if (!grads.wanted.any()) return;
-    record.add(record.at.offset(), task.team.sum(offset + judge.offset, scratch.partial));
+    record.add(record.at.offset(), task.team.sum(offset + judge.offset, scratch.partial()));
     task.team.sync();
     task.each(task.rows(), [&](int e) {
-      scratch.grad_base[e] = scratch.place[e] == e ? scratch.grad_biases[e] : 0;
+      scratch.grad_base()[e] = scratch.place()[e] == e ? scratch.grad_biases()[e] : 0;
     });
     task.team.sync();
     write_support_rows(task, grads, [&](int e) {
       Fast row = Fast::zero();
-      if (scratch.place[e] == e) task.columns.load(grad_row(e), row);
+      if (scratch.place()[e] == e) task.columns.load(grad_row(e), row);
       return row;
     });
     write_weights(task, grads);
@@ -121,7 +123,7 @@ struct ItemsRunner {
 
  private:
   __device__ __forceinline__ scalar_t* grad_row(int i) const {
-    return scratch.grad_rows + static_cast<int64_t>(i) * task.columns.width();
+    return scratch.grad_rows() + i * task.columns.width();
   }
 
   // Where every entry's item comes first, and where it comes next; the first point of the path.
@@ -131,41 +133,42 @@ struct ItemsRunner {
       int first = 0, next = e + 1;
       while (items[first] != items[e]) ++first;
       while (next < task.rows() && items[next] != items[e]) ++next;
-      scratch.place[e] = first;
-      scratch.next[e] = next < task.rows() ? next : -1;
-      scratch.biases[e] = scratch.base[e];
+      scratch.place()[e] = first;
+      scratch.next()[e] = next < task.rows() ? next : -1;
+      scratch.biases()[e] = scratch.base()[e];
     });
-    task.keep(task.start(), scratch.path, scratch.path_bias, 0);
+    task.keep(task.start(), scratch.path(), scratch.path_bias(), 0);
     task.team.sync();
   }
 
   // Of an item, at the entry where it comes first: Σ of its entries' values; 0 at the others.
   __device__ __forceinline__ scalar_t by_item(const scalar_t* values, int i) const {
-    if (scratch.place[i] != i) return 0;
+    if (scratch.place()[i] != i) return 0;
     scalar_t sum = 0;
-    for (int e = i; e >= 0; e = scratch.next[e]) sum += values[e];
+    for (int e = i; e >= 0; e = scratch.next()[e]) sum += values[e];
     return sum;
   }
 
   // Scores of the entries at (u, c), into scratch; ends in step.
   __device__ __forceinline__ void score(const Fast& fast) const {
     task.dots(fast, task.rows(),
-              [&](int i, scalar_t product) { scratch.along[i] = scratch.biases[i] + product; });
+              [&](int i, scalar_t product) { scratch.along()[i] = scratch.biases()[i] + product; });
     task.team.sync();
-    task.each(task.rows(), [&](int e) { scratch.scores[e] = scratch.along[scratch.place[e]]; });
+    task.each(task.rows(),
+              [&](int e) { scratch.scores()[e] = scratch.along()[scratch.place()[e]]; });
     task.team.sync();
   }
 
   __device__ __forceinline__ Fast step(int k, const Fast& now) const {
-    const int64_t R = task.rows();
+    const int R = task.rows();
     const scalar_t rate = loop.inner_lr[k];
-    scalar_t *push = scratch.pushes + k * R, *slopes = scratch.slopes + k * R;
+    scalar_t *push = scratch.pushes() + k * R, *slopes = scratch.slopes() + k * R;
     score(now);
-    task.differentiate(scratch.scores, push, scratch.curvatures + k * R);
+    task.differentiate(scratch.scores(), push, scratch.curvatures() + k * R);
     task.each(task.rows(), [&](int i) {
       slopes[i] = by_item(push, i);
-      scratch.moves[i] = rate * slopes[i];
-      scratch.biases[i] -= scratch.moves[i];
+      scratch.moves()[i] = rate * slopes[i];
+      scratch.biases()[i] -= scratch.moves()[i];
     });
     task.team.sync();
     Fast sum = Fast::zero();
@@ -173,13 +176,13 @@ struct ItemsRunner {
       Fast row;
       task.columns.load(task.row(i), row);
       row.bias = 1;
-      sum.add(scratch.moves[i], row);
-      row.add(-scratch.moves[i], now);
+      sum.add(scratch.moves()[i], row);
+      row.add(-scratch.moves()[i], now);
       task.columns.store(row, task.row(i));
     });
     Fast next = now;
     next.add(-1, task.sum_team(sum));
-    task.keep(next, scratch.path, scratch.path_bias, k + 1);
+    task.keep(next, scratch.path(), scratch.path_bias(), k + 1);
     task.team.sync();
     return next;
   }
@@ -187,12 +190,12 @@ struct ItemsRunner {
   // The adjoint of step k: rows and biases, and all gradients, go back to its beginning.
   __device__ __forceinline__ void undo(int k, const Fast& user, Fast& grad_fast,
                                        scalar_t& offset) const {
-    const int64_t R = task.rows();
+    const int R = task.rows();
     const scalar_t rate = loop.inner_lr[k];
-    const scalar_t *push = scratch.pushes + k * R, *slopes = scratch.slopes + k * R;
+    const scalar_t *push = scratch.pushes() + k * R, *slopes = scratch.slopes() + k * R;
     task.each(task.rows(), [&](int i) {
-      scratch.moves[i] = rate * slopes[i];
-      scratch.biases[i] += scratch.moves[i];
+      scratch.moves()[i] = rate * slopes[i];
+      scratch.biases()[i] += scratch.moves()[i];
     });
     task.team.sync();
     const int stride = task.team.warps * task.columns.groups();
@@ -204,36 +207,37 @@ struct ItemsRunner {
         task.columns.load(task.row(i), row);
         task.columns.load(grad_row(i), grad);
         row.bias = grad.bias = 0;
-        row.add(scratch.moves[i], user);
+        row.add(scratch.moves()[i], user);
         task.columns.store(row, task.row(i));
         sum = row.dot(grad_fast) + grad.dot(user);
       }
       sum = task.columns.sum(sum);
       if (i < task.rows() && task.columns.lane == 0)
-        scratch.along[i] = sum + grad_fast.bias + scratch.grad_biases[i];
+        scratch.along()[i] = sum + grad_fast.bias + scratch.grad_biases()[i];
     }
     task.team.sync();
     if (work.grads.wanted.inner_lr()) {
       scalar_t sum = 0;
-      task.each(task.rows(), [&](int i) { sum += slopes[i] * scratch.along[i]; });
-      record.add(record.at.inner_lr() + k, -task.team.sum(sum, scratch.partial));
+      task.each(task.rows(), [&](int i) { sum += slopes[i] * scratch.along()[i]; });
+      record.add(record.at.inner_lr() + k, -task.team.sum(sum, scratch.partial()));
     }
     if (loop.first_order) return task.team.sync();
 
-    task.each(task.rows(), [&](int e) { scratch.scores[e] = scratch.along[scratch.place[e]]; });
-    scalar_t* bends = scratch.bends + k * R;
-    task.bend(push, scratch.curvatures + k * R, rate, scratch.scores, bends,
+    task.each(task.rows(),
+              [&](int e) { scratch.scores()[e] = scratch.along()[scratch.place()[e]]; });
+    scalar_t* bends = scratch.bends() + k * R;
+    task.bend(push, scratch.curvatures() + k * R, rate, scratch.scores(), bends,
               work.grads.support_weights != nullptr);
     task.each(task.rows(), [&](int i) {
       const scalar_t grad_score = by_item(bends, i);  // P̄
-      scratch.along[i] = grad_score;
-      scratch.grad_biases[i] += grad_score;
+      scratch.along()[i] = grad_score;
+      scratch.grad_biases()[i] += grad_score;
       offset += grad_score;
     });
     task.team.sync();
     Fast sum = Fast::zero();
     task.each_own(task.rows(), [&](int i) {
-      const scalar_t grad_score = scratch.along[i], moved = scratch.moves[i];
+      const scalar_t grad_score = scratch.along()[i], moved = scratch.moves()[i];
       Fast row, grad;
       task.columns.load(task.row(i), row);
       task.columns.load(grad_row(i), grad);
@@ -258,7 +262,7 @@ struct ItemsRunner {
     const int count = judge.entries * judge.group;
     int hits = 0;
     task.each(count, [&](int c) { hits += work.hit_places[from + c] >= 0 ? 1 : 0; });
-    if (task.team.sum(hits, reinterpret_cast<int*>(scratch.partial)) == 0) return;
+    if (task.team.sum(hits, reinterpret_cast<int*>(scratch.partial())) == 0) return;
     task.each_own(task.rows(), [&](int i) {
       scalar_t grad_bias = 0;
       Fast grad;
@@ -269,28 +273,28 @@ struct ItemsRunner {
         grad_bias += work.hit_grads[from + c];
       }
       task.columns.store(grad, grad_row(i));
-      if (task.columns.lane == 0) scratch.grad_biases[i] += grad_bias;
+      if (task.columns.lane == 0) scratch.grad_biases()[i] += grad_bias;
     });
     task.team.sync();
   }
 
   // What arrives at the adapted parameters themselves.
   __device__ __forceinline__ void take_given(Fast& grad_fast) const {
-    const int64_t D = task.problem.dim;
+    const int64_t D = task.problem.shape.dim;
     task.columns.load_row(work.query.grad_user + task.index() * D, /*packed=*/false, grad_fast);
     grad_fast.bias = work.query.grad_bias[task.index()];
     if (work.grad_rows == nullptr) return;
     task.each_own(task.rows(), [&](int i) {
-      if (scratch.place[i] != i) return;
+      if (scratch.place()[i] != i) return;
       Fast sum = Fast::zero();
-      for (int e = i; e >= 0; e = scratch.next[e]) {  // every entry has what its item has become
+      for (int e = i; e >= 0; e = scratch.next()[e]) {  // every entry has what its item has become
         Fast grad;
         task.columns.load_row(work.grad_rows + (task.begin() + e) * D, /*packed=*/false, grad);
         grad.bias = work.grad_biases[task.begin() + e];
         sum.add(1, grad);
       }
       task.columns.store(sum, grad_row(i));
-      if (task.columns.lane == 0) scratch.grad_biases[i] = sum.bias;
+      if (task.columns.lane == 0) scratch.grad_biases()[i] = sum.bias;
     });
     task.team.sync();
   }
@@ -299,11 +303,12 @@ struct ItemsRunner {
   __device__ __forceinline__ void write_items() const {
     task.each_own(task.rows(), [&](int e) {
       Fast row;
-      const int i = scratch.place[e];
+      const int i = scratch.place()[e];
       task.columns.load(task.row(i), row);
       const int64_t entry = task.begin() + e;
-      task.columns.store_row(row, /*packed=*/false, work.rows_out + entry * task.problem.dim);
-      if (task.columns.lane == 0) work.biases_out[entry] = scratch.biases[i] - *task.problem.offset;
+      task.columns.store_row(row, /*packed=*/false, work.rows_out + entry * task.problem.shape.dim);
+      if (task.columns.lane == 0)
+        work.biases_out[entry] = scratch.biases()[i] - *task.problem.offset;
     });
   }
 
@@ -316,10 +321,10 @@ struct ItemsRunner {
     moved.update([=](scalar_t value) { return value * weight * query.normalisers[0]; });
     book_start(task, record, work.grads, moved);
     const auto share = [&](int i) {
-      return scratch.place[i] == i ? weight * work.item_shares[task.begin() + i] : scalar_t{0};
+      return scratch.place()[i] == i ? weight * work.item_shares[task.begin() + i] : scalar_t{0};
     };
     task.each(task.rows(), [&](int i) {
-      scratch.grad_base[i] = share(i) * (scratch.base[i] - scratch.biases[i]);
+      scratch.grad_base()[i] = share(i) * (scratch.base()[i] - scratch.biases()[i]);
     });
     task.team.sync();
     write_support_rows(task, work.grads, [&](int i) {
@@ -337,7 +342,7 @@ struct ItemsRunner {
 };
 
 template <typename scalar_t, typename table_t, int kChunks>
-__global__ void __launch_bounds__(kThreads, 5)
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<scalar_t, false>)
     adapt_items_kernel(const __grid_constant__ AdaptWork<scalar_t, table_t> work) {
   CUDA_DYNAMIC_SHARED(scalar_t, shared);
   run_tasks<ItemsRunner<scalar_t, table_t, kChunks>>(work, shared);

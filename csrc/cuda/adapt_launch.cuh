@@ -7,11 +7,12 @@
 namespace metarec_fast::cuda {
 namespace {
 
-// Calls body with the kernel. Only the forms of which speed is asked have one for narrow rows too.
+// Calls body with the kernel. Only the forms of which speed is asked have one for narrow rows, in
+// shared memory, too.
 template <typename scalar_t, typename table_t, typename Body>
 auto with_kernel(const AdaptWork<scalar_t, table_t>& work, const Body& body) {
   if constexpr (sizeof(scalar_t) == sizeof(float))
-    if (work.problem.dim <= kWidestChunk) {
+    if (work.problem.shape.dim <= kWidestChunk && work.launch.workspace == nullptr) {
       if (work.launch.way == Way::kPlain)
         return body(adapt_users_kernel<scalar_t, table_t, 1, Way::kPlain>);
       if (work.launch.way == Way::kGram)

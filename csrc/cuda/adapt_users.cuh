@@ -26,7 +26,8 @@ struct UserRunner {
     const ExactForm<TaskType> exact(task);
     const Fast fast = forward(exact);
     if (query.user != nullptr && record.owns()) {
-      task.columns.store_row(fast, /*packed=*/false, query.user + task.index() * task.problem.dim);
+      task.columns.store_row(fast, /*packed=*/false,
+                             query.user + task.index() * task.problem.shape.dim);
       if (record.leads()) query.bias[task.index()] = fast.bias;
     }
     if (query.ask == Ask::kNothing) return;
@@ -35,29 +36,29 @@ struct UserRunner {
     const bool goes_back = query.goes_back() && grads.wanted.any();
     Fast adjoint = Fast::zero();
     if (query.ask == Ask::kGiven) {
-      task.columns.load_row(query.grad_user + task.index() * task.problem.dim, /*packed=*/false,
-                            adjoint);
+      task.columns.load_row(query.grad_user + task.index() * task.problem.shape.dim,
+                            /*packed=*/false, adjoint);
       adjoint.bias = query.grad_bias[task.index()];
     }
     if (grads.support_weights != nullptr)
-      task.each(task.rows(), [&](int r) { task.scratch.grad_weights[r] = 0; });
+      task.each(task.rows(), [&](int r) { task.scratch.grad_weights()[r] = 0; });
     Judge<TaskType, SharedItems> judge(task, query, grads, {});
     const Fast grad_fast = back(judge, exact, fast, goes_back, adjoint);
     if (query.ask == Ask::kScores) return;
-    record.add(record.at.loss(), task.team.sum(judge.loss, task.scratch.partial));
+    record.add(record.at.loss(), task.team.sum(judge.loss, task.scratch.partial()));
     if (!goes_back) return;
 
     const bool rows_too = task.rows() > 0 && !task.problem.loop.first_order;
     if (rows_too) {
       if (task.row_bias != 0)
-        task.each(task.rows(), [&](int r) { judge.offset += task.scratch.grad_base[r]; });
+        task.each(task.rows(), [&](int r) { judge.offset += task.scratch.grad_base()[r]; });
       write_support_rows(task, grads, [&](int r) {
         if constexpr (kWay == Way::kExact) return exact.row(r, fast, adjoint);
         if constexpr (kWay == Way::kGram) return gram_row(task, r, grad_fast);
         if constexpr (kDirect) return direct_row(task, r);
       });
     }
-    record.add(record.at.offset(), task.team.sum(judge.offset, task.scratch.partial));
+    record.add(record.at.offset(), task.team.sum(judge.offset, task.scratch.partial()));
     write_weights(task, grads);
     book_start(task, record, grads, adjoint);
     book_pull(task, record, grads);
@@ -90,7 +91,7 @@ struct UserRunner {
       if (goes_back) direct.undo(k - 1, adjoint);
       if (!whole_path) continue;
       task.team.sync();
-      point = task.load_kept(task.scratch.path, task.scratch.path_bias, k - 1);
+      point = task.load_kept(task.scratch.path(), task.scratch.path_bias(), k - 1);
     }
     if (!goes_back || task.rows() == 0) return grad_fast;
     if constexpr (kWay == Way::kExact) adjoint = exact.adjoint(record, work.grads.wanted, adjoint);
@@ -111,7 +112,7 @@ struct UserRunner {
     if (task.rows() == 0 || !(weight > 0)) return;
     task.team.sync();
     task.dots(fast, task.rows(), [&](int r, scalar_t product) {
-      task.scratch.scores[r] = task.scratch.base[r] + product;
+      task.scratch.scores()[r] = task.scratch.base()[r] + product;
     });
     task.team.sync();
     record.add(record.at.loss(), weight * query.normalisers[1] * support_loss(task, query.loss));
@@ -119,7 +120,7 @@ struct UserRunner {
 };
 
 template <typename scalar_t, typename table_t, int kChunks, Way kWay>
-__global__ void __launch_bounds__(kThreads, 5)
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<scalar_t, kChunks == 1>)
     adapt_users_kernel(const __grid_constant__ AdaptWork<scalar_t, table_t> work) {
   CUDA_DYNAMIC_SHARED(scalar_t, shared);
   run_tasks<UserRunner<scalar_t, table_t, kChunks, kWay>>(work, shared);

@@ -15,7 +15,8 @@ __device__ __forceinline__ void write_weights(
   const bool differences = task.differences();
   task.each(task.entries(), [&](int s) {
     scalar_t sum = 0;
-    for (int j = 0; j < task.group; ++j) sum += task.scratch.grad_weights[s * task.group + j];
+#pragma unroll 1
+    for (int j = 0; j < task.group; ++j) sum += task.scratch.grad_weights()[s * task.group + j];
     grads.support_weights[task.begin() + s] =
         differences ? sum / static_cast<scalar_t>(task.group) : sum;
   });
@@ -32,14 +33,15 @@ __device__ __forceinline__ void write_support_rows(
   if (grads.item_rows == nullptr || !grads.support_rows) return;
   const auto write = [&](int64_t entry, int64_t j, const Fast& row) {
     const int64_t place = grads.of_support(entry, j);
-    task.columns.store_row(row, grads.packed_rows, grads.item_rows + place * task.problem.dim);
+    task.columns.store_row(row, grads.packed_rows,
+                           grads.item_rows + place * task.problem.shape.dim);
     if (task.columns.lane != 0) return;
     grads.item_biases[place] = row.bias;
-    if (grads.item_ids != nullptr) grads.item_ids[place] = task.problem.support.candidate(entry, j);
+    grads.item_ids[place] = task.problem.support.candidate(entry, j);
   };
   const auto row_and_bias = [&](int r) {
     Fast row = row_of(r);
-    row.bias = task.scratch.grad_base[r];
+    row.bias = task.scratch.grad_base()[r];
     return row;
   };
   if (!task.differences()) {
@@ -60,20 +62,22 @@ __device__ __forceinline__ void write_support_rows(
   });
 }
 
-// The team's place among all teams, and its scratch.
-template <typename scalar_t>
+// The team's place among all teams, and its scratch. Kernels for narrow rows are only launched
+// where that fits into shared memory.
+template <typename scalar_t, bool kAlwaysShared>
 struct TeamPlace {
   int in_block;
   int64_t team, num_teams;
   scalar_t* memory;
 
   __device__ __forceinline__ TeamPlace(const Launch& launch, scalar_t* shared) {
-    in_block = static_cast<int>(threadIdx.x) / (launch.warps * kWarpSize);
+    in_block = launch.teams_per_block == 1 ? 0 : static_cast<int>(threadIdx.x) / kWarpSize;
     team = int64_t{blockIdx.x} * launch.teams_per_block + in_block;
     num_teams = int64_t{gridDim.x} * launch.teams_per_block;
-    memory = launch.workspace == nullptr
-                 ? shared + in_block * launch.scratch_size
-                 : static_cast<scalar_t*>(launch.workspace) + team * launch.scratch_size;
+    const int size = static_cast<int>(launch.scratch.size);
+    memory = shared + in_block * size;
+    if (!kAlwaysShared && launch.workspace != nullptr)
+      memory = static_cast<scalar_t*>(launch.workspace) + team * size;
   }
 };
 
@@ -85,7 +89,7 @@ __device__ __forceinline__ void book_start(const TaskType& task, const Record<Ta
   if (!grads.wanted.start()) return;
   if (grads.user_init != nullptr && record.owns())
     task.columns.store_row(start, /*packed=*/false,
-                           grads.user_init + task.index() * task.problem.dim);
+                           grads.user_init + task.index() * task.problem.shape.dim);
   if (grads.user_bias_init != nullptr && record.leads())
     grads.user_bias_init[task.index()] = start.bias;
   record.add_vector(record.at.start(), start);
@@ -109,12 +113,13 @@ __device__ __forceinline__ typename TaskType::scalar_t support_loss(const TaskTy
   scalar_t sum = 0, total = 0;
   task.each(task.rows(), [&](int r) {
     scalar_t value, slope;
-    judge_point<ScalarMath<scalar_t>>(loss, scratch.scores[r], scratch.targets[r], value, slope);
-    sum += scratch.weights[r] * value;
-    total += scratch.weights[r];
+    judge_point<ScalarMath<scalar_t>>(loss, scratch.scores()[r], scratch.targets()[r], value,
+                                      slope);
+    sum += scratch.weights()[r] * value;
+    total += scratch.weights()[r];
   });
-  sum = task.team.sum(sum, scratch.partial);
-  total = task.team.sum(total, scratch.partial);
+  sum = task.team.sum(sum, scratch.partial());
+  total = task.team.sum(total, scratch.partial());
   return sum / total;
 }
 
@@ -127,38 +132,36 @@ __device__ __forceinline__ void run_tasks(const Work& work,
   using scalar_t = typename TaskType::scalar_t;
   const Launch& launch = work.launch;
   const auto& problem = work.problem;
-  const TeamPlace<scalar_t> place(launch, shared);
+  const TeamPlace<scalar_t, TaskType::kChunks == 1> place(launch, shared);
   const Team team(launch.warps);
-  CUDA_SHARED(Scratch<scalar_t>, scratches, kMostTeams);
-  Scratch<scalar_t>& scratch = scratches[place.in_block];
-  TaskType task(problem, scratch, team);
+  CUDA_SHARED(Facts<scalar_t>, facts_of_teams, kMostTeams);
+  Facts<scalar_t>& facts = facts_of_teams[place.in_block];
+  const TaskType task(problem, {place.memory, launch.scratch, facts}, team);
   const int steps = problem.loop.exact() ? 0 : static_cast<int>(problem.loop.steps);
-  const auto lay_out = [&](int64_t t, int64_t rows) {
-    if (team.leads()) {
-      scratch.lay_out(place.memory, launch.way, launch.warps, problem.dim, task.columns.width(),
-                      rows, steps, work.query.entries.candidates());
-      const int64_t entries = rows / task.group;
-      const scalar_t count = static_cast<scalar_t>(entries) + problem.loop.extra_count;
-      scratch.facts = {t,
-                       problem.support.begin(t),
-                       static_cast<int>(entries),
-                       static_cast<int>(rows),
-                       entries == 0 ? 0 : 1 / count,
-                       problem.loop.prior_pull[t]};
-    }
-    team.sync();
-  };
-  if (team.leads())  // the record is always in the same place
-    scratch.record = place.memory;
-  team.sync();
   const Record<TaskType> record(task, steps);
   task.each(record.at.size(), [&](int i) { record.values()[i] = 0; });
   for (int64_t t = place.team; t < problem.num_tasks; t += place.num_teams) {
     const int64_t rows = problem.support.size(t) * task.group;
+    if (rows > problem.most_rows) __trap();  // nobody would take it
     if (rows < launch.fewest_rows || rows > launch.most_rows) continue;
     team.sync();  // the task before has been read to its end
-    lay_out(t, rows);
+    if (team.leads()) {
+      const int entries = static_cast<int>(rows) / task.group;
+      const scalar_t count = static_cast<scalar_t>(entries) + problem.loop.extra_count;
+      facts = {t,
+               problem.support.begin(t),
+               entries,
+               static_cast<int>(rows),
+               entries == 0 ? 0 : 1 / count,
+               problem.loop.prior_pull[t]};
+    }
+    team.sync();
     task.read();
+    if (t + place.num_teams < problem.num_tasks) {
+      task.prefetch(problem.support, t + place.num_teams);
+      if (work.query.ask != Ask::kNothing && work.query.ask != Ask::kMove)
+        task.prefetch(work.query.entries, t + place.num_teams);
+    }
     Runner{work, task, record}.run();
   }
   team.sync();

@@ -1,16 +1,11 @@
 // Vectors and rows as the lanes of a warp hold them: see row_layout.h.
 #pragma once
 
+#include "bfloat16.h"
 #include "row_layout.h"
 #include "team.h"
 
 namespace metarec_fast::cuda {
-
-__device__ __forceinline__ float widen(float value) { return value; }
-__device__ __forceinline__ double widen(double value) { return value; }
-__device__ __forceinline__ float widen(Bfloat16 value) {
-  return __uint_as_float(static_cast<unsigned>(value.bits) << 16);
-}
 
 // Four numbers from an address that is a multiple of their size.
 __device__ __forceinline__ void load_pack(const float* from, float* to) {
@@ -22,7 +17,7 @@ __device__ __forceinline__ void load_pack(const double* from, double* to) {
                 high = *reinterpret_cast<const double2*>(from + 2);
   to[0] = low.x, to[1] = low.y, to[2] = high.x, to[3] = high.y;
 }
-__device__ __forceinline__ void load_pack(const Bfloat16* from, float* to) {
+__device__ __forceinline__ void load_pack(const BFloat16* from, float* to) {
   const uint2 pack = *reinterpret_cast<const uint2*>(from);
   to[0] = __uint_as_float(pack.x << 16), to[1] = __uint_as_float(pack.x & 0xffff0000u);
   to[2] = __uint_as_float(pack.y << 16), to[3] = __uint_as_float(pack.y & 0xffff0000u);
@@ -74,29 +69,31 @@ struct Vector {
 
 template <int kChunks>
 struct Columns {
-  int dim;     // D
-  int lanes;   // L, a power of two
-  int chunks;  // that there are, ≤ kChunks
-  int lane;    // in its group
+  const RowShape& shape;
+  int lane;  // in its group
   int group;
 
-  __device__ __forceinline__ Columns(int dim_in, int lane_in_warp)
-      : dim(dim_in),
-        lanes(lanes_for(dim_in)),
-        chunks(width_for(dim_in) / (lanes * kPack)),
-        lane(lane_in_warp % lanes),
-        group(lane_in_warp / lanes) {}
+  __device__ __forceinline__ Columns(const RowShape& shape_in, int lane_in_warp)
+      : shape(shape_in),
+        lane(lane_in_warp & (shape_in.lanes() - 1)),
+        group(lane_in_warp >> shape_in.lanes_log2) {}
 
-  __device__ __forceinline__ int groups() const { return kWarpSize / lanes; }
-  __device__ __forceinline__ int width() const { return chunks * lanes * kPack; }
-  __device__ __forceinline__ int column(int chunk) const { return (chunk * lanes + lane) * kPack; }
+  __device__ __forceinline__ int dim() const { return shape.dim; }
+  __device__ __forceinline__ int lanes() const { return shape.lanes(); }
+  __device__ __forceinline__ int groups() const { return kWarpSize >> shape.lanes_log2; }
+  __device__ __forceinline__ int width() const {
+    return kChunks == 1 ? kPack << shape.lanes_log2 : shape.width();
+  }
+  __device__ __forceinline__ int column(int chunk) const {
+    return ((chunk << shape.lanes_log2) + lane) * kPack;
+  }
 
   // Calls body(chunk, column) for the lane's packs.
   template <typename Body>
   __device__ __forceinline__ void each(const Body& body) const {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c)
-      if (kChunks == 1 || c < chunks) body(c, column(c));
+      if (kChunks == 1 || c < shape.chunks) body(c, column(c));
   }
 
   // A padded row [width] of ours; the bias stays as it is.
@@ -119,11 +116,11 @@ struct Columns {
     clear(to);
     each([&](int c, int column) {
       if (packed) {
-        if (column < dim) load_pack(row + column, to.at + c * kPack);
+        if (column < dim()) load_pack(row + column, to.at + c * kPack);
       } else {
 #pragma unroll
         for (int i = 0; i < kPack; ++i)
-          if (column + i < dim) to.at[c * kPack + i] = widen(row[column + i]);
+          if (column + i < dim()) to.at[c * kPack + i] = static_cast<scalar_t>(row[column + i]);
       }
     });
   }
@@ -132,11 +129,11 @@ struct Columns {
                                             scalar_t* row) const {
     each([&](int c, int column) {
       if (packed) {
-        if (column < dim) store_pack(from.at + c * kPack, row + column);
+        if (column < dim()) store_pack(from.at + c * kPack, row + column);
       } else {
 #pragma unroll
         for (int i = 0; i < kPack; ++i)
-          if (column + i < dim) row[column + i] = from.at[c * kPack + i];
+          if (column + i < dim()) row[column + i] = from.at[c * kPack + i];
       }
     });
   }
@@ -144,7 +141,8 @@ struct Columns {
   // The sum over a row's lanes, for all of them.
   template <typename scalar_t>
   __device__ __forceinline__ scalar_t sum(scalar_t value) const {
-    for (int apart = lanes / 2; apart > 0; apart /= 2)
+#pragma unroll 1
+    for (int apart = lanes() / 2; apart > 0; apart /= 2)
       value += __shfl_xor_sync(kAllLanes, value, apart);
     return value;
   }
@@ -164,7 +162,8 @@ struct Columns {
   // The sum over the groups of a warp, for all of them.
   template <typename scalar_t>
   __device__ __forceinline__ void sum_groups(Vector<scalar_t, kChunks>& vector) const {
-    for (int apart = lanes; apart < kWarpSize; apart *= 2) {
+#pragma unroll 1
+    for (int apart = lanes(); apart < kWarpSize; apart *= 2) {
 #pragma unroll
       for (int i = 0; i < Vector<scalar_t, kChunks>::kSize; ++i)
         vector.at[i] += __shfl_xor_sync(kAllLanes, vector.at[i], apart);
@@ -181,7 +180,8 @@ struct Columns {
   }
   template <typename scalar_t>
   __device__ __forceinline__ scalar_t sum_from(int apart, scalar_t value) const {
-    for (; apart < lanes; apart *= 2) value += __shfl_xor_sync(kAllLanes, value, apart);
+#pragma unroll 1
+    for (; apart < lanes(); apart *= 2) value += __shfl_xor_sync(kAllLanes, value, apart);
     return value;
   }
 

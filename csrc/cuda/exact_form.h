@@ -61,7 +61,7 @@ struct ExactForm {
       : task(task_in),
         scratch(task_in.scratch),
         S(task_in.rows()),
-        n(S <= task_in.problem.dim + 1 ? S : task_in.problem.dim + 1),
+        n(S <= task_in.problem.shape.dim + 1 ? S : task_in.problem.shape.dim + 1),
         ridge(positive(task_in.pull() *
                        (static_cast<scalar_t>(S) + task_in.problem.loop.extra_count) / 2)) {}
 
@@ -76,28 +76,28 @@ struct ExactForm {
   __device__ __forceinline__ void put(const Fast& vector) const {
     task.team.sync();
     if (task.team.warp == 0 && task.columns.group == 0) {
-      task.columns.store_row(vector, /*packed=*/false, scratch.solved);
-      if (task.columns.lane == 0) scratch.solved[task.problem.dim] = vector.bias;
+      task.columns.store_row(vector, /*packed=*/false, scratch.solved());
+      if (task.columns.lane == 0) scratch.solved()[task.problem.shape.dim] = vector.bias;
     }
     task.team.sync();
   }
   __device__ __forceinline__ Fast get() const {
     Fast result;
-    task.columns.load_row(scratch.solved, /*packed=*/false, result);
-    result.bias = scratch.solved[task.problem.dim];
+    task.columns.load_row(scratch.solved(), /*packed=*/false, result);
+    result.bias = scratch.solved()[task.problem.shape.dim];
     return result;
   }
 
   // Entry i of row r, a 1 appended.
   __device__ __forceinline__ scalar_t entry(int r, int i) const {
-    return i == task.problem.dim ? scalar_t{1} : task.row(r)[i];
+    return i == task.problem.shape.dim ? scalar_t{1} : task.row(r)[i];
   }
 
   __device__ __forceinline__ Fast forward() const {
     const Team& team = task.team;
-    scalar_t* residuals = scratch.along;  // y − p_0
+    scalar_t* residuals = scratch.along();  // y − p_0
     task.dots(task.start(), S, [&](int s, scalar_t product) {
-      residuals[s] = scratch.targets[s] - (scratch.base[s] + product);
+      residuals[s] = scratch.targets()[s] - (scratch.base()[s] + product);
     });
     Fast fast;
     if (dual_system()) {
@@ -106,29 +106,29 @@ struct ExactForm {
         task.columns.load(task.row(j), other);
         other.bias = 1;
         task.dots(other, S, [&](int s, scalar_t product) {
-          scratch.matrix[s * S + j] = product + (s == j ? ridge / scratch.weights[s] : 0);
+          scratch.matrix()[s * S + j] = product + (s == j ? ridge / scratch.weights()[s] : 0);
         });
       }
       team.sync();
-      task.each(S, [&](int s) { scratch.dual[s] = residuals[s]; });
-      cholesky(team, scratch.matrix, S);
-      cholesky_solve(team, scratch.matrix, S, scratch.dual);
-      fast = task.combine(scratch.dual, S);
+      task.each(S, [&](int s) { scratch.dual()[s] = residuals[s]; });
+      cholesky(team, scratch.matrix(), S);
+      cholesky_solve(team, scratch.matrix(), S, scratch.dual());
+      fast = task.combine(scratch.dual(), S);
     } else {
       team.sync();
       for (int at = team.thread(); at < n * n; at += team.size()) {
         const int i = at / n, j = at % n;
         scalar_t sum = i == j ? ridge : 0;
-        for (int s = 0; s < S; ++s) sum += scratch.weights[s] * entry(s, i) * entry(s, j);
-        scratch.matrix[at] = sum;
+        for (int s = 0; s < S; ++s) sum += scratch.weights()[s] * entry(s, i) * entry(s, j);
+        scratch.matrix()[at] = sum;
       }
-      task.each(S, [&](int s) { scratch.dual[s] = scratch.weights[s] * residuals[s]; });
-      cholesky(team, scratch.matrix, n);
-      put(task.combine(scratch.dual, S));
-      cholesky_solve(team, scratch.matrix, n, scratch.solved);
+      task.each(S, [&](int s) { scratch.dual()[s] = scratch.weights()[s] * residuals[s]; });
+      cholesky(team, scratch.matrix(), n);
+      put(task.combine(scratch.dual(), S));
+      cholesky_solve(team, scratch.matrix(), n, scratch.solved());
       fast = get();
       task.dots(fast, S, [&](int s, scalar_t product) {  // a = W (y − p)/λ
-        scratch.dual[s] = scratch.weights[s] / ridge * (residuals[s] - product);
+        scratch.dual()[s] = scratch.weights()[s] / ridge * (residuals[s] - product);
       });
       team.sync();
     }
@@ -140,27 +140,27 @@ struct ExactForm {
   __device__ __forceinline__ Fast adjoint(const Record<TaskType>& record, Wanted wanted,
                                           const Fast& grad_fast) const {
     const Team& team = task.team;
-    scalar_t* v = scratch.along;
+    scalar_t* v = scratch.along();
     if (dual_system()) {
       task.dots(grad_fast, S, [&](int s, scalar_t product) { v[s] = product; });
-      cholesky_solve(team, scratch.matrix, S, v);
+      cholesky_solve(team, scratch.matrix(), S, v);
     } else {
       put(grad_fast);
-      cholesky_solve(team, scratch.matrix, n, scratch.solved);
-      task.dots(get(), S, [&](int s, scalar_t product) { v[s] = scratch.weights[s] * product; });
+      cholesky_solve(team, scratch.matrix(), n, scratch.solved());
+      task.dots(get(), S, [&](int s, scalar_t product) { v[s] = scratch.weights()[s] * product; });
       team.sync();
     }
     Fast start = grad_fast;
     start.add(-1, task.combine(v, S));
     scalar_t grad_ridge = 0;
     task.each(S, [&](int s) {
-      const scalar_t share = v[s] * scratch.dual[s] / scratch.weights[s];
+      const scalar_t share = v[s] * scratch.dual()[s] / scratch.weights()[s];
       grad_ridge -= share;
-      scratch.grad_base[s] = -v[s];
-      scratch.grad_weights[s] = ridge * share / scratch.weights[s];
+      scratch.grad_base()[s] = -v[s];
+      scratch.grad_weights()[s] = ridge * share / scratch.weights()[s];
     });
     if (wanted.prior_pull())
-      record.add(record.at.pull(), team.sum(grad_ridge, scratch.partial) *
+      record.add(record.at.pull(), team.sum(grad_ridge, scratch.partial()) *
                                        (static_cast<scalar_t>(S) + task.problem.loop.extra_count) /
                                        2);
     team.sync();
@@ -170,8 +170,8 @@ struct ExactForm {
   // X̄ of row r, in its group of lanes.
   __device__ __forceinline__ Fast row(int r, const Fast& fast, const Fast& grad_start) const {
     Fast sum = Fast::zero();
-    sum.add(scratch.dual[r], grad_start);
-    sum.add(-scratch.along[r], fast);
+    sum.add(scratch.dual()[r], grad_start);
+    sum.add(-scratch.along()[r], fast);
     return sum;
   }
 };

@@ -38,8 +38,8 @@ struct Problem {
   const scalar_t* weights;  // [n], or nullptr: ones
   InnerLoop<scalar_t> loop;
   int64_t num_tasks;
-  int64_t num_items;
-  int dim;
+  int64_t most_rows;  // no task has more
+  RowShape shape;
   bool packed_table;  // rows may be read four numbers at a time
 
   // Rows of an entry: one, a difference for each negative, or all candidates.
@@ -62,7 +62,7 @@ struct GradientData {
   scalar_t* support_weights;  // [n]
   scalar_t* item_rows;        // [rows, D]
   scalar_t* item_biases;      // [rows]
-  int64_t* item_ids;          // [rows], or nullptr
+  int64_t* item_ids;          // [rows]
   int64_t support_entries, support_negatives, query_entries, query_negatives;  // negatives: each
   bool support_rows;  // whether the support has any
   bool packed_rows;   // rows may be written four numbers at a time
@@ -133,14 +133,23 @@ struct RecordLayout {
 // of losses of single scores.
 enum class Way { kPlain, kDirect, kGram, kExact, kItemsToo };
 
+// Where the arrays of a team's scratch begin, and how many numbers they are (scratch.h).
+struct ScratchLayout {
+  int64_t size;
+  int record, partial, candidates, base, targets, weights, scores, along, grad_base, grad_weights,
+      rows, pushes, curvatures, bends, path, path_bias, directions, direction_bias, gram,
+      coefficients, matrix, dual, solved, grad_rows, biases, grad_biases, slopes, moves, place,
+      next;
+};
+
 // Which tasks a launch takes, by how many rows they have, and what it needs for each.
 struct Launch {
   Way way;
   int warps;  // of a team
   int teams_per_block;
   int64_t fewest_rows, most_rows;
-  int64_t scratch_size;  // numbers of a team
-  void* workspace;       // [teams, scratch_size] where shared memory is too small, or nullptr
+  ScratchLayout scratch;
+  void* workspace;       // [teams, scratch.size] where shared memory is too small, or nullptr
   int64_t first_record;  // of the launch's teams
 };
 

@@ -14,8 +14,7 @@ template <typename TaskType, typename Items>
 struct Judge {
   using scalar_t = typename TaskType::scalar_t;
   using Fast = typename TaskType::Fast;
-  static constexpr int kChunks = TaskType::kChunks;
-  static constexpr int kAtOnce = TaskType::kAtOnce;
+  static constexpr int kAtOnce = 2;  // rows in each group of lanes
 
   const TaskType& task;
   const QueryData<scalar_t>& query;
@@ -40,7 +39,7 @@ struct Judge {
     if (query.weights != nullptr) {
       total = 0;
       task.each(entries, [&](int q) { total += query.weights[begin + q]; });
-      total = task.team.sum(total, task.scratch.partial);
+      total = task.team.sum(total, task.scratch.partial());
     }
     share = query.normalisers[0] * query.task_weight(t) / total;
   }
@@ -96,7 +95,7 @@ struct Judge {
   // m + b + c of a candidate.
   __device__ __forceinline__ scalar_t base(int64_t item, int found, const Fast& fast) const {
     if constexpr (Items::kAdapt)
-      if (found >= 0) return task.scratch.biases[found] + fast.bias;
+      if (found >= 0) return task.scratch.biases()[found] + fast.bias;
     return *task.problem.offset + task.problem.item_bias[item] + fast.bias;
   }
 
@@ -111,7 +110,7 @@ struct Judge {
     if (grads.item_rows == nullptr) return grad;
     const int64_t row = grads.of_query(at.entry, at.j);
     grads.item_biases[row] = grad + (first ? 0 : grads.item_biases[row]);
-    if (grads.item_ids != nullptr) grads.item_ids[row] = item;
+    grads.item_ids[row] = item;
     return grad;
   }
 
@@ -119,7 +118,7 @@ struct Judge {
   __device__ __forceinline__ void write(const Place& at, scalar_t grad, const Fast& fast,
                                         bool first) const {
     if (grads.item_rows == nullptr) return;
-    scalar_t* row = grads.item_rows + grads.of_query(at.entry, at.j) * task.problem.dim;
+    scalar_t* row = grads.item_rows + grads.of_query(at.entry, at.j) * task.problem.shape.dim;
     Fast result = Fast::zero();
     if (!first) task.columns.load_row(row, grads.packed_rows, result);
     result.add(grad, fast);
@@ -137,6 +136,7 @@ struct Judge {
   // first lanes judge one each.
   __device__ __forceinline__ void single(const Fast& fast, scalar_t counts, bool first, Fast& sum) {
     const int stride = task.team.warps * task.columns.groups();
+#pragma unroll 1
     for (int from = task.team.warp * task.columns.groups(); from < entries;
          from += kAtOnce * stride) {
       const auto place = [&](int i) {
@@ -164,8 +164,8 @@ struct Judge {
       if (query.ask == Ask::kScores) continue;
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        add(__shfl_sync(kAllLanes, grad, i, task.columns.lanes), candidates.rows[i], sum);
-        const scalar_t to_row = __shfl_sync(kAllLanes, row_grad, i, task.columns.lanes);
+        add(__shfl_sync(kAllLanes, grad, i, task.columns.lanes()), candidates.rows[i], sum);
+        const scalar_t to_row = __shfl_sync(kAllLanes, row_grad, i, task.columns.lanes());
         const Place at = place(i);
         if (at.entry >= 0) write(at, to_row, fast, first);
       }
@@ -185,7 +185,7 @@ struct Judge {
   // lanes.
   __device__ __forceinline__ void compared(const Fast& fast, scalar_t counts, bool first,
                                            Fast& sum) {
-    scalar_t* scores = task.scratch.candidates + 2 * task.team.warp * group;
+    scalar_t* scores = task.scratch.candidates() + 2 * task.team.warp * group;
     scalar_t* grad = scores + group;
     for (int q = task.team.warp; q < entries; q += task.team.warps) {
       const int64_t entry = begin + q;
@@ -252,9 +252,7 @@ struct Judge {
     if (lane == 0) {
       loss += softmax * (most - logit(0) + std::log(total));
       own -= softmax;
-      if (query.loss.pointwise()) {
-        own += judge(entry, counts, scores[0]);
-      }
+      if (query.loss.pointwise()) own += judge(entry, counts, scores[0]);
       grad[0] += own;
     }
     __syncwarp();

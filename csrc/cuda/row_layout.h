@@ -30,9 +30,19 @@ HOST_DEVICE int width_for(int dim) {
   return (dim + chunk - 1) / chunk * chunk;
 }
 
-// bfloat16, as it lies in memory.
-struct Bfloat16 {
-  uint16_t bits;
+// What follows from D, worked out once.
+struct RowShape {
+  int dim;
+  int lanes_log2;  // L = 2^lanes_log2
+  int chunks;
+
+  RowShape() = default;
+  explicit RowShape(int dim_in) : dim(dim_in), lanes_log2(0) {
+    while (1 << lanes_log2 < lanes_for(dim)) ++lanes_log2;
+    chunks = width_for(dim) / (lanes_for(dim) * kPack);
+  }
+  HOST_DEVICE int lanes() const { return 1 << lanes_log2; }
+  HOST_DEVICE int width() const { return chunks * kPack << lanes_log2; }
 };
 
 // Whether rows of D numbers may be read and written four at a time.

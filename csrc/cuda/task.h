@@ -39,15 +39,15 @@ struct Task {
   const Problem<scalar_t, table_t>& problem;
   const Team team;
   const Columns<kChunks> columns;
-  const Scratch<scalar_t>& scratch;  // in shared memory, so that its pointers fill no registers
-  int group;                         // rows of an entry
-  scalar_t row_bias;                 // what is appended to a row: 1, to a difference 0
+  const Scratch<scalar_t> scratch;
+  int group;          // rows of an entry
+  scalar_t row_bias;  // what is appended to a row: 1, to a difference 0
 
   __device__ __forceinline__ Task(const Problem<scalar_t, table_t>& problem_in,
                                   const Scratch<scalar_t>& scratch_in, const Team& team_in)
       : problem(problem_in),
         team(team_in),
-        columns(problem_in.dim, team_in.lane),
+        columns(problem_in.shape, team_in.lane),
         scratch(scratch_in) {
     group = kPlain ? 1 : static_cast<int>(problem.group());
     row_bias = differences() ? 0 : 1;
@@ -78,13 +78,14 @@ struct Task {
   __device__ __forceinline__ bool moves_on() const {
     return !kPlain && problem.loop.momentum.values != nullptr;
   }
-  __device__ __forceinline__ scalar_t momentum(int64_t k) const {
+  __device__ __forceinline__ scalar_t momentum(int k) const {
     return kPlain ? scalar_t{0} : problem.loop.momentum[k];
   }
 
   // Calls body(r) in each group of lanes for the rows that are its own; no warp intrinsics within.
   template <typename Body>
   __device__ __forceinline__ void each_own(int count, const Body& body) const {
+#pragma unroll 1
     for (int r = team.warp * columns.groups() + columns.group; r < count;
          r += team.warps * columns.groups())
       body(r);
@@ -93,22 +94,23 @@ struct Task {
   // Calls body(r) in one thread for each r.
   template <typename Body>
   __device__ __forceinline__ void each(int count, const Body& body) const {
+#pragma unroll 1  // mostly one: a thread for each
     for (int r = team.thread(); r < count; r += team.size()) body(r);
   }
 
   __device__ __forceinline__ scalar_t* row(int r) const {
-    return scratch.rows + static_cast<int64_t>(r) * columns.width();
+    return scratch.rows() + r * columns.width();
   }
 
   __device__ __forceinline__ Fast load_item(int64_t item) const {
     Fast result;
-    columns.load_row(problem.item_table + item * problem.dim, problem.packed_table, result);
+    columns.load_row(problem.item_table + item * problem.shape.dim, problem.packed_table, result);
     result.bias = 0;
     return result;
   }
 
   __device__ __forceinline__ Fast load_kept(const scalar_t* rows, const scalar_t* biases,
-                                            int64_t k) const {
+                                            int k) const {
     Fast result;
     columns.load(rows + k * columns.width(), result);
     result.bias = biases[k];
@@ -116,7 +118,7 @@ struct Task {
   }
   // By one group of the team; the others read it only after a sync.
   __device__ __forceinline__ void keep(const Fast& vector, scalar_t* rows, scalar_t* biases,
-                                       int64_t k) const {
+                                       int k) const {
     if (team.warp != 0 || columns.group != 0) return;
     columns.store(vector, rows + k * columns.width());
     if (columns.lane == 0) biases[k] = vector.bias;
@@ -135,48 +137,63 @@ struct Task {
     if (!scaled()) return Fast::filled(1);
     Fast result;
     columns.load_row(problem.loop.preconditioner, /*packed=*/false, result);
-    result.bias = problem.loop.preconditioner[problem.dim];
+    result.bias = problem.loop.preconditioner[problem.shape.dim];
     return result;
   }
 
   // Gathers the task of the facts; afterwards the team is in step.
   __device__ __forceinline__ void read() const {
-    const EntryData<scalar_t>& support = problem.support;
-    const int rows = this->rows();
-    const int64_t begin = this->begin();
-    const scalar_t offset = *problem.offset;
-    const bool differences = this->differences();
-#pragma unroll 4
-    for (int r = team.warp * columns.groups() + columns.group; r < rows;
+    read_numbers();
+#pragma unroll 2
+    for (int r = team.warp * columns.groups() + columns.group; r < rows();
          r += team.warps * columns.groups()) {
-      const int64_t entry = begin + r / group;
-      const int j = r % group;
-      const int64_t item = support.candidate(entry, differences ? 0 : j);
-      Fast vector = load_item(item);
-      scalar_t base = problem.item_bias[item];
-      if (differences) {
-        const int64_t other = support.candidate(entry, j + 1);
-        vector.add(-1, load_item(other));
-        base -= problem.item_bias[other];
-      } else {
-        base += offset;
-      }
+      const int64_t entry = begin() + (kPlain ? r : r / group);
+      const int j = kPlain ? 0 : r % group;
+      Fast vector = load_item(problem.support.candidate(entry, differences() ? 0 : j));
+      if (differences()) vector.add(-1, load_item(problem.support.candidate(entry, j + 1)));
       columns.store(vector, row(r));
-      if (columns.lane != 0) continue;
-      scalar_t weight = problem.weights == nullptr ? 1 : problem.weights[entry];
-      scalar_t target = 1;  // of a difference, and of an entry's own item
-      if (differences)
-        weight /= static_cast<scalar_t>(group);  // the mean over the negatives
-      else if (shares())
-        target = j == 0 ? 1 : 0;
-      else
-        target = problem.targets[entry];
-      if (!kPlain && support.log_q != nullptr) base -= support.log_q[entry * group + j];
-      scratch.base[r] = base;
-      scratch.weights[r] = weight;
-      scratch.targets[r] = target;
     }
     team.sync();
+  }
+
+  // Asks for the rows of entries that will be read soon.
+  __device__ __forceinline__ void prefetch(const EntryData<scalar_t>& entries, int64_t t) const {
+    constexpr int kLine = 128;
+    const int64_t bytes = problem.shape.dim * sizeof(table_t);
+    const int64_t candidates = kPlain ? 1 : entries.candidates();
+#pragma unroll 1
+    for (int64_t e = entries.begin(t) + team.thread(); e < entries.begin(t + 1); e += team.size())
+      for (int64_t j = 0; j < candidates; ++j) {
+        const table_t* row = problem.item_table + entries.candidate(e, j) * problem.shape.dim;
+        for (int64_t at = 0; at < bytes; at += kLine)
+          prefetch_line(reinterpret_cast<const char*>(row) + at);
+      }
+  }
+
+  // What belongs to the rows, a thread for each.
+  __device__ __forceinline__ void read_numbers() const {
+    const EntryData<scalar_t>& support = problem.support;
+    each(rows(), [&](int r) {
+      const int64_t entry = begin() + (kPlain ? r : r / group);
+      const int j = kPlain ? 0 : r % group;
+      scalar_t weight = problem.weights == nullptr ? 1 : problem.weights[entry];
+      scalar_t base = problem.item_bias[support.candidate(entry, differences() ? 0 : j)];
+      scalar_t target = 1;  // of a difference, and of an entry's own item
+      if (differences()) {
+        base -= problem.item_bias[support.candidate(entry, j + 1)];
+        weight /= static_cast<scalar_t>(group);  // the mean over the negatives
+      } else {
+        base += *problem.offset;
+        if (!shares())
+          target = problem.targets[entry];
+        else if (j > 0)
+          target = 0;
+      }
+      if (!kPlain && support.log_q != nullptr) base -= support.log_q[entry * group + j];
+      scratch.base()[r] = base;
+      scratch.weights()[r] = weight;
+      scratch.targets()[r] = target;
+    });
   }
 
   // Calls sink(r, x_r · v) in one thread for each of `count` rows, v's bias and the rows' included.
@@ -184,6 +201,7 @@ struct Task {
   __device__ __forceinline__ void dots(const Fast& v, int count, const Sink& sink) const {
     const int stride = team.warps * columns.groups();
     const scalar_t bias = row_bias * v.bias;
+#pragma unroll 1
     for (int first = team.warp * columns.groups(); first < count; first += kAtOnce * stride) {
       scalar_t sums[kAtOnce];
 #pragma unroll
@@ -219,15 +237,16 @@ struct Task {
     columns.sum_groups(vector);
     if (team.warps == 1) return vector;
     const int stride = columns.width() + kPack;
-    scalar_t* own = scratch.partial + team.warp * stride;
+    scalar_t* own = scratch.partial() + team.warp * stride;
     if (columns.group == 0) {
       columns.store(vector, own);
       if (columns.lane == 0) own[columns.width()] = vector.bias;
     }
     team.sync();
     Fast sum = Fast::zero();
+#pragma unroll 1
     for (int w = 0; w < team.warps; ++w) {
-      const scalar_t* part = scratch.partial + w * stride;
+      const scalar_t* part = scratch.partial() + w * stride;
       Fast other;
       columns.load(part, other);
       other.bias = part[columns.width()];
@@ -260,12 +279,12 @@ struct Task {
       each(entries(), [&](int s) {
         softmax(scores + s * group, curvature + s * group);
         for (int r = s * group; r < (s + 1) * group; ++r)
-          push[r] = mean() * scratch.weights[r] * (curvature[r] - scratch.targets[r]);
+          push[r] = mean() * scratch.weights()[r] * (curvature[r] - scratch.targets()[r]);
       });
     else
       each(rows(), [&](int r) {
-        differentiate_loss<ScalarMath<scalar_t>>(loss, mean() * scratch.weights[r], scores[r],
-                                                 scratch.targets[r], push[r], curvature[r]);
+        differentiate_loss<ScalarMath<scalar_t>>(loss, mean() * scratch.weights()[r], scores[r],
+                                                 scratch.targets()[r], push[r], curvature[r]);
       });
     team.sync();
   }
@@ -278,7 +297,7 @@ struct Task {
     team.sync();
     if (weights_too)
       each(rows(), [&](int r) {
-        scratch.grad_weights[r] -= rate * push[r] / scratch.weights[r] * along[r];
+        scratch.grad_weights()[r] -= rate * push[r] / scratch.weights()[r] * along[r];
       });
     if (!shares()) {
       each(rows(), [&](int r) { result[r] = -rate * curvature[r] * along[r]; });
@@ -289,7 +308,7 @@ struct Task {
         scalar_t average = 0;
         for (int r = first; r < first + group; ++r) average += curvature[r] * along[r];
         for (int r = first; r < first + group; ++r)
-          result[r] = -rate * mean() * scratch.weights[r] * curvature[r] * (along[r] - average);
+          result[r] = -rate * mean() * scratch.weights()[r] * curvature[r] * (along[r] - average);
       });
     }
     team.sync();
@@ -306,7 +325,7 @@ struct Record {
   __device__ __forceinline__ Record(const TaskType& task_in, int steps)
       : task(task_in), at{task_in.columns.width(), steps} {}
 
-  __device__ __forceinline__ scalar_t* values() const { return task.scratch.record; }
+  __device__ __forceinline__ scalar_t* values() const { return task.scratch.record(); }
   // Whether this thread adds numbers, columns.
   __device__ __forceinline__ bool leads() const { return task.team.leads(); }
   __device__ __forceinline__ bool owns() const {

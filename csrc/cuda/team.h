@@ -5,6 +5,13 @@
 
 namespace metarec_fast::cuda {
 
+// Brings the cache line of an address into L2, while others compute.
+__device__ __forceinline__ void prefetch_line([[maybe_unused]] const void* address) {
+#ifdef __CUDA_ARCH__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
+}
+
 template <typename Number>
 __device__ __forceinline__ Number warp_sum(Number value) {
   for (int apart = kWarpSize / 2; apart > 0; apart /= 2)
@@ -48,6 +55,7 @@ struct Team {
     if (lane == 0) scratch[warp] = value;
     sync();
     value = 0;
+#pragma unroll 1
     for (int w = 0; w < warps; ++w) value += scratch[w];
     sync();
     return value;

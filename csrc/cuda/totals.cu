@@ -1,6 +1,5 @@
-#include "totals.h"
-
 #include "team.h"
+#include "totals.h"
 
 namespace metarec_fast::cuda {
 namespace {
