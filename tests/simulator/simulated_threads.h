@@ -51,6 +51,7 @@ static constexpr int warpSize = 32;
   unsigned(cuda_simulator::warp_collective(cuda_simulator::Collective::op, mask, value, 0, 32, \
                                            CUDA_SIMULATOR_HERE))
 
+#define __trap() cuda_simulator::stop(CUDA_SIMULATOR_HERE, "__trap()")
 #define __activemask()                                                                             \
   (cuda_simulator::stop(CUDA_SIMULATOR_HERE, "__activemask() does not say which lanes will come"), \
    0u)
