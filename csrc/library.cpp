@@ -61,7 +61,7 @@ STABLE_TORCH_LIBRARY(METAREC_NAMESPACE, m) {
       "Tensor? exclude_items, Tensor? exclude_offsets) -> (Tensor, Tensor)");
   m.def("coalesce_rows(Tensor ids, Tensor rows) -> (Tensor, Tensor)");
   m.def("coalesce_rows_padded(Tensor ids, Tensor rows) -> (Tensor, Tensor, Tensor)");
-  m.def("sum_rows(Tensor ids, Tensor rows, int num_rows) -> Tensor");
+  m.def("sum_rows(Tensor ids, Tensor rows, SymInt num_rows) -> Tensor");
   m.def(
       "sparse_adam(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor ids, Tensor[] rows, float lr, float beta1, float beta2, float eps, int step) -> ()");

@@ -103,9 +103,11 @@ def check_model(
     """The five meta-parameters as tensors of one dtype and device."""
     if not isinstance(item_table, Tensor) or item_table.dim() != 2:
         raise ValueError(f"item_table: expected a tensor [N, D], got {_describe(item_table)}")
+    num_items, dim = item_table.shape
+    if item_table.dtype == torch.float16 and is_autocast(item_table):
+        item_table = item_table.float()
     if item_table.dtype not in TABLE_DTYPES:
         raise TypeError(f"item_table: expected dtype float32, float64 or bfloat16, got {item_table.dtype}")
-    num_items, dim = item_table.shape
     like = item_table if item_table.dtype != torch.bfloat16 else item_table.new_empty(0, dtype=torch.float32)
     bias = 0.0 if user_bias_init is None else user_bias_init
     return Model(
@@ -231,7 +233,7 @@ def check_batch(batch: TaskBatch, item_bias: Tensor, loss: str, outer_losses: It
     weights = None if batch.weights is None else batch.weights.to(item_bias)
     if support is batch.support and query is batch.query and weights is batch.weights:
         return batch
-    return TaskBatch(support, query, batch.users, weights)
+    return TaskBatch.unchecked(support, query, batch.users, weights)
 
 
 def check_outer_loss(outer_loss: str | Mapping[str, float]) -> dict[str, float]:
@@ -250,7 +252,7 @@ def check_task_weights(task_weights: Tensor | None, like: Tensor, num_tasks: int
     if task_weights is None:
         return None
     weights = _tensor("task_weights", task_weights, like, ((num_tasks,),), "[T]")
-    if not torch.compiler.is_compiling():
+    if weights.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere looking would wait
         check_not_negative("task_weights", weights)
     return weights
 
@@ -274,7 +276,7 @@ def _tensor(name: str, value: Number, like: Tensor, shapes: tuple[tuple[int, ...
     if value.shape not in shapes:
         sizes = " or ".join(str(shape) for shape in shapes)
         raise ValueError(f"{name}: expected shape {expected} = {sizes}, got {tuple(value.shape)}")
-    if value.dtype != like.dtype and value.is_floating_point() and torch.is_autocast_enabled(like.device.type):
+    if value.dtype != like.dtype and value.is_floating_point() and is_autocast(like):
         value = value.to(like.dtype)
     if value.dtype != like.dtype:
         raise TypeError(
@@ -302,6 +304,11 @@ def _scalar(value: float, like: Tensor) -> Tensor:
         if type(scalar) is Tensor:  # no fake one, whose mode ends before the next call
             _scalars[value, like.dtype] = scalar
     return scalar
+
+
+def is_autocast(like: Tensor) -> bool:
+    """Whether tensors may come in the low precision that other operations have left them in."""
+    return torch.amp.is_autocast_available(like.device.type) and torch.is_autocast_enabled(like.device.type)
 
 
 def _refuse(what: str, reasons: Mapping[str, bool]) -> None:

@@ -1,4 +1,4 @@
-"""Fake kernels and gradients of the operators: what PyTorch's stable C++ ABI leaves to Python."""
+"""Fake kernels, gradients and autocast of the operators: what PyTorch's stable C++ ABI leaves to Python."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 
-from metarec_fast._known_gradients import Once
+from metarec_fast import _autocast
+from metarec_fast._known_gradients import Once, is_known_one
 
 ops = torch.ops.metarec_fast
 
@@ -194,13 +195,18 @@ def _meta_step_backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[T
     gradients, inputs, ids = saved[:count], saved[count : 2 * count], saved[2 * count]
     num_rows = ctx.num_rows
     needed = [ctx.needs_input_grad[META_STEP[name]] for name in ("item_table", "item_bias")]
+    one = is_known_one(grad_loss)
 
     def scale(grad_loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        dense = [
-            ops.sum_rows(ids, rows, num_rows) if wanted else rows
-            for rows, wanted in zip(gradients[2:4], needed, strict=True)
-        ]
-        return tuple(gradient * grad_loss for gradient in (*gradients[:2], *dense, *gradients[4:]))
+        def dense(rows: Tensor, wanted: bool) -> Tensor:
+            if not wanted:
+                return rows
+            table: Tensor = ops.sum_rows(ids, rows, num_rows)
+            return table if one else table * grad_loss
+
+        tables = (dense(*each) for each in zip(gradients[2:4], needed, strict=True))
+        before, after = ([gradient * grad_loss for gradient in part] for part in (gradients[:2], gradients[4:]))
+        return *before, *tables, *after
 
     scaled = Once.apply("meta_step", scale, grad_loss, *inputs)
     return _at_places(ctx, scaled, META_STEP)
@@ -233,7 +239,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
 
 
 def register(namespace: str) -> None:
-    """Gives the operators of a namespace their fake kernels and gradients."""
+    """Gives the operators of a namespace their fake kernels, gradients and what they do under autocast."""
     for name, fake in _FAKES.items():
         register_fake(f"{namespace}::{name}", fake)
     gradients: dict[str, tuple[Callable[..., Any], Callable[..., None] | None]] = {
@@ -248,6 +254,7 @@ def register(namespace: str) -> None:
         gradients[name] = _refuse(f"{name} has no gradient of its own"), None
     for name, (backward, setup) in gradients.items():
         register_autograd(f"{namespace}::{name}", backward, setup_context=setup)
+    _autocast.register(namespace, gradients)
 
 
 register("metarec_fast")

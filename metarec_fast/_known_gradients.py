@@ -24,6 +24,21 @@ class Once(torch.autograd.Function):
         raise RuntimeError(f"{ctx.name} cannot be differentiated twice")
 
 
+def backward(loss: Tensor) -> None:
+    """As `loss.backward()`, whose factor 1 is known as such: nobody could look at it on a GPU without waiting."""
+    one = torch.ones_like(loss)
+    setattr(one, _IS_ONE, True)
+    loss.backward(one)
+
+
+def is_known_one(factor: Tensor) -> bool:
+    """Whether it comes from `backward`, so that nothing need be multiplied by it."""
+    return bool(getattr(factor, _IS_ONE, False))
+
+
+_IS_ONE = "_metarec_fast_is_one"
+
+
 class KnownGradients(torch.autograd.Function):
     """The same loss, with the given gradients: `apply(name, loss, gradients, *inputs)`, one gradient per input.
 
@@ -44,7 +59,8 @@ class KnownGradients(torch.autograd.Function):
         def scale(grad_loss: Tensor, *inputs: Tensor) -> tuple[Tensor | None, ...]:
             # On the CPU looking at the number costs nothing; elsewhere it would wait for the device, or break a graph.
             looks = grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
-            factor = None if looks and float(grad_loss) == 1 else grad_loss
+            one = is_known_one(grad_loss) or (looks and float(grad_loss) == 1)
+            factor = None if one else grad_loss
             return tuple(
                 _scaled(ctx, place, factor, value.shape) if needed[place] else None
                 for place, value in enumerate(inputs)

@@ -63,10 +63,29 @@ if not cpu.loaded:
         RuntimeWarning,
         stacklevel=2,
     )
+_missed: set[str] = set()  # kinds of device of which it has been said that they have no kernels
 if torch.version.cuda is not None and (FOLDER / "_C_cuda.version").exists() and not cuda.loaded:
-    warnings.warn(f"metarec_fast has no CUDA kernels: {cuda.reason}", RuntimeWarning, stacklevel=2)
+    warnings.warn(
+        f"metarec_fast has no CUDA kernels, and is slow on a GPU: {cuda.reason} (`metarec-fast doctor` says more)",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    _missed.add("cuda")
 
 
 def loaded_for(tensor: Tensor) -> bool:
-    """Whether there are kernels where `tensor` lives."""
-    return cuda.loaded if tensor.device.type == "cuda" else cpu.loaded
+    """Whether there are kernels where `tensor` lives; says once, per kind of device, that there are none."""
+    kind = tensor.device.type
+    if kind in ("cpu", "meta"):
+        return cpu.loaded
+    if kind == "cuda" and cuda.loaded:
+        return True
+    if kind not in _missed and not torch.compiler.is_compiling():
+        _missed.add(kind)
+        reason = f"_C_cuda is missing: {cuda.reason}" if kind == "cuda" else "it has no kernels there"
+        warnings.warn(
+            f"metarec_fast runs on its PyTorch reference on {kind}, right but slow, because {reason}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return False

@@ -36,7 +36,6 @@ class SampledEntries(NamedTuple):
     local_negatives: Ints | None  # [n, M]
     max_size: int
     max_item: int  # negatives included, −1 where there is nothing
-    max_local_item: int
 
 
 class Sampler:
@@ -92,7 +91,6 @@ class Sampler:
                     local_negatives=local_others,
                     max_size=int(sizes.max(initial=0)),
                     max_item=_largest(ids[place], others),
-                    max_local_item=_largest(local[place], local_others),
                 )
             )
         return unique, entries[0], entries[1] if len(entries) > 1 else None

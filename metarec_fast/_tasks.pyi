@@ -10,7 +10,6 @@ _Entries = tuple[
     NDArray[np.int64] | None,
     int,
     int,
-    int,
 ]
 
 class Sampler:

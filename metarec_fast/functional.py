@@ -6,8 +6,8 @@ Everything is for the dot-product recommender, whose score of item i for a user 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,11 +26,13 @@ from metarec_fast._arguments import (
     check_outer_loss,
     check_step_weights,
     check_task_weights,
+    is_autocast,
 )
 from metarec_fast.results import FastWeights, MetaStep, SparseRows, TopK
 from metarec_fast.tasks import Entries, TaskBatch
 
 Steps = int | Literal["exact"]
+Result = TypeVar("Result")
 
 
 def adapt(
@@ -93,10 +95,9 @@ def adapt(
         prior_pull=prior_pull, extra_count=extra_count, momentum=momentum, loss=loss, first_order=first_order,
         adapt=adapt,
     )  # fmt: skip
-    support = check_entries("support", support, item_bias, (loss,))
+    support = check_entries("support", support, model.item_bias, (loss,))
     check_differentiation(model, loop, TaskBatch(support))
-    run = _ops.adapt if _library.loaded_for(item_table) else reference.adapt
-    return run(model, support, loop)
+    return _either(_ops.adapt, reference.adapt, item_table)(model, support, loop)
 
 
 def adapt_and_score(
@@ -137,10 +138,10 @@ def adapt_and_score(
         prior_pull=prior_pull, extra_count=extra_count, momentum=momentum, loss=loss, first_order=first_order,
         adapt=adapt,
     )  # fmt: skip
-    batch = check_batch(batch, item_bias, loss, outer_losses=())
+    batch = check_batch(batch, model.item_bias, loss, outer_losses=())
     check_differentiation(model, loop, batch)
     candidates = _with_negatives(batch)
-    run = _ops.adapt_and_score if _library.loaded_for(item_table) else reference.adapt_and_score
+    run = _either(_ops.adapt_and_score, reference.adapt_and_score, item_table)
     _, scores = run(model, candidates, loop)
     negatives = None if batch.query is None else batch.query.negative_rows
     return scores if negatives is None else scores.view(-1, 1 + negatives.shape[1])
@@ -198,10 +199,10 @@ def meta_step(
         adapt=adapt,
     )  # fmt: skip
     losses = check_outer_loss(outer_loss)
-    batch = check_batch(batch, item_bias, loss, losses)
-    step_weights = check_step_weights(step_weights, loop, item_bias)
+    batch = check_batch(batch, model.item_bias, loss, losses)
+    step_weights = check_step_weights(step_weights, loop, model.item_bias)
     check_differentiation(model, loop, batch, step_weights)
-    run = _ops.meta_step if _library.loaded_for(item_table) else reference.meta_step
+    run = _either(_ops.meta_step, reference.meta_step, item_table)
     result = run(model, batch, loop, losses, step_weights)
     if coalesce:
         for name in ("item_table", "item_bias"):
@@ -255,10 +256,9 @@ def reptile_step(
         model, num_tasks, inner_lr=inner_lr, inner_steps=inner_steps, preconditioner=preconditioner,
         prior_pull=prior_pull, extra_count=extra_count, momentum=momentum, loss=loss, first_order=False, adapt=adapt,
     )  # fmt: skip
-    support = check_entries("support", support, item_bias, (loss,))
-    weights = check_task_weights(task_weights, item_bias, num_tasks)
-    run = _ops.reptile_step if _library.loaded_for(item_table) else reference.reptile_step
-    return run(model, support, weights, loop)
+    support = check_entries("support", support, model.item_bias, (loss,))
+    weights = check_task_weights(task_weights, model.item_bias, num_tasks)
+    return _either(_ops.reptile_step, reference.reptile_step, item_table)(model, support, weights, loop)
 
 
 def score_top_k(
@@ -294,11 +294,12 @@ def score_top_k(
     if not 1 <= k <= item_table.shape[0]:
         raise ValueError(f"k: must be in [1, {item_table.shape[0]}], the number of items, got {k}")
     if exclude is not None:
-        exclude = check_entries("exclude", exclude, item_bias)
+        exclude = check_entries("exclude", exclude, model.item_bias)
         if exclude.num_tasks != num_tasks:
             raise ValueError(f"exclude: expected {num_tasks} tasks, one per user, got {exclude.num_tasks}")
-    run = _ops.score_top_k if _library.loaded_for(item_table) else reference.score_top_k
-    return run(user, model.user_bias_init, item_table, item_bias, k, exclude)
+    return _either(_ops.score_top_k, reference.score_top_k, item_table)(
+        model.user_init, model.user_bias_init, model.item_table, model.item_bias, k, exclude
+    )
 
 
 def coalesce_rows(gradient: SparseRows) -> SparseRows:
@@ -307,8 +308,7 @@ def coalesce_rows(gradient: SparseRows) -> SparseRows:
     Args:
         gradient: ids int64 [n] ≥ 0 and rows [n, D] or [n], float32 or float64.
     """
-    run = _ops.coalesce_rows if _library.loaded_for(gradient.rows) else reference.coalesce_rows
-    return run(gradient)
+    return _either(_ops.coalesce_rows, reference.coalesce_rows, gradient.rows)(gradient)
 
 
 def coalesce_rows_padded(gradient: SparseRows) -> tuple[SparseRows, Tensor]:
@@ -320,8 +320,7 @@ def coalesce_rows_padded(gradient: SparseRows) -> tuple[SparseRows, Tensor]:
     Returns:
         Ids [n], −1 after the distinct ones, with rows of zeros there; and how many are distinct, an int64 scalar.
     """
-    run = _ops.coalesce_rows_padded if _library.loaded_for(gradient.rows) else reference.coalesce_rows_padded
-    return run(gradient)
+    return _either(_ops.coalesce_rows_padded, reference.coalesce_rows_padded, gradient.rows)(gradient)
 
 
 def sum_rows(gradient: SparseRows, num_rows: int) -> Tensor:
@@ -334,6 +333,13 @@ def sum_rows(gradient: SparseRows, num_rows: int) -> Tensor:
         return gradient.to_dense(num_rows)
     result: Tensor = _ops.ops.sum_rows(*gradient, num_rows)
     return result
+
+
+def _either(kernels: Callable[..., Result], plain: Callable[..., Result], like: Tensor) -> Callable[..., Result]:
+    """The kernels where `like` lives, or the reference, which like them computes in float32 under autocast."""
+    if _library.loaded_for(like):
+        return kernels
+    return torch.autocast(like.device.type, enabled=False)(plain) if is_autocast(like) else plain
 
 
 def _count_tasks(name: str, tasks: Entries | TaskBatch) -> int:
@@ -353,7 +359,7 @@ def _with_negatives(batch: TaskBatch) -> TaskBatch:
     flat = Entries.unchecked(
         items.reshape(-1), None, query.offsets * width, max_size=query.max_size * width, max_item=query.max_item
     )
-    return TaskBatch(batch.support, flat, batch.users, batch.weights)
+    return batch.with_entries(batch.support, flat)
 
 
 __all__ = [

@@ -93,13 +93,15 @@ class Learner(nn.Module):
             ValueError: The batch has no query or no targets.
             IndexError: An item id lies outside the model's table.
         """
-        batch = self._prepare(batch, query="targets")
-        if torch.is_grad_enabled() and self._takes_rows():
-            return self._loss_with_rows(batch)
+        takes_rows = torch.is_grad_enabled() and self._takes_rows()
+        batch = self._prepare(batch, query="targets", localized=not takes_rows)
+        if takes_rows:
+            loss: Tensor = self._loss_with_rows(batch)
+            return loss
         unique, local = batch.localize()
         rows, biases = self.model.lookup(unique)
         support = self.weigh(local.support, batch.support.items)
-        local = TaskBatch(support, local.query, local.users, local.weights)
+        local = local.with_entries(support, local.query)
         start, settings = self.model.user_init, self._settings(support)
         if torch.is_grad_enabled():
             result = functional.meta_step(start, rows, biases, local, outer_loss=self.outer_loss, **settings)
@@ -151,7 +153,7 @@ class Learner(nn.Module):
         """
         batch = self._prepare(batch, query="items")
         support = self.weigh(batch.support, batch.support.items)
-        batch = TaskBatch(support, batch.query, batch.users, batch.weights)
+        batch = batch.with_entries(support, batch.query)
         tables = self.model.tables()
         return functional.adapt_and_score(self.model.user_init, *tables, batch, **self._settings(support))
 
@@ -200,11 +202,12 @@ class Learner(nn.Module):
         embeddings = model.item_embedding, model.item_bias
         return plain and self.adapted == "user" and all(map(_is_plain_and_sparse, embeddings))
 
+    @torch.compiler.disable(reason="a compiled graph gives no sparse gradients")  # type: ignore[untyped-decorator]
     def _loss_with_rows(self, batch: TaskBatch) -> Tensor:
         """The outer loss, whose `backward` gives the item tables sparse gradients: a row per entry, uncoalesced."""
         model = self.model
         support = self.weigh(batch.support, batch.support.items)
-        batch = TaskBatch(support, batch.query, batch.users, batch.weights)
+        batch = batch.with_entries(support, batch.query)
         settings = self._settings(support)
         with torch.no_grad():
             table, item_bias = model.tables()
@@ -229,18 +232,20 @@ class Learner(nn.Module):
         loop = self.inner_loop(support.sizes())
         return {"user_bias_init": model.user_bias_init, "offset": model.offset, **loop}
 
-    def _prepare(self, batch: TaskBatch, query: str | None) -> TaskBatch:
-        """The batch with the model's device and dtype, its ids checked against the table."""
+    def _prepare(self, batch: TaskBatch, query: str | None, localized: bool = False) -> TaskBatch:
+        """The batch with the model's device and dtype, its ids checked against the table; asked whether `localized`."""
         if not isinstance(batch, TaskBatch):
             raise TypeError(f"batch: expected a TaskBatch, got {type(batch).__name__}")
         if query is not None and batch.query is None:
             raise ValueError("batch.query: expected Entries, got None")
         item_bias, targets = self.model.item_bias.weight[:, 0], batch.support.targets
         if batch.support.items.device != item_bias.device or (targets is not None and targets.dtype != item_bias.dtype):
-            batch = batch.to(item_bias.device, item_bias.dtype)
+            if localized and item_bias.device.type != "cpu" and batch.support.items.device.type == "cpu":
+                batch.localize()  # before it leaves: here nobody waits for the number of distinct items
+            batch = batch.to(item_bias.device, item_bias.dtype, non_blocking=item_bias.device.type == "cuda")
         if query != "targets" and self.model.loss in PAIRWISE and batch.support.negatives is None:
             support = draw_negatives(batch.support, self.model.num_items, self.num_negatives)
-            batch = TaskBatch(support, batch.query, batch.users, batch.weights)
+            batch = batch.with_entries(support, batch.query)
         inside, outside = (any(loss in PAIRWISE for loss in losses) for losses in ((self.model.loss,), self.outer_loss))
         if inside != outside:  # a sampler draws negatives for both parts, and one has no use for them
             batch = batch.with_negatives_of(support=inside, query=outside or query == "items")
@@ -251,8 +256,8 @@ class Learner(nn.Module):
 
     def _check(self) -> None:
         """Raises now what the operators would say on the first batch; constructors end with it."""
-        nothing = torch.empty(0, dtype=torch.int64)
-        batch = TaskBatch(Entries(nothing, torch.empty(0), torch.zeros(1, dtype=torch.int64)))
+        nothing = torch.empty(0, dtype=torch.int64, device="cpu")
+        batch = TaskBatch(Entries(nothing, nothing.float(), nothing.new_zeros(1)))
         self.fast_weights(batch)
 
     def _split_groups(self, outer_lr: float | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

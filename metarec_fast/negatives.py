@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from metarec_fast.tasks import Entries
@@ -17,10 +19,12 @@ def draw_negatives(entries: Entries, num_items: int, count: int) -> Entries:
     generator = torch.Generator().manual_seed(0)
     items, tasks = entries.items.cpu(), entries.task_ids().cpu()
     own = (tasks * num_items + items).unique()
-    negatives = torch.randint(num_items, (len(entries), count), generator=generator)
+    kind: dict[str, Any] = {"generator": generator, "device": "cpu"}
+    negatives = torch.randint(num_items, (len(entries), count), **kind)
     for _ in range(_TRIES):
         taken = torch.isin(tasks[:, None] * num_items + negatives, own)
         if not bool(taken.any()):
             break
-        negatives[taken] = torch.randint(num_items, (int(taken.sum()),), generator=generator)
-    return entries.with_items(entries.items, negatives.to(entries.items.device))
+        negatives[taken] = torch.randint(num_items, (int(taken.sum()),), **kind)
+    max_item = max(entries.max_item, num_items - 1)
+    return entries.with_items(entries.items, negatives.to(entries.items.device), max_item=max_item)

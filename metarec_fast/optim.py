@@ -251,7 +251,7 @@ def _coalesced(gradient: Tensor) -> Tensor:
 def _new_state(table: Tensor, value: float = 0.0) -> Tensor:
     """A table of the same shape; where it is large, both in huge pages, which scattered rows are found in faster."""
     state = torch.empty_like(table)
-    if _can_run(table, state) and table.nbytes >= _HUGE:
+    if table.device.type == "cpu" and _can_run(table, state) and table.nbytes >= _HUGE:
         _ops.ops.use_huge_pages(table)
         _ops.ops.use_huge_pages(state)
     return state.fill_(value)
@@ -260,12 +260,11 @@ def _new_state(table: Tensor, value: float = 0.0) -> Tensor:
 def _can_run(table: Tensor, rows: Tensor) -> bool:
     """Whether the kernels can change this table in place."""
     return (
-        _library.loaded_for(table)
-        and table.device.type in ("cpu", "cuda")
-        and table.dtype in DTYPES
+        table.dtype in DTYPES
         and table.dtype == rows.dtype
         and table.dim() <= 2
         and table.is_contiguous()
+        and _library.loaded_for(table)
     )
 
 

@@ -56,7 +56,7 @@ class Reptile(Learner):
             ValueError: The support has no targets.
             IndexError: An item id lies outside the model's table.
         """
-        batch = self._prepare(batch, query=None)
+        batch = self._prepare(batch, query=None, localized=True)
         unique, local = batch.localize()
         model, support = self.model, local.support
         rows, biases = model.lookup(unique)

@@ -16,6 +16,7 @@ from metarec_fast import _numpy_sampler, _random
 from metarec_fast._columns import as_int
 from metarec_fast._ids import plain
 from metarec_fast._numpy_sampler import REST, SampledEntries
+from metarec_fast._transfer import Carrier, Sent
 from metarec_fast.data import Interactions
 from metarec_fast.tasks import Entries, TaskBatch
 
@@ -54,6 +55,8 @@ class TaskSampler:
         drop_last: Whether to leave out a last batch that is smaller than the others.
         backend: "c++", "numpy" (right, slower), or "auto": C++ if it is built.
         prefetch: Batches that a background thread computes ahead, ≥ 0.
+        device: Where batches are delivered. The background thread copies them to a GPU, from page-locked memory and on
+            a stream of its own; they are ready for work on the stream that is current when they are taken.
 
     Attributes:
         epoch: The epoch that the next iteration gives; `set_epoch` changes it.
@@ -80,6 +83,7 @@ class TaskSampler:
         drop_last: bool = False,
         backend: Literal["auto", "c++", "numpy"] = "auto",
         prefetch: int = 2,
+        device: torch.device | str = "cpu",
     ) -> None:
         if not isinstance(log, Interactions):
             raise TypeError(f"log: expected Interactions, got {type(log).__name__}")
@@ -104,6 +108,7 @@ class TaskSampler:
         self._check_users(least, sizes)
         self.backend = _choose_backend(backend)
         self._sampler = _new_sampler(self)
+        self._carrier = Carrier(torch.device(device))
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -126,24 +131,24 @@ class TaskSampler:
         if not 0 <= index < len(self):
             raise IndexError(f"index: must be in [0, {len(self)}), got {index}")
         at_epoch = self.epoch if epoch is None else _at_least("epoch", epoch, 0)
-        return self._batch(self._order(at_epoch), at_epoch, index)
+        return self._carrier.receive(self._send(self._order(at_epoch), at_epoch, index))
 
     def _iterate(self, epoch: int) -> Iterator[TaskBatch]:
         order = self._order(epoch)
         if self.prefetch == 0:
             for index in range(len(self)):
-                yield self._batch(order, epoch, index)
+                yield self._carrier.receive(self._send(order, epoch, index))
         else:
             # Leaving the block, by an exception or by a closed generator too, ends the thread.
             pool = ThreadPoolExecutor(1, thread_name_prefix="TaskSampler")
             try:
-                ahead: deque[Future[TaskBatch]] = deque()
+                ahead: deque[Future[Sent]] = deque()
                 for index in range(len(self)):
-                    ahead.append(pool.submit(self._batch, order, epoch, index))
+                    ahead.append(pool.submit(self._send, order, epoch, index))
                     if len(ahead) > self.prefetch:
-                        yield ahead.popleft().result()
+                        yield self._carrier.receive(ahead.popleft().result())
                 while ahead:
-                    yield ahead.popleft().result()
+                    yield self._carrier.receive(ahead.popleft().result())
             finally:
                 pool.shutdown(cancel_futures=True)
         self.epoch = epoch + 1
@@ -154,6 +159,9 @@ class TaskSampler:
             return self._users
         bits = _random.at(_random.key_of(self.seed, epoch, _random.ORDER), self._users)
         return self._users[np.argsort(bits, kind="stable")]
+
+    def _send(self, order: NDArray[np.int64], epoch: int, index: int) -> Sent:
+        return self._carrier.send(self._batch(order, epoch, index))
 
     def _batch(self, order: NDArray[np.int64], epoch: int, index: int) -> TaskBatch:
         users = order[index * self.batch_size : (index + 1) * self.batch_size]
@@ -204,13 +212,13 @@ def _task_batch(
     users: NDArray[np.int64], unique: NDArray[np.int64], support: SampledEntries, query: SampledEntries | None
 ) -> TaskBatch:
     user_tensor = torch.from_numpy(users.copy())  # the order of the epoch is not the batch's to share
-    support_entries, local_support = _entries(support)
-    query_entries, local_query = (None, None) if query is None else _entries(query)
-    local = TaskBatch(local_support, local_query, user_tensor)
-    return TaskBatch(support_entries, query_entries, user_tensor, unique_items=torch.from_numpy(unique), local=local)
+    support_entries, local_support = _entries(support, len(unique))
+    query_entries, local_query = (None, None) if query is None else _entries(query, len(unique))
+    local = TaskBatch.unchecked(local_support, local_query, user_tensor)
+    return TaskBatch.unchecked(support_entries, query_entries, user_tensor, None, torch.from_numpy(unique), local)
 
 
-def _entries(sampled: SampledEntries) -> tuple[Entries, Entries]:
+def _entries(sampled: SampledEntries, num_unique: int) -> tuple[Entries, Entries]:
     """The entries with ids into the catalogue, and with ids into the distinct items; all else is shared."""
 
     def tensor(array: NDArray[Any] | None) -> Tensor | None:
@@ -224,7 +232,7 @@ def _entries(sampled: SampledEntries) -> tuple[Entries, Entries]:
         )
         for items, negatives, max_item in (
             (sampled.items, sampled.negatives, sampled.max_item),
-            (sampled.local_items, sampled.local_negatives, sampled.max_local_item),
+            (sampled.local_items, sampled.local_negatives, num_unique - 1),
         )
     )  # type: ignore[return-value]  # fmt: skip
 

@@ -186,7 +186,7 @@ def adapt(learner: Learner, items: Any, ratings: Any) -> AdaptedUser:
     support = Entries(
         torch.from_numpy(rows[known]),
         torch.from_numpy(targets[known].astype(np.float64)).to(table.dtype),
-        torch.tensor([0, int(known.sum())]),
+        torch.tensor([0, int(known.sum())], device="cpu"),
     ).to(table.device)
     return AdaptedUser(learner, support)
 

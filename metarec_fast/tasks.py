@@ -12,7 +12,8 @@ from torch import Tensor
 class Entries:
     """Ratings of many tasks, one after the other: task t owns `items[offsets[t]:offsets[t + 1]]`.
 
-    Checked once, when made, so that operators need not look at the values again.
+    Checked once, when made, so that operators need not look at the values again. Looking at values on a GPU waits for
+    it: make entries on the CPU, and move them.
 
     Args:
         items: Item ids, int64 [n], ≥ 0.
@@ -107,9 +108,13 @@ class Entries:
         tasks = torch.arange(self.num_tasks, device=self.offsets.device)
         return tasks.repeat_interleave(self.sizes(), output_size=len(self))
 
-    def with_items(self, items: Tensor, negatives: Tensor | None = None) -> Entries:
-        """The same entries under other ids (rows of a block, say), which the caller guarantees to be ≥ 0."""
-        max_item = max(_largest(items), _largest(negatives))
+    def with_items(self, items: Tensor, negatives: Tensor | None = None, *, max_item: int | None = None) -> Entries:
+        """The same entries under other ids (rows of a block, say), which the caller guarantees to be ≥ 0.
+
+        `max_item` is at least the largest of them, negatives included; None looks for it, and so waits for a GPU.
+        """
+        if max_item is None:
+            max_item = max(_largest(items), _largest(negatives))
         return Entries.unchecked(
             items, self.targets, self.offsets, self.weights, negatives, self.log_q,
             max_size=self.max_size, max_item=max_item,
@@ -174,9 +179,39 @@ class TaskBatch:
         unique_items: Tensor | None = None,
         local: TaskBatch | None = None,
     ) -> None:
+        self._set(support, query, users, weights, unique_items, local)
+        _check_batch(self)
+
+    def _set(
+        self,
+        support: Entries,
+        query: Entries | None,
+        users: Tensor | None,
+        weights: Tensor | None,
+        unique_items: Tensor | None,
+        local: TaskBatch | None,
+    ) -> None:
         self.support, self.query, self.users, self.weights = support, query, users, weights
         self._unique_items, self._local = unique_items, local
-        _check_batch(self)
+
+    @classmethod
+    def unchecked(
+        cls,
+        support: Entries,
+        query: Entries | None = None,
+        users: Tensor | None = None,
+        weights: Tensor | None = None,
+        unique_items: Tensor | None = None,
+        local: TaskBatch | None = None,
+    ) -> TaskBatch:
+        """The same for a caller that guarantees what the constructor checks: looking at weights waits for a GPU."""
+        batch = cls.__new__(cls)
+        batch._set(support, query, users, weights, unique_items, local)
+        return batch
+
+    def with_entries(self, support: Entries, query: Entries | None) -> TaskBatch:
+        """The same tasks with other entries, as many tasks of each."""
+        return TaskBatch.unchecked(support, query, self.users, self.weights)
 
     @property
     def num_tasks(self) -> int:
@@ -185,7 +220,8 @@ class TaskBatch:
     def localize(self) -> tuple[Tensor, TaskBatch]:
         """The distinct item ids [U] of the batch, ascending, and the batch with ids into them.
 
-        What a table of embeddings is asked for: look up the U rows once, and let every entry point at its row.
+        What a table of embeddings is asked for: look up the U rows once, and let every entry point at its row. Found
+        once, and kept when the batch moves; how many there are, a GPU has to be waited for.
         """
         if self._unique_items is None or self._local is None:
             self._unique_items, self._local = _localize(self)
@@ -194,7 +230,7 @@ class TaskBatch:
     def with_negatives_of(self, *, support: bool, query: bool) -> TaskBatch:
         """The same batch, of whose negatives only those of the parts named are left."""
         local = None if self._local is None else self._local.with_negatives_of(support=support, query=query)
-        return TaskBatch(
+        return TaskBatch.unchecked(
             self.support if support else self.support.without_negatives(),
             self.query if query or self.query is None else self.query.without_negatives(),
             self.users,
@@ -212,14 +248,25 @@ class TaskBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, convert: Callable[[Tensor], Tensor]) -> TaskBatch:
+        """The batch with every tensor converted, each once: the local batch shares all but its ids."""
+        converted: dict[int, Tensor] = {}
+
+        def once(tensor: Tensor) -> Tensor:
+            if id(tensor) not in converted:
+                converted[id(tensor)] = convert(tensor)
+            return converted[id(tensor)]
+
+        return self._map_once(once)
+
+    def _map_once(self, convert: Callable[[Tensor], Tensor]) -> TaskBatch:
         optional = _optionally(convert)
-        return TaskBatch(
+        return TaskBatch.unchecked(
             self.support._map(convert),
             None if self.query is None else self.query._map(convert),
             optional(self.users),
             optional(self.weights),
             optional(self._unique_items),
-            None if self._local is None else self._local._map(convert),
+            None if self._local is None else self._local._map_once(convert),
         )
 
     def __repr__(self) -> str:
@@ -255,11 +302,11 @@ def _localize(batch: TaskBatch) -> tuple[Tensor, TaskBatch]:
     def local(entries: Entries) -> Entries:
         items = next(pieces)
         negatives = None if entries.negatives is None else next(pieces).view_as(entries.negatives)
-        return entries.with_items(items, negatives)
+        return entries.with_items(items, negatives, max_item=len(unique) - 1)
 
     support = local(batch.support)
     query = None if batch.query is None else local(batch.query)
-    return unique, TaskBatch(support, query, batch.users, batch.weights)
+    return unique, batch.with_entries(support, query)
 
 
 def _check_entries(entries: Entries) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import math
 import os
 import time
 import zlib
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
+from metarec_fast import _known_gradients
 from metarec_fast._arguments import PAIRWISE
 from metarec_fast.checkpoint import replace_file
 from metarec_fast.history import Epoch, History
@@ -25,6 +27,7 @@ from metarec_fast.sampler import Size, TaskSampler
 if TYPE_CHECKING:
     from metarec_fast.data import Interactions
     from metarec_fast.learners import Learner
+    from metarec_fast.tasks import TaskBatch
 
 CHECKPOINT = "training.pt"
 _WARM_UP = 50  # steps, or a tenth of all if that is less
@@ -87,7 +90,8 @@ def fit(
 
     Raises:
         ValueError: An argument does not fit, or the checkpoint to resume was made with others; the message names it.
-        FloatingPointError: The loss became infinite or NaN: the inner loop diverges.
+        FloatingPointError: The loss became infinite or NaN: the inner loop diverges. On a GPU this is noticed one step
+            late.
         ImportError: TensorBoard is asked for and not installed.
     """
     _check_arguments(epochs, patience, batch_size, clip, optimizer, outer_lr)
@@ -109,8 +113,9 @@ def fit(
         "support": support, "query": query, "order": order, "negatives": negatives, "batch_size": batch_size,
         "seed": seed,
     }  # fmt: skip
-    train_tasks = TaskSampler(train, **tasks)
-    valid_tasks = None if valid is None else TaskSampler(valid, **tasks, shuffle=False)
+    device = learner.model.offset.device
+    train_tasks = TaskSampler(train, **tasks, device=device)
+    valid_tasks = None if valid is None else TaskSampler(valid, **tasks, shuffle=False, device=device)
     learner.rating_range = float(train.ratings.min()), float(train.ratings.max())
 
     if optimizer is None:
@@ -180,16 +185,16 @@ class _Training:
 
     def run_epoch(self, bar: Any) -> None:
         since = time.perf_counter()
-        total, count = 0.0, 0
+        losses = _Losses()
         self.learner.train()
         self.train.set_epoch(self.epoch)
         for batch in self.train:
-            loss = self.outer_step(batch)
-            total, count = total + loss * batch.num_tasks, count + batch.num_tasks
-            self._show(bar, total / count)
+            self.outer_step(batch, losses)
+            self._show(bar, losses.mean)
             bar.update()
-        self.judge(total / max(count, 1), since)
-        self._show(bar, total / max(count, 1))
+        losses.read_all()
+        self.judge(losses.mean, since)
+        self._show(bar, losses.mean)
 
     def _show(self, bar: Any, loss: float) -> None:
         """Training loss and latest validation figure behind the bar."""
@@ -197,26 +202,24 @@ class _Training:
         shown = {"loss": loss} if valid is None else {"loss": loss, self.history.metric: valid}
         bar.set_postfix({name: f"{figure:.4f}" for name, figure in shown.items()}, refresh=False)
 
-    def outer_step(self, batch: Any) -> float:
+    def outer_step(self, batch: TaskBatch, losses: _Losses) -> None:
         factor = _rate_factor(self.step, self.total_steps)
         for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
             optimizer.zero_grad()
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
         loss = self.learner(batch)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the outer loss became {value} in epoch {self.epoch + 1}, step {self.step + 1}: the inner loop "
-                f"diverges, inner_lr={self.learner.inner_lr} is likely too large for these ratings (or outer_lr is)"
-            )
-        loss.backward()
+        losses.add(
+            loss.detach(), batch.num_tasks,
+            f"in epoch {self.epoch + 1}, step {self.step + 1}: the inner loop diverges, inner_lr="
+            f"{self.learner.inner_lr} is likely too large for these ratings (or outer_lr is)",
+        )  # fmt: skip
+        _known_gradients.backward(loss)
         if self.clip is not None:
             clip_grad_norm_(self.learner.parameters(), self.clip)
         for optimizer in self.optimizers:
             optimizer.step()
         self.step += 1
-        return value
 
     def judge(self, train_loss: float | None, since: float) -> None:
         """Validates, and writes down the epoch that ended."""
@@ -276,8 +279,43 @@ class _Training:
         self.step = state["step"]
         self.history.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
         torch.set_rng_state(state["random"])
-        if state["random_cuda"]:
-            torch.cuda.set_rng_state_all(state["random_cuda"])
+        if torch.cuda.is_available():
+            for number, random in enumerate(state["random_cuda"][: torch.cuda.device_count()]):
+                torch.cuda.set_rng_state(random, number)
+
+
+class _Losses:
+    """The mean loss of an epoch's tasks so far. A GPU's losses are read one step late, so that Python need not wait."""
+
+    def __init__(self) -> None:
+        self._total, self._count = 0.0, 0
+        self._unread: deque[tuple[Tensor, int, str, Any]] = deque()
+
+    @property
+    def mean(self) -> float:
+        return self._total / max(self._count, 1)
+
+    def add(self, loss: Tensor, num_tasks: int, otherwise: str) -> None:
+        """Raises FloatingPointError with `otherwise` unless it is finite, now or when the next one is added."""
+        event = None
+        if loss.device.type == "cuda":
+            loss, event = loss.to("cpu", non_blocking=True), torch.cuda.current_stream(loss.device).record_event()
+        self._unread.append((loss, num_tasks, otherwise, event))
+        while len(self._unread) > (0 if event is None else 1):
+            self._read()
+
+    def read_all(self) -> None:
+        while self._unread:
+            self._read()
+
+    def _read(self) -> None:
+        loss, num_tasks, otherwise, event = self._unread.popleft()
+        if event is not None:
+            event.synchronize()
+        value = float(loss)
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the outer loss became {value} {otherwise}")
+        self._total, self._count = self._total + value * num_tasks, self._count + num_tasks
 
 
 def _rate_factor(step: int, total: int) -> float:
@@ -302,22 +340,21 @@ def _validate(learner: Learner, tasks: TaskSampler) -> float:
     learner.eval()
     tasks.set_epoch(0)
     loss = _judge(learner)
-    total, count = 0.0, 0
+    total, count = torch.zeros((), dtype=torch.float64, device=learner.model.offset.device), 0
     for batch in tasks:
         if loss in PAIRWISE or loss == "outer_loss":
-            total, count = total + float(learner(batch)) * batch.num_tasks, count + batch.num_tasks
+            total, count = total + learner(batch).double() * batch.num_tasks, count + batch.num_tasks
             continue
         assert batch.query is not None
         assert batch.query.targets is not None
-        scores = learner.predict(batch).double().cpu()
+        scores = learner.predict(batch).double()
         if batch.query.negatives is not None:
             scores = scores[:, 0]
         targets = batch.query.targets.double()
         if loss == "squared" and learner.rating_range is not None:
             scores = scores.clamp(*learner.rating_range)
-        total += float(pointwise_loss(loss, scores, targets).sum())
-        count += len(targets)
-    mean = total / max(count, 1)
+        total, count = total + pointwise_loss(loss, scores, targets).sum(), count + len(targets)
+    mean = float(total) / max(count, 1)
     return math.sqrt(mean) if loss == "squared" else mean
 
 

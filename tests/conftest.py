@@ -1,27 +1,56 @@
-"""Runs the tests of the operators on another device:  pytest --device simulated tests/test_meta_step.py"""
+"""Runs the tests of operators and learners elsewhere: pytest --device cuda, pytest --device simulated tests/test_…"""
 
+import problems
 import pytest
+import torch
+
+OPERATORS_AND_LEARNERS = {
+    "test_adapt_and_score", "test_autocast", "test_checkpoint", "test_evaluation", "test_full_adaptation",
+    "test_learners", "test_meta_step", "test_models", "test_optim", "test_pairwise_learners", "test_pairwise_losses",
+    "test_reptile_step", "test_score_top_k", "test_serving", "test_sum_rows", "test_training",
+}  # fmt: skip
+"""Modules whose tests make their tensors on the device; all others are about something on the CPU, and stay there."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device",
-        choices=("cpu", "simulated"),
+        choices=("cpu", "simulated", "cuda"),
         default="cpu",
         help="where operators run: simulated means the CUDA kernels, on the CPU (tests/simulator)",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a GPU, and is skipped where there is none")
     config.addinivalue_line(
         "markers", "cpu: of what only the operators of the CPU do, such as looking at ids and threads"
     )
-    if config.getoption("--device") == "simulated":
+    device = config.getoption("--device")
+    if device == "simulated":
         import simulator
 
         simulator.use(simulator.build())
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--device cuda: torch finds no GPU that it can use")
+        problems.DEVICE = "cuda"
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("cpu") and item.config.getoption("--device") != "cpu":
-        pytest.skip("only on the CPU")
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    device = config.getoption("--device")
+    for item in items:
+        if item.get_closest_marker("cpu") is not None and device != "cpu":
+            item.add_marker(pytest.mark.skip(reason="about what only the operators of the CPU do"))
+        if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch finds none that it can use"))
+
+
+@pytest.fixture(autouse=True)
+def made_on_the_device(request: pytest.FixtureRequest):
+    """Tensors that a test makes without saying where are on the device under test."""
+    if problems.DEVICE == "cpu" or request.node.path.stem not in OPERATORS_AND_LEARNERS:
+        yield
+        return
+    with torch.device(problems.DEVICE):
+        yield

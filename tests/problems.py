@@ -13,23 +13,28 @@ from metarec_fast.results import SparseRows
 from metarec_fast.tasks import Entries, TaskBatch
 
 RAGGED = (3, 0, 1, 13, 40, 5)
+DEVICE = "cpu"  # where problems are; conftest.py sets it to what `pytest --device` says
 
 
 @dataclass
 class Draw:
-    """Random tensors of one dtype from one seed."""
+    """Random tensors of one dtype from one seed, the same numbers on every device."""
 
     seed: int = 0
     dtype: torch.dtype = torch.float64
 
     def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed)
+        self.generator = torch.Generator("cpu").manual_seed(self.seed)
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, dtype=self.dtype, generator=self.generator)
+        return torch.randn(shape, dtype=self.dtype, generator=self.generator, device="cpu").to(DEVICE)
 
     def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(shape, dtype=self.dtype, generator=self.generator)
+        return torch.rand(shape, dtype=self.dtype, generator=self.generator, device="cpu").to(DEVICE)
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """In low … high − 1."""
+        return torch.randint(low, high, shape, generator=self.generator, device="cpu").to(DEVICE)
 
     def model(self, num_items: int = 60, dim: int = 7, num_tasks: int | None = None) -> Model:
         """Rows of length about one, so that inner steps of 0.1 are stable; one start per task if `num_tasks`."""
@@ -49,12 +54,12 @@ class Draw:
     ) -> Entries:
         """Few items for many entries, so that tasks repeat items and share them; targets in [0, 1]."""
         count = sum(sizes)
-        items = torch.randint(num_items, (count,), generator=self.generator)
-        offsets = torch.tensor([0, *sizes]).cumsum(0)
+        items = self.integers(0, num_items, count)
+        offsets = torch.tensor([0, *sizes], device=DEVICE).cumsum(0)
         targets, entry_weights = self.uniform(count), self.uniform(count) + 0.5 if weights else None
         if not negatives:
             return Entries(items, targets, offsets, entry_weights)
-        others = torch.randint(num_items, (count, negatives), generator=self.generator)
+        others = self.integers(0, num_items, count, negatives)
         chances = -3 * self.uniform(count, 1 + negatives) if log_q else None
         return Entries(items, None, offsets, entry_weights, others, chances)
 

@@ -104,7 +104,7 @@ def test_float32_agrees_with_float64(form):
     _, exact = _ops.adapt_and_score(model, batch, loop)
     single = Model(*(value.float() for value in vars(model).values()))
     _, scores = _ops.adapt_and_score(
-        single, batch.to("cpu", torch.float32), InnerLoop(loop.inner_lr.float(), 5, form=form)
+        single, batch.to(exact.device, torch.float32), InnerLoop(loop.inner_lr.float(), 5, form=form)
     )
     torch.testing.assert_close(scores, exact.float())
 
@@ -250,7 +250,7 @@ def test_negatives_of_the_query_are_scored_beside_its_items():
 def test_all_weights_of_autocast_meet_in_the_dtype_of_the_table():
     draw = Draw(0, torch.float32)
     model, batch = draw.model(), draw.batch()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(model.item_bias.device.type, torch.bfloat16):
         scores = F.adapt_and_score(model.user_init.bfloat16(), model.item_table, model.item_bias, batch)
     assert scores.dtype == torch.float32
 
@@ -293,10 +293,11 @@ def bits(tensors):
     return [tensor.detach().numpy().tobytes() for tensor in tensors]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_any_number_of_threads_gives_the_same_bits(dtype):
     draw = Draw(8, dtype)
-    sizes = tuple(int(size) for size in torch.randint(0, 40, (300,), generator=draw.generator))
+    sizes = tuple(int(size) for size in draw.integers(0, 40, 300))
     problem = tracked(draw.model(), draw.batch(sizes, weights=True), draw.loop(5, learned=True, num_tasks=300))
     leaves, model, batch, loop = problem
     threads = torch.get_num_threads()
@@ -331,8 +332,9 @@ def broken(**changes):
         ({"user_init": [0.0] * 7}, TypeError, "user_init: expected a tensor"),
         ({"item_table": torch.zeros(7)}, ValueError, "item_table: expected a tensor"),
         ({"item_table": torch.zeros(60, 7, dtype=torch.int64)}, TypeError, "item_table: expected dtype float32"),
-        ({"item_table": torch.zeros(2, 7).double(), "item_bias": torch.zeros(2).double()}, IndexError,
-         r"support.items: ids must be in \[0, 2\), got \d+ at position \d"),
+        pytest.param(
+            {"item_table": torch.zeros(2, 7).double(), "item_bias": torch.zeros(2).double()}, IndexError,
+            r"support.items: ids must be in \[0, 2\), got \d+ at position \d", marks=pytest.mark.cpu),
         ({"item_bias": torch.zeros(5).double()}, ValueError, "item_bias: expected shape"),
         ({"batch": "batch"}, TypeError, "batch: expected TaskBatch, got str"),
         ({"user_bias_init": torch.zeros(5).double()}, ValueError, "user_bias_init: expected shape"),
@@ -352,8 +354,9 @@ def broken(**changes):
         ({"inner_steps": "exact", "prior_pull": 1.0, "momentum": 0.1}, ValueError, "combined with momentum"),
         ({"inner_steps": "exact", "prior_pull": 1.0, "first_order": True}, ValueError, "combined with first_order"),
         ({"inner_steps": "exact", "prior_pull": 1.0, "adapt": "all"}, ValueError, "combined with adapt='all'"),
-        ({"inner_steps": "exact", "prior_pull": torch.tensor(0.0).double()}, RuntimeError,
-         "prior_pull: must be > 0 with inner_steps='exact', got 0"),
+        pytest.param(
+            {"inner_steps": "exact", "prior_pull": torch.tensor(0.0).double()}, RuntimeError,
+            "prior_pull: must be > 0 with inner_steps='exact', got 0", marks=pytest.mark.cpu),
         ({"adapt": "all", "momentum": 0.1}, ValueError, "adapt='all' cannot be combined with momentum"),
         ({"adapt": "all", "prior_pull": 0.1}, ValueError, "adapt='all' cannot be combined with prior_pull"),
     ],
@@ -376,6 +379,7 @@ def test_a_batch_without_query_or_targets_is_named():
         F.adapt_and_score(**broken(batch=TaskBatch(pairs, support)))
 
 
+@pytest.mark.cpu
 def test_raw_operators_check_ids_and_offsets_themselves():
     draw = Draw(0)
     model, support = draw.model(), draw.entries((3, 2))

@@ -135,6 +135,7 @@ def test_opcheck_finds_nothing_and_it_compiles_into_one_graph():
     torch.testing.assert_close(compiled, eager)
 
 
+@pytest.mark.cpu
 def test_the_same_bits_for_any_number_of_threads():
     draw = Draw(10, torch.float32)
     model, batch = draw.model(200), draw.batch((7, 0, 30, 4) * 40, (5, 3, 1, 4) * 40, num_items=200)

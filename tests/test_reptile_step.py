@@ -76,6 +76,7 @@ def test_opcheck_finds_nothing():
     opcheck(torch.ops.metarec_fast.reptile_step, (*_ops._inputs(model, support), None, *_ops._loop(loop)))
 
 
+@pytest.mark.cpu
 def test_the_same_bits_for_any_number_of_threads():
     draw = Draw(6, torch.float32)
     model, support = draw.model(300, 16), draw.entries((7, 0, 30, 4) * 80, 300)

@@ -26,6 +26,7 @@ def test_it_equals_sorting_all_scores(num_users, dim, k):
     torch.testing.assert_close(best.scores, expected.scores)
 
 
+@pytest.mark.cpu
 def test_a_catalogue_of_many_ranges_gives_the_same_bits_for_any_number_of_threads():
     arguments = problem(num_users=3, num_items=50_000, dtype=torch.float32)
     threads = torch.get_num_threads()

@@ -123,6 +123,7 @@ def test_logistic_models_train_on_clicks():
     assert history.best < history.epochs[0].valid < 0.75
 
 
+@pytest.mark.cpu
 def test_the_same_seed_gives_the_same_bits_whatever_the_threads():
     split = make_split()
     one, other, different = make_learner(), make_learner(), make_learner()
@@ -177,6 +178,7 @@ def test_the_default_optimisers_train_sparse_tables_as_torchs_do(algorithm):
         torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("algorithm", [mf.MAML, mf.MAMLR])
 def test_sparse_training_gives_the_same_bits_whatever_the_threads(algorithm):
     split = make_split()
@@ -313,6 +315,14 @@ def test_a_finished_run_that_is_resumed_is_finished(tmp_path):
     same = fit(again, split, checkpoint=tmp_path, resume=True)
     assert same_weights(learner, again)
     assert same.epochs == history.epochs
+
+
+def test_a_run_begun_on_a_gpu_can_be_resumed_without_one(tmp_path):
+    split = make_split()
+    fit(make_learner(), split, checkpoint=tmp_path, epochs=2)
+    state = torch.load(tmp_path / CHECKPOINT)
+    torch.save({**state, "random_cuda": [torch.zeros(16, dtype=torch.uint8)]}, tmp_path / CHECKPOINT)
+    assert len(fit(make_learner(seed=7), split, checkpoint=tmp_path, resume=True, epochs=2).epochs) == 3
 
 
 def test_resuming_where_there_is_no_checkpoint_starts_anew(tmp_path):

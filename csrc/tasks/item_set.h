@@ -51,18 +51,14 @@ class ItemSet {
     return items;
   }
 
-  // positions[i] = how many members are smaller than items[i]; returns the largest, -1 if n = 0.
+  // positions[i] = how many members are smaller than items[i].
   METAREC_CLONE_FOR_POPCNT
-  int64_t positions(const int64_t* items, int64_t n, int64_t* positions) const {
-    int64_t largest = -1;
+  void positions(const int64_t* items, int64_t n, int64_t* positions) const {
     for (int64_t i = 0; i < n; ++i) {
       const int64_t word = items[i] >> 6;
       const uint64_t smaller = words_[word] & ((uint64_t{1} << (items[i] & 63)) - 1);
-      const int64_t position = rank_[word] + std::popcount(smaller);
-      positions[i] = position;
-      largest = position > largest ? position : largest;
+      positions[i] = rank_[word] + std::popcount(smaller);
     }
-    return largest;
   }
 
  private:

@@ -45,7 +45,7 @@ py::tuple to_python(SampledEntries entries, int64_t num_negatives) {
       to_numpy(std::move(entries.offsets), {num_offsets}), to_numpy(std::move(entries.items), {n}),
       to_numpy(std::move(entries.targets), {n}), matrix(std::move(entries.negatives)),
       to_numpy(std::move(entries.local_items), {n}), matrix(std::move(entries.local_negatives)),
-      entries.max_size, entries.max_item, entries.max_local_item);
+      entries.max_size, entries.max_item);
 }
 
 // Keeps the arrays of the log alive, and vouches for them: the sampler itself looks at nothing

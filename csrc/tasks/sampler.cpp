@@ -173,10 +173,9 @@ void Sampler::gather(const Buffer<int64_t>& rows, SampledEntries& entries) {
 }
 
 void Sampler::localize(SampledEntries& entries) const {
-  entries.max_local_item = std::max(
-      in_batch_.positions(entries.items.data(), entries.items.size(), entries.local_items.data()),
-      in_batch_.positions(entries.negatives.data(), entries.negatives.size(),
-                          entries.local_negatives.data()));
+  in_batch_.positions(entries.items.data(), entries.items.size(), entries.local_items.data());
+  in_batch_.positions(entries.negatives.data(), entries.negatives.size(),
+                      entries.local_negatives.data());
 }
 
 }  // namespace metarec

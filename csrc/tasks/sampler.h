@@ -63,7 +63,6 @@ struct SampledEntries {
   Buffer<int64_t> local_negatives;  // [n, M]
   int64_t max_size = 0;
   int64_t max_item = -1;  // negatives included
-  int64_t max_local_item = -1;
 };
 
 struct SampledBatch {
