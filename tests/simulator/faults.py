@@ -18,7 +18,7 @@ COPY = simulator.ROOT / "build" / "planted"
 class Fault(NamedTuple):
     name: str
     file: str  # in csrc/cuda
-    old: str  # what stands there, once
+    old: str  # what stands there, once; up to ¦, if it has one
     new: str
     found_by: str  # a kind of build
     case: str  # of exercise.py: part of its name
@@ -28,23 +28,23 @@ FAULTS = [
     Fault(
         "a warp barrier is missing",
         "query.h",
-        "__syncwarp();\n      compare(entry, counts, scores, grad);",
-        "compare(entry, counts, scores, grad);",
+        "__syncwarp();¦\n      compare(",
+        ";",
         "thread",
         "meta_step, bpr direct float32 D=7",
     ),
     Fault(
         "a block barrier is missing",
         "totals.cu",
-        "__syncthreads();\n  value = 0;",
-        "value = 0;",
+        "__syncthreads();¦\n  value = 0;",
+        ";",
         "plain",
         "meta_step, plain float32 D=7",
     ),
     Fault(
         "a barrier between two tasks is missing",
         "booking.h",
-        "team.sync();  // the task before has been read to its end",
+        "team.sync();¦  // the task before has been read to its end",
         ";",
         "thread",
         "meta_step, gram float32 D=7",
@@ -140,24 +140,24 @@ FAULTS = [
     Fault(
         "a block barrier in a branch",
         "score_tile.h",
-        "__syncthreads();  // nobody reads what was there\n      fetch(inputs_.user",
-        "if (warp < 2) __syncthreads();\n      fetch(inputs_.user",
+        "__syncthreads();¦  // nobody reads what was there\n      fetch(",
+        "if (warp < 2) __syncthreads();",
         "plain",
         "score_top_k, 4 of 60 float32 D=7",
     ),
     Fault(
         "a product of indices in 32 bits",
         "task.h",
-        "problem.item_table + item * problem.dim",
-        "problem.item_table + static_cast<int>(item) * (problem.dim << 24)",
+        "problem.item_table + item * problem.shape.dim",
+        "problem.item_table + static_cast<int>(item) * (problem.shape.dim << 28)",
         "address",
         "meta_step, plain float32 D=7",
     ),
     Fault(
         "a vote taken for a barrier",
         "best_list.h",
-        "__syncwarp(kAllLanes);\n      if (moves && i + 1 < k_) put(i + 1, entry);",
-        "__ballot_sync(kAllLanes, moves);\n      if (moves && i + 1 < k_) put(i + 1, entry);",
+        "__syncwarp(kAllLanes);¦\n      if (moves && i + 1 < k_) put(i + 1, entry);",
+        "__ballot_sync(kAllLanes, moves);",
         "thread",
         "score_top_k, 4 of 60 float32 D=7",
     ),
@@ -182,10 +182,11 @@ def _plant() -> None:
     texts = {path.relative_to(simulator.ROOT): path.read_text() for path in _sources()}
     for number, fault in enumerate(FAULTS, 1):
         path = Path("csrc/cuda") / fault.file
-        count = texts[path].count(fault.old)
+        found = fault.old.replace("¦", "")
+        count = texts[path].count(found)
         if count != 1:
-            raise ValueError(f"{fault.name}: {path} has this {count} times, expected once:\n{fault.old}")
-        texts[path] = texts[path].replace(fault.old, _choice(number, fault))
+            raise ValueError(f"{fault.name}: {path} has this {count} times, expected once:\n{found}")
+        texts[path] = texts[path].replace(found, _choice(number, fault))
     for path in {Path("csrc/cuda") / fault.file for fault in FAULTS}:
         texts[path] = f'#include "planted.h"\n{texts[path]}'
     texts[Path("csrc/cuda/planted.h")] = _HEADER
@@ -204,6 +205,7 @@ def _sources() -> list[Path]:
 
 
 def _choice(number: int, fault: Fault) -> str:
-    if fault.old.rstrip().endswith((";", "}")) or "//" in fault.old:
-        return f"{{ if (planted({number})) {{\n{fault.new}\n}} else {{\n{fault.old}\n}} }}"
-    return f"(planted({number}) ? ({fault.new}) : ({fault.old}))"
+    old, _, rest = fault.old.partition("¦")
+    if old.endswith(";"):
+        return f"{{ if (planted({number})) {{ {fault.new} }} else {{ {old} }} }}{rest}"
+    return f"(planted({number}) ? ({fault.new}) : ({old})){rest}"
