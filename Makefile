@@ -1,13 +1,15 @@
 # make test   sets everything up, builds, checks style and types, runs all tests
+# make cuda-check   of these tests, those that need nvcc but no GPU: compiles, simulates, sanitizes, counts
 # make demo   sets everything up, builds, meta-trains on MovieLens and leaves its results in runs/demo
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CPP_FILES := find csrc tests/simulator -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: env test lint format demo bench clean
+.PHONY: env test cuda-check lint format demo bench clean
 
 env: $(STAMP)
 
@@ -24,15 +26,18 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(CPP_FILES) | xargs $(BIN)/clang-format --dry-run -Werror
 
 test: lint
 	$(BIN)/python -m pytest
 
+cuda-check: $(STAMP)
+	$(BIN)/python -m pytest -rs tests/test_simulator.py tests/test_cuda_*.py
+
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format -i
+	$(CPP_FILES) | xargs $(BIN)/clang-format -i
 
 demo: $(STAMP)
 	$(BIN)/python examples/movielens.py --out runs/demo

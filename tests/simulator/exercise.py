@@ -1,10 +1,10 @@
 """Every operator on small ragged problems, once on the CPU and once simulated: how far apart are they?
 
-    exercise.py LIBRARY [--only PART]… [--small] [--faults N,N,…]
+    exercise.py LIBRARY [--only PART]… [--small] [--fault N PART]…
 
 Started by `simulator.run`, which sets paths and preloads sanitizers. Ends with 2 where numbers differ, with 3 where an
-operator refuses. With `--faults` it does so once for each fault that is planted in the library (see planted.py), in a
-process of its own, and prints how each of these ended.
+operator refuses. With `--fault` it does so once for each fault, planted in the library (see faults.py), in a process
+of its own, and prints how each of these ended.
 """
 
 from __future__ import annotations
@@ -279,16 +279,18 @@ def main() -> int:
     parser.add_argument("library", type=Path)
     parser.add_argument("--only", action="append", help="cases whose names contain this")
     parser.add_argument("--small", action="store_true", help="few blocks")
-    parser.add_argument("--faults", type=lambda text: [int(number) for number in text.split(",")])
+    parser.add_argument("--fault", action="append", nargs=2, metavar=("N", "PART"), default=[])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     simulator.use(arguments.library)
-    every = [case for case in cases(arguments.small) if any(part in case[0] for part in arguments.only or [""])]
-    if arguments.faults is None:
-        return exercise(every, quiet=False)
-    for fault in arguments.faults:
-        exercise_with(fault, arguments.library, every)
-    return 0
+    every = list(cases(arguments.small))
+    for number, part in arguments.fault:
+        exercise_with(int(number), arguments.library, named(every, [part]))
+    return 0 if arguments.fault else exercise(named(every, arguments.only or [""]), quiet=False)
+
+
+def named(every: Sequence[Case], parts: Sequence[str]) -> Sequence[Case]:
+    return [case for case in every if any(part in case[0] for part in parts)]
 
 
 if __name__ == "__main__":
