@@ -149,8 +149,8 @@ wanted profile && run profile 60 30 bash -ec "
       --log-file '$OUT/ncu.csv' '$PYTHON' -m benchmarks.gpu --profile
   '$PYTHON' -m benchmarks.ncu '$OUT/ncu.csv'"
 
-wanted others && run others 120 10 "$PYTHON" -m pytest -W default --ignore tests/test_simulator.py --about rest \
-  "${several[@]}"
+wanted others && run others 120 10 "$PYTHON" -m pytest --about rest -W default --ignore tests/test_simulator.py \
+  --ignore-glob 'tests/test_cuda_*.py' "${several[@]}"
 
 [ "$dry" -eq 0 ] || exit 0
 {

@@ -45,7 +45,7 @@ def output_of(*command: str | Path) -> str:
 
 # Of a multiprocessor: registers, bytes of shared memory, warps, blocks.
 ARCHITECTURES = {80: (65536, 167936, 64, 32), 90: (65536, 233472, 64, 32)}
-RESERVED = 1024  # bytes of shared memory that a block costs besides; from sm_90 on they are in what most are said to have
+RESERVED = 1024  # bytes of shared memory that a block costs besides; on sm_90 they are in what most are said to have
 
 
 def cuobjdump() -> str | None:
