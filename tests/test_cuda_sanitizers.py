@@ -15,13 +15,13 @@ def exercise(kind, *arguments, schedule="forward"):
     assert " cases, 0 wrong" in done.stdout
 
 
-@pytest.mark.parametrize("schedule", simulator.SCHEDULES)
+@pytest.mark.parametrize("schedule", simulator.SCHEDULES[1:])  # test_cuda_coverage.py has the first
 def test_numbers_do_not_depend_on_the_order_of_threads(schedule):
-    exercise("plain", schedule=schedule)
+    exercise("plain", "--brief", schedule=schedule)
 
 
 def test_no_access_is_out_of_bounds_or_misaligned_and_no_index_overflows():
-    exercise("address")
+    exercise("address", "--brief")
 
 
 def test_no_two_threads_race():

@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,9 +46,12 @@ def build(kind: str = "plain", target: str = "_C_simulated", sources: Path = ROO
         kind: plain, address, thread or coverage.
         sources: Where csrc is, if it is a copy, which is built beside itself.
     """
+    from torch.utils import cpp_extension
+
     folder = (ROOT / "build" if sources == ROOT else sources) / f"simulated-{kind}"
-    configure = ["cmake", "-S", str(HERE), "-B", str(folder), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
-    configure += [f"-DCUDA_INCLUDES={cuda_headers()}", f"-DROOT={sources}"]
+    configure = ["cmake", "-S", str(HERE), "-B", str(folder), "-G", "Ninja", f"-DROOT={sources}"]
+    configure += [f"-DCUDA_INCLUDES={cuda_headers()}", f"-DTORCH_INCLUDES={';'.join(cpp_extension.include_paths())}"]
+    configure.append(f"-DTORCH_LIBRARY_PATHS={';'.join(cpp_extension.library_paths())}")
     configure.append(f"-DSANITIZER={kind if kind in ('address', 'thread') else ''}")
     configure.append(f"-DCOVERAGE={'ON' if kind == 'coverage' else 'OFF'}")
     for command in (configure, ["cmake", "--build", str(folder), "--target", target]):

@@ -1,6 +1,6 @@
 """Every operator on small ragged problems, once on the CPU and once simulated: how far apart are they?
 
-    exercise.py LIBRARY [--only PART]… [--small] [--fault N PART]…
+    exercise.py LIBRARY [--only PART]… [--brief] [--small] [--fault N PART]…
 
 Started by `simulator.run`, which sets paths and preloads sanitizers. Ends with 2 where numbers differ, with 3 where an
 operator refuses. With `--fault` it does so once for each fault, planted in the library (see faults.py), in a process
@@ -36,10 +36,11 @@ Results = list[Tensor]
 Case = tuple[str, torch.dtype, Callable[[], Results]]
 
 
-def cases(small: bool) -> Iterator[Case]:
-    """All of them by name, with the dtype of their arithmetic; `small` for ThreadSanitizer, one dtype and one width."""
-    dtypes = (torch.float32,) if small else (torch.float64, torch.float32)
-    for dtype, dim in itertools.product(dtypes, (7,) if small else (7, 16, 132)):
+def cases(small: bool, brief: bool) -> Iterator[Case]:
+    """All of them by name, with the dtype of their arithmetic; if `brief` in one dtype, if `small` also of one width."""
+    dtypes = (torch.float32,) if small or brief else (torch.float64, torch.float32)
+    widths = (7,) if small else (7, 132) if brief else (7, 16, 132)
+    for dtype, dim in itertools.product(dtypes, widths):
         for part in (adapting, adapting_items, moving, ranking, summing, optimising):
             for name, run in part(dtype, dim, (3, 0, 34) if small else RAGGED):
                 yield f"{name} {str(dtype)[6:]} D={dim}", dtype, run
@@ -84,6 +85,14 @@ def adapting(dtype: torch.dtype, dim: int, sizes: tuple[int, ...]) -> Iterator[t
                 f"meta_step, {name}, whole path",
                 lambda m=model, b=batch, l=loop, p=path: flat(_ops.meta_step(m, b, l, {"squared": 1.0}, p)),
             )
+    for name, settings in (("plain", {}), ("gram", {"form": "gram", "steps": 20}), ("items", {"adapt": "all"})):
+        settings = {"steps": 3, "inner_lr": torch.tensor(0.02, dtype=dtype), **settings}
+        many, model = draw().batch(sizes[:2] * 8), draw().model(dim=dim)  # so that a team has several of them
+        loop = draw().loop(settings.pop("steps"), dim=dim, **settings)
+        yield (
+            f"meta_step, many tasks, {name}",
+            lambda m=model, b=many, l=loop: flat(_ops.meta_step(m, b, l, {"squared": 1.0}, None)),
+        )
     for loss, form in itertools.product(("bpr", "softmax"), ("direct", "gram")):
         model = draw().model(dim=dim)
         batch = draw().batch(sizes, negatives=3, log_q=loss == "softmax", weights=True)
@@ -278,12 +287,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("library", type=Path)
     parser.add_argument("--only", action="append", help="cases whose names contain this")
-    parser.add_argument("--small", action="store_true", help="few blocks")
+    parser.add_argument("--brief", action="store_true", help="float32 alone")
+    parser.add_argument("--small", action="store_true", help="and few blocks, for ThreadSanitizer")
     parser.add_argument("--fault", action="append", nargs=2, metavar=("N", "PART"), default=[])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     simulator.use(arguments.library)
-    every = list(cases(arguments.small))
+    every = list(cases(arguments.small, arguments.brief))
     for number, part in arguments.fault:
         exercise_with(int(number), arguments.library, named(every, [part]))
     return 0 if arguments.fault else exercise(named(every, arguments.only or [""]), quiet=False)

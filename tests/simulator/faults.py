@@ -47,7 +47,7 @@ FAULTS = [
         "team.sync();¦  // the task before has been read to its end",
         ";",
         "thread",
-        "meta_step, gram float32 D=7",
+        "meta_step, many tasks, gram float32 D=7",
     ),
     Fault(
         "a shuffle in a divergent branch",
