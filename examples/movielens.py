@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the results")
     parser.add_argument("--seeds", type=int, default=3, help="how many splits into users to train and to judge on")
-    parser.add_argument("--epochs", type=int, default=30, help="at most this many passes over the users")
+    parser.add_argument("--epochs", type=int, help="at most this many passes over the users; by default each its own")
     # Batches are so small here that a second thread gains little, and costs much where cores are shared.
     parser.add_argument("--threads", type=int, default=1, help="threads; results are the same for any number")
     parser.add_argument("--quick", action="store_true", help="one split and two epochs, for a first look")

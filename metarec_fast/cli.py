@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_ratings(add, f"ratings{SUFFIX}")
     add("--algorithm", choices=list(comparison.ALGORITHMS), default="maml-r", help="what to train")
     add("--dim", type=int, default=16, help="width of user and item vectors")
-    add("--epochs", type=int, default=30, help="at most this many passes over the users")
+    add("--epochs", type=int, help="at most this many passes over the users (default: 30, for maml-r 10 to 30)")
     add("--valid", type=float, default=0.1, help="share of the users to validate on")
     add("--test", type=float, default=0.2, help="share of the users to judge on")
     add("--out", type=Path, default=Path("runs/train"), help="folder for the results")

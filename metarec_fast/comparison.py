@@ -32,7 +32,7 @@ def train(
     split: UserSplit,
     *,
     dim: int = 16,
-    epochs: int = 30,
+    epochs: int | None = None,
     seed: int = 0,
     progress: bool = True,
     support: Size = (3, 90),

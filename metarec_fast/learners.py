@@ -47,6 +47,7 @@ class Learner(nn.Module):
 
     name: str
     default_outer_lr = 1e-2
+    largest_batch = 256
     num_negatives = 4
     """Negatives for each item that a user adapts on, drawn where a loss compares with them and a batch has none."""
 
@@ -140,6 +141,10 @@ class Learner(nn.Module):
     def parameter_groups(self, outer_lr: float | None = None) -> list[dict[str, Any]]:
         """Parameters and their learning rates, for `torch.optim`; by default at `default_outer_lr`."""
         return [{"params": list(self.parameters()), "lr": self._outer_lr(outer_lr)}]
+
+    def default_epochs(self, num_batches: int) -> int:
+        """At most how many epochs `fit` trains for, given the batches in one."""
+        return 30
 
     def default_optimizers(self, outer_lr: float | None = None) -> list[Optimizer]:
         """What `fit` uses unless told otherwise: Adam, and `optim.SparseAdam` for embeddings with sparse gradients."""

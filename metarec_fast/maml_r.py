@@ -27,6 +27,7 @@ _PULL_PER_RATING = 0.008  # λ1/λ0 at the start
 _FIRST_RATE = 0.2  # s_k A_j starts at this over the curvature of coordinate j
 _TYPICAL_SUPPORT = 30.0  # for which that curvature is taken
 _PULL = 1.0  # λ0 without a warm start
+_ENOUGH_STEPS = 600
 
 
 class MAMLR(Learner):
@@ -59,6 +60,7 @@ class MAMLR(Learner):
 
     name = "maml-r"
     default_outer_lr = 2e-4  # of the items; other parameters in proportion
+    largest_batch = 64
 
     def __init__(
         self,
@@ -209,6 +211,10 @@ class MAMLR(Learner):
             self.log_rates.copy_((_FIRST_RATE / (squares + factors.pull / _TYPICAL_SUPPORT)).log())
             self.log_steps.zero_()
         model.initialized.fill_(True)
+
+    def default_epochs(self, num_batches: int) -> int:
+        """So many that there are some 600 steps, but 10 to 30: it starts near its goal."""
+        return min(30, max(10, math.ceil(_ENOUGH_STEPS / num_batches)))
 
     def parameter_groups(self, outer_lr: float | None = None) -> list[dict[str, Any]]:
         """Items at `outer_lr`; offset, start and pull at 5 times that, weights and choices at 15, steps at 10."""

@@ -44,7 +44,7 @@ def fit(
     query: Size = "rest",
     order: Literal["random", "time"] = "random",
     negatives: int | None = None,
-    epochs: int = 30,
+    epochs: int | None = None,
     patience: int | None = 3,
     batch_size: int | None = None,
     outer_lr: float | None = None,
@@ -71,9 +71,10 @@ def fit(
         order: "random", or "time" for the oldest ratings as support.
         negatives: Items that a user did not choose, for each that he chose; by default the learner's `num_negatives`
             where its losses compare with them ("bpr", "softmax"), else none.
-        epochs: At most this many passes over the training users.
+        epochs: At most this many passes over the training users; by default 30, or what the learner needs.
         patience: None never stops early.
-        batch_size: Tasks a step; by default a sixteenth of the training users, between 16 and 256.
+        batch_size: Tasks a step; by default a sixteenth of the training users, between 16 and
+            `learner.largest_batch`.
         outer_lr: Learning rate of the outer loop; by default the learner's `default_outer_lr`.
         seed: Of initialisation and sampling.
         optimizer: Your own (one, or several that share the parameters) instead of `learner.default_optimizers`; its
@@ -105,7 +106,7 @@ def fit(
     valid = None if valid is None else learner.catalogue.align(valid)
     learner.model.check_log(train)
     if batch_size is None:
-        batch_size = min(256, max(16, train.num_users // 16))
+        batch_size = min(learner.largest_batch, max(16, train.num_users // 16))
     if negatives is None:
         compares = any(loss in PAIRWISE for loss in (learner.model.loss, *learner.outer_loss))
         negatives = learner.num_negatives if compares else 0
@@ -115,6 +116,8 @@ def fit(
     }  # fmt: skip
     device = learner.model.offset.device
     train_tasks = TaskSampler(train, **tasks, device=device)
+    if epochs is None:
+        epochs = learner.default_epochs(len(train_tasks))
     valid_tasks = None if valid is None else TaskSampler(valid, **tasks, shuffle=False, device=device)
     learner.rating_range = float(train.ratings.min()), float(train.ratings.max())
 
@@ -359,7 +362,7 @@ def _validate(learner: Learner, tasks: TaskSampler) -> float:
 
 
 def _check_arguments(
-    epochs: int,
+    epochs: int | None,
     patience: int | None,
     batch_size: int | None,
     clip: float | None,
