@@ -37,7 +37,7 @@ Case = tuple[str, torch.dtype, Callable[[], Results]]
 
 
 def cases(small: bool, brief: bool) -> Iterator[Case]:
-    """All of them by name, with the dtype of their arithmetic; if `brief` in one dtype, if `small` also of one width."""
+    """All by name, with the dtype of their arithmetic, if `brief` in one dtype, if `small` also of one width."""
     dtypes = (torch.float32,) if small or brief else (torch.float64, torch.float32)
     widths = (7,) if small else (7, 132) if brief else (7, 16, 132)
     for dtype, dim in itertools.product(dtypes, widths):
