@@ -36,7 +36,7 @@ Results = list[Tensor]
 Case = tuple[str, torch.dtype, Callable[[], Results]]
 
 
-def cases(small: bool, brief: bool) -> Iterator[Case]:
+def cases(small: bool, brief: bool = False) -> Iterator[Case]:
     """All by name, with the dtype of their arithmetic, if `brief` in one dtype, if `small` also of one width."""
     dtypes = (torch.float32,) if small or brief else (torch.float64, torch.float32)
     widths = (7,) if small else (7, 132) if brief else (7, 16, 132)
