@@ -31,9 +31,7 @@ CASES = [(name, kind) for name, (_, found_by) in FAULTS.items() for kind in foun
 
 
 def run(kind, kernel, fault, schedule="forward"):
-    return simulator.run(
-        kind, simulator.build(kind, "self_test"), str(kernel), str(fault), schedule=schedule, TSAN_OPTIONS="exitcode=66"
-    )
+    return simulator.run(kind, simulator.build(kind, "self_test"), str(kernel), str(fault), schedule=schedule)
 
 
 @pytest.mark.parametrize("schedule", simulator.SCHEDULES)
