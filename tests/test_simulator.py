@@ -31,7 +31,9 @@ CASES = [(name, kind) for name, (_, found_by) in FAULTS.items() for kind in foun
 
 
 def run(kind, kernel, fault, schedule="forward"):
-    return simulator.run(kind, simulator.build(kind, "self_test"), str(kernel), str(fault), schedule=schedule)
+    return simulator.run(
+        kind, simulator.build(kind, "self_test"), str(kernel), str(fault), schedule=schedule, TSAN_OPTIONS="exitcode=66"
+    )
 
 
 @pytest.mark.parametrize("schedule", simulator.SCHEDULES)

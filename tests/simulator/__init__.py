@@ -54,7 +54,7 @@ def build(kind: str = "plain", target: str = "_C_simulated", sources: Path = ROO
     configure.append(f"-DTORCH_LIBRARY_PATHS={';'.join(cpp_extension.library_paths())}")
     configure.append(f"-DSANITIZER={kind if kind in ('address', 'thread') else ''}")
     configure.append(f"-DCOVERAGE={'ON' if kind == 'coverage' else 'OFF'}")
-    for command in (configure, ["cmake", "--build", str(folder), "--target", target, "--parallel", "2"]):
+    for command in (configure, ["cmake", "--build", str(folder), "--target", target]):
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stdout}")

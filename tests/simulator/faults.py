@@ -6,7 +6,6 @@ becomes `{ if (planted(n)) { new } else { old } }`, an expression `(planted(n) ?
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -172,18 +171,11 @@ inline bool planted(int fault) { return metarec_planted == fault; }
 """
 
 
+@cache
 def build(kind: str) -> Path:
     """The simulated operators with all faults in them."""
-    return _build_all()[kind]
-
-
-@cache
-def _build_all() -> dict[str, Path]:
-    """One file of each takes most of the time, so that they are built at once."""
     _plant()
-    kinds = ("address", "thread", "plain")
-    with ThreadPoolExecutor(len(kinds)) as pool:
-        return dict(zip(kinds, pool.map(lambda kind: simulator.build(kind, sources=COPY), kinds), strict=True))
+    return simulator.build(kind, sources=COPY)
 
 
 def _plant() -> None:
