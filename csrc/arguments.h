@@ -2,8 +2,10 @@
 #pragma once
 
 #include <string>
+#include <tuple>
 #include <vector>
 
+#include "entries.h"
 #include "inner_loop.h"
 #include "tensor.h"
 
@@ -67,6 +69,14 @@ struct RaggedItems {
   int64_t num_negatives() const { return negatives ? negatives->size(1) : 0; }
   int64_t candidates() const { return 1 + num_negatives(); }  // of an entry
 };
+
+template <typename scalar_t>
+EntryData<scalar_t> entry_data(const RaggedItems& entries) {
+  return {entries.items.const_data_ptr<int64_t>(), entries.offsets.const_data_ptr<int64_t>(),
+          entries.negatives ? entries.negatives->const_data_ptr<int64_t>() : nullptr,
+          entries.num_negatives(),
+          entries.log_q ? entries.log_q->const_data_ptr<scalar_t>() : nullptr};
+}
 
 // The meta-parameters and the support set: what every operator begins with. A float32 problem may
 // have a bfloat16 table: rows are widened as they are read.
@@ -233,6 +243,17 @@ struct LoopArguments {
     return {tensor->const_data_ptr<scalar_t>(), tensor->dim() == 0 ? 0 : 1};
   }
 };
+
+// What operators return that differentiate: the gradients of user_init, user_bias_init, item_table,
+// item_bias, offset, inner_lr, preconditioner, prior_pull, momentum and support_weights.
+using GradientTuple =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+inline ItemRows item_rows_of(const Inputs& inputs, const LoopArguments& loop,
+                             const RaggedItems& query) {
+  return {inputs.support.size(), inputs.support.num_negatives(), query.size(),
+          query.num_negatives(), !loop.first_order || loop.adapts_items};
+}
 
 // What a batch is judged by: the query, its outer loss, and how much tasks and steps count.
 struct JudgedQuery {

@@ -21,7 +21,7 @@ Adapted run_forward(const Inputs& inputs, const RaggedItems& query, const LoopAr
   dispatch_floating(inputs.dtype(), "adapt", [&](auto zero) {
     using scalar_t = decltype(zero);
     const TaskReader<scalar_t> reader(inputs, loop);
-    const EntryData<scalar_t> queries(query);
+    const EntryData<scalar_t> queries = entry_data<scalar_t>(query);
     scalar_t* user = result.user.mutable_data_ptr<scalar_t>();
     scalar_t* bias = result.bias.mutable_data_ptr<scalar_t>();
     scalar_t* scores = result.scores.mutable_data_ptr<scalar_t>();
@@ -130,7 +130,7 @@ GradientTuple adapt_and_score_backward_cpu(
     using scalar_t = decltype(zero);
     const TaskReader<scalar_t> reader(inputs, loop);
     const Layout<scalar_t>& layout = reader.layout;
-    const EntryData<scalar_t> queries(query);
+    const EntryData<scalar_t> queries = entry_data<scalar_t>(query);
     const scalar_t* from_user = arriving.user.const_data_ptr<scalar_t>();
     const scalar_t* from_bias = arriving.bias.const_data_ptr<scalar_t>();
     const scalar_t* from_scores = arriving_scores.const_data_ptr<scalar_t>();

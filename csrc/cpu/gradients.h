@@ -2,7 +2,6 @@
 // result, shared ones in a record per block of tasks, summed over blocks in order.
 #pragma once
 
-#include <tuple>
 
 #include "full_form.h"
 #include "result_memory.h"
@@ -10,27 +9,6 @@
 #include "task_reader.h"
 
 namespace metarec_fast::cpu {
-
-using GradientTuple =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-// Item gradients have a row for each support item, then each support negative, query item and query
-// negative. Where the support gets none (first order), its rows are left out.
-struct ItemRows {
-  int64_t support_entries, support_negatives, query_entries, query_negatives;  // negatives: each
-  bool support;
-
-  int64_t query_begin() const { return support ? support_entries * (1 + support_negatives) : 0; }
-  int64_t size() const { return query_begin() + query_entries * (1 + query_negatives); }
-
-  // Where candidate j of an entry has its row.
-  int64_t of_support(int64_t entry, int64_t j) const {
-    return j == 0 ? entry : support_entries + entry * support_negatives + j - 1;
-  }
-  int64_t of_query(int64_t entry, int64_t j) const {
-    return query_begin() + (j == 0 ? entry : query_entries + entry * query_negatives + j - 1);
-  }
-};
 
 // The item of every gradient row.
 inline Tensor row_ids(const RaggedItems& support, const RaggedItems& query,
@@ -55,8 +33,7 @@ class Gradients {
  public:
   Gradients(const Inputs& inputs, const LoopArguments& loop, Wanted wanted,
             const RaggedItems& query, int64_t num_blocks)
-      : places{inputs.support.size(), inputs.support.num_negatives(), query.size(),
-               query.num_negatives(), !loop.first_order || loop.adapts_items},
+      : places(item_rows_of(inputs, loop, query)),
         layout_(inputs.D()),
         loss_(loop.loss),
         num_blocks_(num_blocks) {

@@ -24,7 +24,7 @@ struct Batch {
         const QueryLoss<scalar_t>& outer_in, const scalar_t* task_weight_in,
         const scalar_t* step_weight_in)
       : reader(reader_in),
-        queries(query),
+        queries(entry_data<scalar_t>(query)),
         outer(outer_in),
         task_weight(task_weight_in),
         step_weight(step_weight_in) {

@@ -23,37 +23,13 @@ struct Worker {
   State state;
 };
 
-// The entries of all tasks as plain pointers.
-template <typename scalar_t>
-struct EntryData {
-  const int64_t* items;
-  const int64_t* offsets;
-  const int64_t* negatives;  // [n, num_negatives]
-  int64_t num_negatives;
-  const scalar_t* log_q;  // [n, 1 + num_negatives], or nullptr
-
-  explicit EntryData(const RaggedItems& entries)
-      : items(entries.items.const_data_ptr<int64_t>()),
-        offsets(entries.offsets.const_data_ptr<int64_t>()),
-        negatives(entries.negatives ? entries.negatives->const_data_ptr<int64_t>() : nullptr),
-        num_negatives(entries.num_negatives()),
-        log_q(entries.log_q ? entries.log_q->const_data_ptr<scalar_t>() : nullptr) {}
-
-  int64_t begin(int64_t task) const { return offsets[task]; }
-  int64_t size(int64_t task) const { return offsets[task + 1] - offsets[task]; }
-  // Candidate 0 of an entry is its item, the others are its negatives.
-  ALWAYS_INLINE int64_t candidate(int64_t entry, int64_t j) const {
-    return j == 0 ? items[entry] : negatives[entry * num_negatives + j - 1];
-  }
-};
-
 template <typename scalar_t>
 class TaskReader {
  public:
   TaskReader(const Inputs& inputs, const LoopArguments& arguments)
       : layout(inputs.D()),
         loop(arguments.view<scalar_t>()),
-        support(inputs.support),
+        support(entry_data<scalar_t>(inputs.support)),
         user_init_(inputs.user_init.const_data_ptr<scalar_t>()),
         user_bias_init_(inputs.user_bias_init.const_data_ptr<scalar_t>()),
         item_table_(inputs.item_table, inputs.D()),
@@ -81,11 +57,8 @@ class TaskReader {
     return group() * layout.width * 4 * (4 + std::max<int64_t>(loop.steps, 1));
   }
 
-  // Rows of an entry: one, a difference for each negative, or all candidates.
-  int64_t group() const {
-    if (loop.loss == Loss::kBpr) return support.num_negatives;
-    return loop.loss == Loss::kSoftmax ? 1 + support.num_negatives : 1;
-  }
+  // Rows of an entry.
+  int64_t group() const { return support.group(loop.loss); }
 
   // Task t of a worker whose last is `last` − 1, in an arena that held the one before it; rows of
   // the next, of `query` too, are going to be asked for meanwhile.

@@ -82,7 +82,7 @@ GradientTuple adapt_all_backward_cuda(
     call.work.grad_rows = arriving_rows.const_data_ptr<scalar_t>();
     call.work.grad_biases = arriving_biases.const_data_ptr<scalar_t>();
     call.note_hits(nothing);
-    call.work.grads = grads.view<scalar_t>(inputs, nothing);
+    call.work.grads = grads.view<scalar_t>(inputs);
     call.run(&grads, &loss);
   });
   return grads.dense_tuple(inputs.N());

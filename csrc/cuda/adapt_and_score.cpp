@@ -107,7 +107,7 @@ GradientTuple adapt_and_score_backward_cuda(
     asked.grad_bias = arriving.bias.const_data_ptr<scalar_t>();
     asked.grad_scores = arriving_scores.const_data_ptr<scalar_t>();
     call.note_hits(query);
-    call.work.grads = grads.view<scalar_t>(inputs, query);
+    call.work.grads = grads.view<scalar_t>(inputs);
     call.run(&grads, &loss);
   });
   return grads.dense_tuple(inputs.N());

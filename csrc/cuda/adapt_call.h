@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <limits>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "../arguments.h"
@@ -16,9 +15,6 @@
 #include "totals.h"
 
 namespace metarec_fast::cuda {
-
-using GradientTuple =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Calls body(scalar_t{}, table_t{}) with the types of arithmetic and of the item table.
 template <typename Body>
@@ -32,12 +28,6 @@ const scalar_t* data(const OptionalTensor& tensor) {
   return tensor ? tensor->const_data_ptr<scalar_t>() : nullptr;
 }
 
-template <typename scalar_t>
-EntryData<scalar_t> entry_data(const RaggedItems& entries) {
-  return {entries.items.const_data_ptr<int64_t>(), entries.offsets.const_data_ptr<int64_t>(),
-          data<int64_t>(entries.negatives), entries.num_negatives(), data<scalar_t>(entries.log_q)};
-}
-
 // The gradients of a batch as tensors; those that are not wanted are empty.
 struct GradientTensors {
   Tensor user_init, user_bias_init, item_rows, item_bias_rows, item_ids, offset, inner_lr,
@@ -45,7 +35,7 @@ struct GradientTensors {
 
   GradientTensors(const Inputs& inputs, const LoopArguments& loop, Wanted wanted_in,
                   const RaggedItems& query)
-      : wanted(wanted_in), support_rows(!loop.first_order || loop.adapts_items) {
+      : wanted(wanted_in), places(item_rows_of(inputs, loop, query)) {
     const Tensor& like = inputs.item_bias;
     const ScalarType dtype = inputs.dtype();
     const auto alike = [&](bool is_wanted, const Tensor& shape) {
@@ -65,17 +55,14 @@ struct GradientTensors {
     prior_pull = optional(wanted.prior_pull(), loop.prior_pull);
     momentum = optional(wanted.momentum(), loop.momentum);
     support_weights = optional(wanted.support_weights(), inputs.weights);
-    const int64_t support_entries = inputs.support.size() * inputs.support.candidates();
-    const int64_t rows =
-        !wanted.items() ? 0
-                        : (support_rows ? support_entries : 0) + query.size() * query.candidates();
+    const int64_t rows = wanted.items() ? places.size() : 0;
     item_rows = wanted.items() ? empty(like, dtype, {rows, inputs.D()}) : empty(like, dtype, {0});
     item_bias_rows = empty(like, dtype, {rows});
     item_ids = empty(query.items, ScalarType::Long, {rows});
   }
 
   template <typename scalar_t>
-  GradientData<scalar_t> view(const Inputs& inputs, const RaggedItems& query) {
+  GradientData<scalar_t> view(const Inputs& inputs) {
     const auto per_task = [](Tensor& tensor, bool has_own) -> scalar_t* {
       return tensor.numel() > 0 && has_own ? tensor.mutable_data_ptr<scalar_t>() : nullptr;
     };
@@ -88,11 +75,7 @@ struct GradientTensors {
             rows,
             item_bias_rows.mutable_data_ptr<scalar_t>(),
             item_ids.mutable_data_ptr<int64_t>(),
-            inputs.support.size(),
-            inputs.support.num_negatives(),
-            query.size(),
-            query.num_negatives(),
-            support_rows,
+            places,
             packs(rows, inputs.D())};
   }
 
@@ -148,7 +131,7 @@ struct GradientTensors {
   }
 
   const Wanted wanted;
-  const bool support_rows;
+  const ItemRows places;
 };
 
 // One call of the kernels that adapt tasks.
@@ -183,7 +166,8 @@ class AdaptCall {
                     0,
                     RowShape(static_cast<int>(inputs.D())),
                     packs(table, inputs.D())};
-    work.problem.most_rows = inputs.largest_support * work.problem.group();
+    work.problem.most_rows =
+        inputs.largest_support * work.problem.support.group(work.problem.loop.loss);
     work.query.entries = entry_data<scalar_t>(query);
   }
 

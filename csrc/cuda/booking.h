@@ -30,9 +30,9 @@ __device__ __forceinline__ void write_support_rows(
     const RowOf& row_of) {
   using scalar_t = typename TaskType::scalar_t;
   using Fast = typename TaskType::Fast;
-  if (grads.item_rows == nullptr || !grads.support_rows) return;
+  if (grads.item_rows == nullptr || !grads.places.support) return;
   const auto write = [&](int64_t entry, int64_t j, const Fast& row) {
-    const int64_t place = grads.of_support(entry, j);
+    const int64_t place = grads.places.of_support(entry, j);
     task.columns.store_row(row, grads.packed_rows,
                            grads.item_rows + place * task.problem.shape.dim);
     if (task.columns.lane != 0) return;

@@ -48,7 +48,7 @@ MetaStepTuple meta_step_cuda(
     asked.step_weights = data<scalar_t>(judged.step_weights);
     call.normalise(data<scalar_t>(judged.task_weights), query, /*entered=*/true);
     call.note_hits(query);
-    call.work.grads = grads.view<scalar_t>(inputs, query);
+    call.work.grads = grads.view<scalar_t>(inputs);
     call.run(&grads, &loss);
   });
   return std::tuple_cat(std::make_tuple(loss), grads.tuple(), std::make_tuple(grads.item_ids));

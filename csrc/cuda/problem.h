@@ -1,28 +1,11 @@
 // What the kernels that adapt tasks are given: plain pointers into the tensors of an operator.
 #pragma once
 
+#include "../entries.h"
 #include "../inner_loop.h"
 #include "row_layout.h"
 
 namespace metarec_fast::cuda {
-
-// Entries of T tasks, one after the other.
-template <typename scalar_t>
-struct EntryData {
-  const int64_t* items;
-  const int64_t* offsets;
-  const int64_t* negatives;  // [n, num_negatives]
-  int64_t num_negatives;
-  const scalar_t* log_q;  // [n, 1 + num_negatives], or nullptr
-
-  HOST_DEVICE int64_t begin(int64_t task) const { return offsets[task]; }
-  HOST_DEVICE int64_t size(int64_t task) const { return offsets[task + 1] - offsets[task]; }
-  HOST_DEVICE int64_t candidates() const { return 1 + num_negatives; }  // of an entry
-  // Candidate 0 of an entry is its item, the others are its negatives.
-  HOST_DEVICE int64_t candidate(int64_t entry, int64_t j) const {
-    return j == 0 ? items[entry] : negatives[entry * num_negatives + j - 1];
-  }
-};
 
 // The meta-parameters, the support, and how it is adapted on.
 template <typename scalar_t, typename table_t>
@@ -41,18 +24,9 @@ struct Problem {
   int64_t most_rows;  // no task has more
   RowShape shape;
   bool packed_table;  // rows may be read four numbers at a time
-
-  // Rows of an entry: one, a difference for each negative, or all candidates.
-  HOST_DEVICE int64_t group() const {
-    if (loop.loss == Loss::kBpr) return support.num_negatives;
-    return loop.loss == Loss::kSoftmax ? 1 + support.num_negatives : 1;
-  }
 };
 
 // Where the gradients of a batch go; nullptr where one is not wanted.
-//
-// Item gradients have a row for each support item, then each support negative, query item and query
-// negative. Where the support gets none (first order), its rows are left out.
 template <typename scalar_t>
 struct GradientData {
   Wanted wanted;
@@ -63,20 +37,8 @@ struct GradientData {
   scalar_t* item_rows;        // [rows, D]
   scalar_t* item_biases;      // [rows]
   int64_t* item_ids;          // [rows]
-  int64_t support_entries, support_negatives, query_entries, query_negatives;  // negatives: each
-  bool support_rows;  // whether the support has any
-  bool packed_rows;   // rows may be written four numbers at a time
-
-  HOST_DEVICE int64_t query_begin() const {
-    return support_rows ? support_entries * (1 + support_negatives) : 0;
-  }
-  // Where candidate j of an entry has its row.
-  HOST_DEVICE int64_t of_support(int64_t entry, int64_t j) const {
-    return j == 0 ? entry : support_entries + entry * support_negatives + j - 1;
-  }
-  HOST_DEVICE int64_t of_query(int64_t entry, int64_t j) const {
-    return query_begin() + (j == 0 ? entry : query_entries + entry * query_negatives + j - 1);
-  }
+  ItemRows places;
+  bool packed_rows;  // rows may be written four numbers at a time
 };
 
 // What is asked of a task once it has adapted.

@@ -108,7 +108,7 @@ struct Judge {
       if (found >= 0) grad = 0;  // the support's row has it all
     }
     if (grads.item_rows == nullptr) return grad;
-    const int64_t row = grads.of_query(at.entry, at.j);
+    const int64_t row = grads.places.of_query(at.entry, at.j);
     grads.item_biases[row] = grad + (first ? 0 : grads.item_biases[row]);
     grads.item_ids[row] = item;
     return grad;
@@ -118,7 +118,8 @@ struct Judge {
   __device__ __forceinline__ void write(const Place& at, scalar_t grad, const Fast& fast,
                                         bool first) const {
     if (grads.item_rows == nullptr) return;
-    scalar_t* row = grads.item_rows + grads.of_query(at.entry, at.j) * task.problem.shape.dim;
+    scalar_t* row =
+        grads.item_rows + grads.places.of_query(at.entry, at.j) * task.problem.shape.dim;
     Fast result = Fast::zero();
     if (!first) task.columns.load_row(row, grads.packed_rows, result);
     result.add(grad, fast);

@@ -42,7 +42,7 @@ Result reptile_step_cuda(const Tensor& user_init, const Tensor& user_bias_init,
       shares = item_shares(inputs.support, reptile.task_weights, inputs.dtype(), device.stream);
       call.work.item_shares = shares.const_data_ptr<scalar_t>();
     }
-    call.work.grads = grads.view<scalar_t>(inputs, nothing);
+    call.work.grads = grads.view<scalar_t>(inputs);
     call.run(&grads, &loss);
   });
   return {loss, grads.user_init, grads.user_bias_init, grads.item_rows, grads.item_bias_rows};

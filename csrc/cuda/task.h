@@ -49,7 +49,7 @@ struct Task {
         team(team_in),
         columns(problem_in.shape, team_in.lane),
         scratch(scratch_in) {
-    group = kPlain ? 1 : static_cast<int>(problem.group());
+    group = kPlain ? 1 : static_cast<int>(problem.support.group(problem.loop.loss));
     row_bias = differences() ? 0 : 1;
   }
 
