@@ -251,8 +251,8 @@ class AdaptCall {
   // Scratch for its teams: in shared memory, else in a workspace.
   void make_room(Planned& planned, int64_t K) {
     Launch& launch = planned.launch;
-    launch.scratch = lay_out_scratch(launch.way, launch.warps, work.problem.shape.dim,
-                                     launch.most_rows, K, work.query.entries.candidates());
+    launch.scratch = lay_out_scratch(launch.way, launch.warps, work.problem.shape, launch.most_rows,
+                                     K, work.query.entries.candidates());
     STD_TORCH_CHECK(launch.scratch.size <= std::numeric_limits<int>::max(), op_,
                     ": a task of up to ", launch.most_rows,
                     " rows needs more scratch than a team can address");

@@ -38,14 +38,6 @@ struct AdaptedItems {
     return found < task.rows() ? found : -1;
   }
 
-  // The same for one thread.
-  __device__ __forceinline__ int find_alone(const TaskType& task, int64_t item) const {
-    const int64_t* items = task.problem.support.items + task.begin();
-    for (int e = 0; e < task.rows(); ++e)
-      if (items[e] == item) return e;
-    return -1;
-  }
-
   __device__ __forceinline__ void note(const EntryData<scalar_t>& query, int64_t entry, int64_t j,
                                        int found, scalar_t grad) const {
     hit_places[entry * query.candidates() + j] = found;
@@ -80,22 +72,18 @@ struct ItemsRunner {
     start();
     Fast fast = task.start();
     for (int k = 0; k < K; ++k) fast = step(k, fast);
-    if (query.user != nullptr && record.owns()) {
-      task.columns.store_row(fast, /*packed=*/false,
-                             query.user + task.index() * task.problem.shape.dim);
-      if (record.leads()) query.bias[task.index()] = fast.bias;
-    }
+    write_fast(task, record, query, fast);
     if (work.rows_out != nullptr) write_items();
     if (query.ask == Ask::kNothing) return;
     if (query.ask == Ask::kMove) return move(fast);
 
     Judging judge(task, query, grads, {work.hit_places, work.hit_grads});
-    Fast grad_fast = Fast::zero();
+    Fast grad_fast = given_gradient(task, query);
     task.each_own(task.rows(), [&](int i) { task.columns.store(Fast::zero(), grad_row(i)); });
     task.each(task.rows(),
               [&](int i) { scratch.grad_biases()[i] = scratch.grad_weights()[i] = 0; });
     task.team.sync();
-    if (query.ask == Ask::kGiven) take_given(grad_fast);
+    if (work.grad_rows != nullptr) take_given();
     scalar_t offset = 0;
     for (int k = K; k >= 0; --k) {
       if (k == K || query.whole_path()) judge_at(judge, k, fast, /*first=*/k == K, grad_fast);
@@ -278,12 +266,9 @@ struct ItemsRunner {
     task.team.sync();
   }
 
-  // What arrives at the adapted parameters themselves.
-  __device__ __forceinline__ void take_given(Fast& grad_fast) const {
+  // What arrives at the adapted items themselves.
+  __device__ __forceinline__ void take_given() const {
     const int64_t D = task.problem.shape.dim;
-    task.columns.load_row(work.query.grad_user + task.index() * D, /*packed=*/false, grad_fast);
-    grad_fast.bias = work.query.grad_bias[task.index()];
-    if (work.grad_rows == nullptr) return;
     task.each_own(task.rows(), [&](int i) {
       if (scratch.place()[i] != i) return;
       Fast sum = Fast::zero();
@@ -316,10 +301,7 @@ struct ItemsRunner {
   __device__ __forceinline__ void move(const Fast& fast) const {
     const QueryData<scalar_t>& query = work.query;
     const scalar_t weight = query.task_weight(task.index());
-    Fast moved = task.start();
-    moved.add(-1, fast);
-    moved.update([=](scalar_t value) { return value * weight * query.normalisers[0]; });
-    book_start(task, record, work.grads, moved);
+    book_move(task, record, work, fast);
     const auto share = [&](int i) {
       return scratch.place()[i] == i ? weight * work.item_shares[task.begin() + i] : scalar_t{0};
     };

@@ -25,21 +25,12 @@ struct UserRunner {
     const GradientData<scalar_t>& grads = work.grads;
     const ExactForm<TaskType> exact(task);
     const Fast fast = forward(exact);
-    if (query.user != nullptr && record.owns()) {
-      task.columns.store_row(fast, /*packed=*/false,
-                             query.user + task.index() * task.problem.shape.dim);
-      if (record.leads()) query.bias[task.index()] = fast.bias;
-    }
+    write_fast(task, record, query, fast);
     if (query.ask == Ask::kNothing) return;
     if (query.ask == Ask::kMove) return move(fast);
 
     const bool goes_back = query.goes_back() && grads.wanted.any();
-    Fast adjoint = Fast::zero();
-    if (query.ask == Ask::kGiven) {
-      task.columns.load_row(query.grad_user + task.index() * task.problem.shape.dim,
-                            /*packed=*/false, adjoint);
-      adjoint.bias = query.grad_bias[task.index()];
-    }
+    Fast adjoint = given_gradient(task, query);
     if (grads.support_weights != nullptr)
       task.each(task.rows(), [&](int r) { task.scratch.grad_weights()[r] = 0; });
     Judge<TaskType, SharedItems> judge(task, query, grads, {});
@@ -104,11 +95,8 @@ struct UserRunner {
   // Reptile: how far the start is from φ_K, and the loss there.
   __device__ __forceinline__ void move(const Fast& fast) const {
     const QueryData<scalar_t>& query = work.query;
-    const scalar_t weight = query.task_weight(task.index()), share = weight * query.normalisers[0];
-    Fast moved = task.start();
-    moved.add(-1, fast);
-    moved.update([=](scalar_t value) { return value * share; });
-    book_start(task, record, work.grads, moved);
+    const scalar_t weight = query.task_weight(task.index());
+    book_move(task, record, work, fast);
     if (task.rows() == 0 || !(weight > 0)) return;
     task.team.sync();
     task.dots(fast, task.rows(), [&](int r, scalar_t product) {

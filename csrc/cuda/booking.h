@@ -95,6 +95,40 @@ __device__ __forceinline__ void book_start(const TaskType& task, const Record<Ta
   record.add_vector(record.at.start(), start);
 }
 
+// φ_K, if it is asked for.
+template <typename TaskType>
+__device__ __forceinline__ void write_fast(const TaskType& task, const Record<TaskType>& record,
+                                           const QueryData<typename TaskType::scalar_t>& query,
+                                           const typename TaskType::Fast& fast) {
+  if (query.user == nullptr || !record.owns()) return;
+  task.columns.store_row(fast, /*packed=*/false,
+                         query.user + task.index() * task.problem.shape.dim);
+  if (record.leads()) query.bias[task.index()] = fast.bias;
+}
+
+// φ̄_K as far as it is given; else 0.
+template <typename TaskType>
+__device__ __forceinline__ typename TaskType::Fast given_gradient(
+    const TaskType& task, const QueryData<typename TaskType::scalar_t>& query) {
+  typename TaskType::Fast grad = TaskType::Fast::zero();
+  if (query.ask != Ask::kGiven) return grad;
+  task.columns.load_row(query.grad_user + task.index() * task.problem.shape.dim, /*packed=*/false,
+                        grad);
+  grad.bias = query.grad_bias[task.index()];
+  return grad;
+}
+
+// Reptile's φ_0 − φ_K, by the task's share.
+template <typename TaskType, typename Work>
+__device__ __forceinline__ void book_move(const TaskType& task, const Record<TaskType>& record,
+                                          const Work& work, const typename TaskType::Fast& fast) {
+  using scalar_t = typename TaskType::scalar_t;
+  const scalar_t share = work.query.task_weight(task.index()) * work.query.normalisers[0];
+  typename TaskType::Fast moved = task.start();
+  moved.update([=](scalar_t before, scalar_t after) { return share * (before - after); }, fast);
+  book_start(task, record, work.grads, moved);
+}
+
 // ρ̄ is added to the record by the forms; where every task has its own, it is taken out again.
 template <typename TaskType>
 __device__ __forceinline__ void book_pull(const TaskType& task, const Record<TaskType>& record,

@@ -2,32 +2,34 @@
 #pragma once
 
 #include "bfloat16.h"
+#include "pack.h"
 #include "row_layout.h"
 #include "team.h"
 
 namespace metarec_fast::cuda {
 
-// Four numbers from an address that is a multiple of their size.
-__device__ __forceinline__ void load_pack(const float* from, float* to) {
-  const float4 pack = *reinterpret_cast<const float4*>(from);
-  to[0] = pack.x, to[1] = pack.y, to[2] = pack.z, to[3] = pack.w;
+// Four numbers, from and to addresses that are multiples of 16 bytes (of 8 for bfloat16).
+template <typename Number>
+constexpr int kLoaded = kWidestPack<Number> < kPack ? kWidestPack<Number> : kPack;  // at once
+
+template <typename Number, typename scalar_t>
+__device__ __forceinline__ void load_pack(const Number* from, scalar_t* to) {
+#pragma unroll
+  for (int begin = 0; begin < kPack; begin += kLoaded<Number>) {
+    const auto pack = cuda::load<Pack<Number, kLoaded<Number>>>(from + begin);
+#pragma unroll
+    for (int i = 0; i < kLoaded<Number>; ++i) to[begin + i] = pack.values[i];
+  }
 }
-__device__ __forceinline__ void load_pack(const double* from, double* to) {
-  const double2 low = *reinterpret_cast<const double2*>(from),
-                high = *reinterpret_cast<const double2*>(from + 2);
-  to[0] = low.x, to[1] = low.y, to[2] = high.x, to[3] = high.y;
-}
-__device__ __forceinline__ void load_pack(const BFloat16* from, float* to) {
-  const uint2 pack = *reinterpret_cast<const uint2*>(from);
-  to[0] = __uint_as_float(pack.x << 16), to[1] = __uint_as_float(pack.x & 0xffff0000u);
-  to[2] = __uint_as_float(pack.y << 16), to[3] = __uint_as_float(pack.y & 0xffff0000u);
-}
-__device__ __forceinline__ void store_pack(const float* from, float* to) {
-  *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
-}
-__device__ __forceinline__ void store_pack(const double* from, double* to) {
-  *reinterpret_cast<double2*>(to) = make_double2(from[0], from[1]);
-  *reinterpret_cast<double2*>(to + 2) = make_double2(from[2], from[3]);
+template <typename scalar_t>
+__device__ __forceinline__ void store_pack(const scalar_t* from, scalar_t* to) {
+#pragma unroll
+  for (int begin = 0; begin < kPack; begin += kLoaded<scalar_t>) {
+    Pack<scalar_t, kLoaded<scalar_t>> pack;
+#pragma unroll
+    for (int i = 0; i < kLoaded<scalar_t>; ++i) pack.values[i] = from[begin + i];
+    cuda::store(to + begin, pack);
+  }
 }
 
 // A fast vector (u, c), or a row and what stands beside it; the lane's columns of it.

@@ -28,9 +28,4 @@ __device__ void store(scalar_t* address, const PackType& pack) {
   *reinterpret_cast<PackType*>(address) = pack;
 }
 
-// For the widest pack.
-inline bool is_aligned(const void* address) {
-  return reinterpret_cast<uintptr_t>(address) % 16 == 0;
-}
-
 }  // namespace metarec_fast::cuda

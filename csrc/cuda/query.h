@@ -144,6 +144,7 @@ struct Judge {
         const int q = from + i * stride + task.columns.group;
         return Place{q < entries ? begin + q : int64_t{-1}, 0};
       };
+      static_assert(kAtOnce == 2);
       Candidates<kAtOnce> candidates;
       read(place, fast, candidates);
       const scalar_t product = task.columns.sums(candidates.products);
@@ -152,7 +153,8 @@ struct Judge {
       if (own.entry >= 0) {
         const int64_t item = query.entries.items[own.entry];
         int found = -1;
-        if constexpr (Items::kAdapt) found = items.find_alone(task, item);
+        if constexpr (Items::kAdapt)
+          found = task.columns.lane == 0 ? candidates.found[0] : candidates.found[1];
         const scalar_t score = product + base(item, found, fast);
         if (query.ask == Ask::kScores) {
           query.scores[own.entry] = score;

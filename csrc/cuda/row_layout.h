@@ -18,37 +18,31 @@ constexpr int kWidestChunk = kPack * kWarpSize;  // columns
 constexpr int kMostChunks = 2;
 constexpr int kLargestDim = kMostChunks * kWidestChunk;
 
-HOST_DEVICE int lanes_for(int dim) {
-  int lanes = kPack;  // so that each has one of as many rows to finish
-  while (lanes < kWarpSize && lanes * kPack < dim) lanes *= 2;
-  return lanes;
-}
-
-// Of a row in scratch, whole chunks.
-HOST_DEVICE int width_for(int dim) {
-  const int chunk = lanes_for(dim) * kPack;
-  return (dim + chunk - 1) / chunk * chunk;
-}
-
-// What follows from D, worked out once.
+// What follows from D, worked out once. Every group has at least as many lanes as rows are finished
+// together, one by each (columns.h).
 struct RowShape {
   int dim;
   int lanes_log2;  // L = 2^lanes_log2
   int chunks;
 
   RowShape() = default;
-  explicit RowShape(int dim_in) : dim(dim_in), lanes_log2(0) {
-    while (1 << lanes_log2 < lanes_for(dim)) ++lanes_log2;
-    chunks = width_for(dim) / (lanes_for(dim) * kPack);
+  explicit RowShape(int dim_in) : dim(dim_in), lanes_log2(2) {
+    while (lanes() < kWarpSize && lanes() * kPack < dim) ++lanes_log2;
+    chunks = (dim + lanes() * kPack - 1) / (lanes() * kPack);
   }
   HOST_DEVICE int lanes() const { return 1 << lanes_log2; }
-  HOST_DEVICE int width() const { return chunks * kPack << lanes_log2; }
+  HOST_DEVICE int width() const { return chunks * kPack << lanes_log2; }  // of a row in scratch
 };
+
+// For the widest loads and stores.
+inline bool is_aligned(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % 16 == 0;
+}
 
 // Whether rows of D numbers may be read and written four at a time.
 template <typename Number>
 bool packs(const Number* rows, int64_t dim) {
-  return dim % kPack == 0 && reinterpret_cast<uintptr_t>(rows) % 16 == 0;
+  return dim % kPack == 0 && is_aligned(rows);
 }
 
 }  // namespace metarec_fast::cuda

@@ -10,8 +10,8 @@ constexpr int64_t kGramPasses = 2, kDirectPasses = 5, kLargestGram = 64;
 
 // How a task of `rows` rows is adapted, `compared` if its query's entries are with negatives.
 template <typename scalar_t>
-HOST_DEVICE Way choose_way(const InnerLoop<scalar_t>& loop, bool items_too, bool whole_path,
-                           bool compared, int64_t rows) {
+Way choose_way(const InnerLoop<scalar_t>& loop, bool items_too, bool whole_path, bool compared,
+               int64_t rows) {
   if (items_too) return Way::kItemsToo;
   if (loop.exact()) return Way::kExact;
   const bool scaled = loop.preconditioner != nullptr, moves_on = loop.momentum.values != nullptr,
@@ -33,15 +33,15 @@ struct Facts {
 };
 
 // Where a team's arrays begin, if no task has more than R rows.
-HOST_DEVICE ScratchLayout lay_out_scratch(Way way, int warps, int dim, int64_t R, int64_t steps,
-                                          int64_t candidates_of_entry) {
+inline ScratchLayout lay_out_scratch(Way way, int warps, const RowShape& shape, int64_t R,
+                                     int64_t steps, int64_t candidates_of_entry) {
   ScratchLayout at{};
   const auto take = [&at](int64_t count) {
     const int64_t begin = at.size;
     at.size += (count + kPack - 1) / kPack * kPack;
     return static_cast<int>(begin);
   };
-  const int64_t K = steps < 0 ? 0 : steps, width = width_for(dim);
+  const int64_t K = steps < 0 ? 0 : steps, width = shape.width();
   const bool direct = way == Way::kDirect || way == Way::kPlain,
              keeps_path = direct || way == Way::kItemsToo, exact = way == Way::kExact;
   at.record = take(RecordLayout{static_cast<int>(width), static_cast<int>(K)}.size());
@@ -55,7 +55,7 @@ HOST_DEVICE ScratchLayout lay_out_scratch(Way way, int warps, int dim, int64_t R
   at.directions = take(direct ? K * width : 0), at.direction_bias = take(direct ? K : 0);
   at.gram = take(way == Way::kGram ? R * R : 0);
   at.coefficients = take(way == Way::kGram ? (K + 1) * R : 0);
-  const int64_t n = !exact ? 0 : R <= dim + 1 ? R : dim + 1;
+  const int64_t n = !exact ? 0 : R <= shape.dim + 1 ? R : shape.dim + 1;
   at.matrix = take(n * n), at.dual = take(exact ? R : 0);
   at.solved = take(exact ? width + kPack : 0);
   const int64_t items = way == Way::kItemsToo ? R : 0;

@@ -290,7 +290,7 @@ struct Task {
   }
 
   // result = −rate w/(S + n0) ∘ H along,  H the Hessian of ℓ in the scores, and
-  // w̄ −= rate ℓ'/(S + n0) ∘ along. `along` may be result. Ends in step.
+  // w̄ −= rate ℓ'/(S + n0) ∘ along. Ends in step.
   __device__ __forceinline__ void bend(const scalar_t* push, const scalar_t* curvature,
                                        scalar_t rate, const scalar_t* along, scalar_t* result,
                                        bool weights_too) const {
@@ -302,8 +302,7 @@ struct Task {
     if (!shares()) {
       each(rows(), [&](int r) { result[r] = -rate * curvature[r] * along[r]; });
     } else {
-      if (weights_too) team.sync();  // before another thread overwrites what it read
-      each(entries(), [&](int s) {   // (diag(π) − ππᵀ) along
+      each(entries(), [&](int s) {  // (diag(π) − ππᵀ) along
         const int first = s * group;
         scalar_t average = 0;
         for (int r = first; r < first + group; ++r) average += curvature[r] * along[r];
