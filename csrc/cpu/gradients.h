@@ -2,7 +2,6 @@
 // result, shared ones in a record per block of tasks, summed over blocks in order.
 #pragma once
 
-
 #include "full_form.h"
 #include "result_memory.h"
 #include "sum_rows.h"
