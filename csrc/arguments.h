@@ -302,14 +302,18 @@ struct ArrivingGradients {
 
   ArrivingGradients(const Inputs& inputs, const Tensor& user_in, const Tensor& bias_in)
       : user(as_contiguous(user_in)), bias(as_contiguous(bias_in)) {
-    check("grad_user", user, inputs, inputs.T() * inputs.D());
-    check("grad_bias", bias, inputs, inputs.T());
+    check("grad_user", user, inputs, {inputs.T(), inputs.D()});
+    check("grad_bias", bias, inputs, {inputs.T()});
   }
 
-  static void check(const char* name, const Tensor& tensor, const Inputs& inputs, int64_t numel) {
+  static void check(const char* name, const Tensor& tensor, const Inputs& inputs,
+                    std::initializer_list<int64_t> shape) {
     check_tensor(name, tensor, inputs.dtype(), inputs.item_table);
-    STD_TORCH_CHECK(tensor.numel() == numel, name, ": expected ", numel, " numbers, got ",
-                    tensor.numel());
+    if (shape.size() == 1) return check_size(name, tensor, *shape.begin());
+    const int64_t rows = shape.begin()[0], columns = shape.begin()[1];
+    STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name,
+                    ": expected shape [", rows, ", ", columns, "], got ", tensor.dim(),
+                    " dimensions and ", tensor.numel(), " numbers");
   }
 };
 

@@ -79,8 +79,8 @@ GradientTuple adapt_all_backward_cpu(
   const ArrivingGradients arriving(inputs, grad_user, grad_bias);
   const Tensor arriving_rows = as_contiguous(grad_rows),
                arriving_biases = as_contiguous(grad_biases);
-  ArrivingGradients::check("grad_rows", arriving_rows, inputs, entries * D);
-  ArrivingGradients::check("grad_biases", arriving_biases, inputs, entries);
+  ArrivingGradients::check("grad_rows", arriving_rows, inputs, {entries, D});
+  ArrivingGradients::check("grad_biases", arriving_biases, inputs, {entries});
   const RaggedItems nothing = inputs.support.without_entries();
   const Wanted wanted{wanted_bits};
 

@@ -122,7 +122,7 @@ GradientTuple adapt_and_score_backward_cpu(
   check_query(query, inputs);
   const ArrivingGradients arriving(inputs, grad_user, grad_bias);
   const Tensor arriving_scores = as_contiguous(grad_scores);
-  ArrivingGradients::check("grad_scores", arriving_scores, inputs, query.size());
+  ArrivingGradients::check("grad_scores", arriving_scores, inputs, {query.size()});
   const Wanted wanted{wanted_bits};
 
   GradientTuple result;

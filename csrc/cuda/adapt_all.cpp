@@ -63,8 +63,8 @@ GradientTuple adapt_all_backward_cuda(
   const ArrivingGradients arriving(inputs, grad_user, grad_bias);
   const Tensor arriving_rows = as_contiguous(grad_rows),
                arriving_biases = as_contiguous(grad_biases);
-  ArrivingGradients::check("grad_rows", arriving_rows, inputs, entries * inputs.D());
-  ArrivingGradients::check("grad_biases", arriving_biases, inputs, entries);
+  ArrivingGradients::check("grad_rows", arriving_rows, inputs, {entries, inputs.D()});
+  ArrivingGradients::check("grad_biases", arriving_biases, inputs, {entries});
   const RaggedItems nothing = inputs.support.without_entries();
   const OnDevice device(item_bias);
 

@@ -91,7 +91,7 @@ GradientTuple adapt_and_score_backward_cuda(
   JudgedQuery::check_num_tasks(query, inputs);
   const ArrivingGradients arriving(inputs, grad_user, grad_bias);
   const Tensor arriving_scores = as_contiguous(grad_scores);
-  ArrivingGradients::check("grad_scores", arriving_scores, inputs, query.size());
+  ArrivingGradients::check("grad_scores", arriving_scores, inputs, {query.size()});
   const OnDevice device(item_bias);
 
   Tensor loss = empty(item_bias, inputs.dtype(), {});
