@@ -7,6 +7,7 @@ Both learn B from the residuals of the training users; the most rated items alon
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,8 +65,9 @@ class _Neighbours(Bias):
             both += rated.T @ rated
         return products, both
 
+    @abstractmethod
     def _learn(self, products: Tensor, both: Tensor) -> Tensor:
-        raise NotImplementedError
+        """B, from Σ_u r_uj r_ui and in how many terms both were rated, [M, M] each."""
 
     def _combine(self, residuals: Tensor, rated: Tensor) -> Tensor:
         """What to add to biases, [T, M], given the user's residuals and which items they are of, [T, M]."""

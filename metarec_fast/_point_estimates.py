@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from metarec_fast._segments import segments_of
-from metarec_fast._variational import ITEM, USER, posterior, second_moments
+from metarec_fast._variational import ITEM, SMALLEST_VARIANCE, USER, posterior, second_moments
 from metarec_fast.data import Interactions
 from metarec_fast.factor_model import FactorModel
 
-_SMALLEST_VARIANCE = 1e-6
 _ITEM_BIAS_RIDGE, _USER_BIAS_RIDGE = 3.0, 4.0  # as of the baseline `Bias`
 
 
@@ -28,7 +27,7 @@ class PointEstimates:
         self.items = torch.cat([item_bias[:, None], item_table, torch.ones(len(item_table), 1)], 1)
         self.squares = self.of_items.total(self.of_items.residuals.square())  # [N]
         residuals = self.of_users.residuals - item_bias[self.of_users.ids]
-        self.noise = max(float(residuals.square().mean()), _SMALLEST_VARIANCE)
+        self.noise = max(float(residuals.square().mean()), SMALLEST_VARIANCE)
 
     def users(self, noise: float, prior: Tensor) -> tuple[Tensor, Tensor]:
         """Mean [U, D + 2] and covariance [U, D + 1, D + 1] of users with prior covariances [D + 1, D + 1]."""
@@ -45,7 +44,7 @@ class PointEstimates:
             self.items, _ = posterior(moments, products, _full(moments, 1 / noise), ITEM, zero, prior)
         second = self.items[:, :, None] * self.items[:, None, :]
         errors = self.squares - 2 * (self.items * products).sum(1) + (moments * second).sum((1, 2))
-        self.noise = max(float(errors.clamp(min=0).sum() / self.of_items.sizes.sum()), _SMALLEST_VARIANCE)
+        self.noise = max(float(errors.clamp(min=0).sum() / self.of_items.sizes.sum()), SMALLEST_VARIANCE)
 
     def model(self, noise: float, bias_variance: float) -> FactorModel:
         """The items as they are for u ~ N(0, I) and c ~ N(0, τ²), in units in which both have variance τ²."""
@@ -67,7 +66,7 @@ def ppca(log: Interactions, dim: int, sweeps: int, ridge: float, seed: int) -> F
         users, covariance = estimates.users(noise, user_prior)
         estimates.items_given(users, covariance, noise, noise * _item_prior(dim, ridge))
         variance = users[:, -1].square().mean() + covariance[:, -1, -1].mean()
-        user_prior[-1, -1] = variance.clamp(min=_SMALLEST_VARIANCE)
+        user_prior[-1, -1] = variance.clamp(min=SMALLEST_VARIANCE)
     return estimates.model(estimates.noise, float(user_prior[-1, -1]))
 
 
@@ -86,14 +85,14 @@ def whitened(log: Interactions, item_table: Tensor, item_bias: Tensor | None, sw
     """Learns noise and how users are distributed for item vectors that are given, and rotates and scales these."""
     estimates = PointEstimates(log, item_bias, item_table)
     width = item_table.shape[1]
-    scale = item_table.square().mean().clamp(min=_SMALLEST_VARIANCE)
+    scale = item_table.square().mean().clamp(min=SMALLEST_VARIANCE)
     user_prior = torch.full((width + 1,), float(0.2 * estimates.noise / scale / width)).diag()
     user_prior[-1, -1] = 0.2 * estimates.noise
     for _ in range(sweeps):
         users, covariance = estimates.users(estimates.noise, user_prior)
         estimates.items_given(users, covariance, estimates.noise, None)
         latent = users[:, USER.free]
-        user_prior = latent.T @ latent / len(latent) + covariance.mean(0) + _SMALLEST_VARIANCE * torch.eye(width + 1)
+        user_prior = latent.T @ latent / len(latent) + covariance.mean(0) + SMALLEST_VARIANCE * torch.eye(width + 1)
     estimates.items[:, 1:-1] = estimates.items[:, 1:-1] @ torch.linalg.cholesky(user_prior[:-1, :-1])
     return estimates.model(estimates.noise, float(user_prior[-1, -1]))
 

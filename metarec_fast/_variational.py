@@ -17,7 +17,7 @@ from metarec_fast.data import Interactions
 _ITEM_NOISE_STRENGTH = 50.0  # an item's own noise counts like this many ratings of average noise
 _USER_NOISE_STRENGTH = 10.0
 _NOISE_FROM_SWEEP = 3  # before, the factors are still too rough to tell noise from signal
-_SMALLEST_VARIANCE = 1e-6  # where all ratings are alike nothing would be left to divide by
+SMALLEST_VARIANCE = 1e-6  # where all ratings are alike nothing would be left to divide by
 _DIRECTIONS = 50  # of who rated what
 
 
@@ -55,7 +55,7 @@ class Inference:
         self.item_prior_covariance = 0.1 * torch.eye(dim + 1)
         self.user_prior_mean = torch.zeros(num_users, dim + 1)
         self.item_noise, self.user_noise = torch.ones(num_items), torch.ones(num_users)  # a, d
-        self.noise = max(float((residuals - bias[self.of_users.ids]).square().mean()), _SMALLEST_VARIANCE)
+        self.noise = max(float((residuals - bias[self.of_users.ids]).square().mean()), SMALLEST_VARIANCE)
         self.bias_variance = 0.2 * self.noise  # τ²
 
         width = _DIRECTIONS if choices else 0
@@ -91,7 +91,7 @@ class Inference:
         )
         squares = self.of_items.total(weights * self.of_items.residuals.square())
         errors = _expected_errors(squares, self.items, self.item_covariance, moments, products, ITEM)
-        self.noise = max(float((errors / self.item_noise).sum() / self.counts.sum()), _SMALLEST_VARIANCE)
+        self.noise = max(float((errors / self.item_noise).sum() / self.counts.sum()), SMALLEST_VARIANCE)
         if learn_noise:
             self.item_noise = _shrink(errors / self.noise, self.counts, _ITEM_NOISE_STRENGTH)
 
@@ -110,7 +110,7 @@ class Inference:
         coefficients, mean = self.user_regression.regress(latent, self._user_prior_covariance())
         centred = latent - mean - self.user_features @ coefficients
         spread = centred.T @ centred / len(latent) + covariance.mean(0)  # [D + 1, D + 1]
-        self.bias_variance = max(float(spread[-1, -1]), _SMALLEST_VARIANCE)
+        self.bias_variance = max(float(spread[-1, -1]), SMALLEST_VARIANCE)
 
         # With u = ū + L u′: b + c + u·e = (b + ū·e + c̄) + c′ + u′·Lᵀe.
         root = torch.linalg.cholesky(spread[:-1, :-1])
