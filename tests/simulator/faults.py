@@ -100,7 +100,7 @@ FAULTS = [
     Fault(
         "a misaligned load of a vector",
         "row_layout.h",
-        "dim % kPack == 0 && reinterpret_cast<uintptr_t>(rows) % 16 == 0",
+        "dim % kPack == 0 && is_aligned(rows)",
         "dim > 0",
         "address",
         "meta_step, plain float32 D=7",
