@@ -6,6 +6,7 @@ from metarec_fast.checkpoint import load
 from metarec_fast.data import Interactions, UserSplit, load_movielens_small, split_users
 from metarec_fast.evaluation import evaluate
 from metarec_fast.factor_model import FactorModel
+from metarec_fast.features import Features
 from metarec_fast.history import History
 from metarec_fast.learners import FOMAML, MAML, Learner, MetaSGD
 from metarec_fast.maml_r import MAMLR
@@ -22,7 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BASELINES", "FOMAML", "MAML", "MAMLR", "AdaptedUser", "DotRecommender", "Entries", "FactorModel",
-    "FastWeights", "History", "Interactions", "Learner", "MetaSGD", "MetaStep", "Report", "Reptile",
+    "FastWeights", "Features", "History", "Interactions", "Learner", "MetaSGD", "MetaStep", "Report", "Reptile",
     "SparseAdagrad", "SparseAdam", "SparseRows", "SparseSGD", "TaskBatch", "TaskSampler", "TopK", "UserSplit",
     "evaluate", "functional", "load", "load_movielens_small", "split_users", "warm_start",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """What it says about users and items that these users rated these items, whatever the ratings.
 
 The matrix C of who rated what is scaled to rows of length about 1, C_ui = (n_u + 1)^(−1/2). Its leading singular
-directions are features of users and of items, from which `PriorMean` predicts their vectors.
+directions are features of users and of items, from which `_prior_mean` predicts their vectors.
 """
 
 from __future__ import annotations
@@ -40,28 +40,3 @@ def leading_directions(rows: Segments, columns: Segments, width: int, seed: int)
     rotation = torch.linalg.eigh(features.T @ features).eigenvectors.flip(1)[:, :width]
     size = (features @ rotation).square().sum(1).mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     return basis @ rotation / size, features @ rotation / size
-
-
-class PriorMean:
-    """The mean of vectors given features: a linear regression F B with B ~ N(0, β Σ), β learned from the data.
-
-    Σ is the vectors' covariance around that mean (empirical Bayes; MacKay 1992, section 4).
-
-    Args:
-        features: F [R, d] of the rows that regression learns from.
-    """
-
-    def __init__(self, features: Tensor) -> None:
-        self.centre = features.mean(0)
-        self.features = features - self.centre
-        self.products = self.features.T @ self.features  # [d, d]
-        self.variance = 0.03  # β
-
-    def regress(self, vectors: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
-        """Coefficients B [d, K] and intercept [K] for vectors [R, K] of covariance [K, K]; moves β one EM step."""
-        mean, count = vectors.mean(0), len(self.products)
-        posterior = torch.linalg.inv(self.products + torch.eye(count) / self.variance)
-        coefficients = posterior @ (self.features.T @ (vectors - mean))
-        size = (coefficients @ torch.linalg.inv(covariance) * coefficients).sum() / len(covariance)
-        self.variance = float((size + posterior.trace()) / max(count, 1)) or 0.03
-        return coefficients, mean - self.centre @ coefficients

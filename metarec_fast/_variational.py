@@ -10,9 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metarec_fast._choices import PriorMean, leading_directions
+from metarec_fast._choices import leading_directions
+from metarec_fast._prior_mean import PriorMean
 from metarec_fast._segments import segments_of
 from metarec_fast.data import Interactions
+from metarec_fast.feature_matrix import FeatureMatrix, only_numbers
 
 _ITEM_NOISE_STRENGTH = 50.0  # an item's own noise counts like this many ratings of average noise
 _USER_NOISE_STRENGTH = 10.0
@@ -38,10 +40,22 @@ class Inference:
     A score is the product of the user's (1, u, c) and the item's (b, e, 1), vectors of width K = D + 2 that each have
     one known coordinate: the two half-steps of a sweep are the same computation with the roles exchanged.
     Within EM (u, c) ~ N(user_prior_mean, diag(1, …, 1, τ²)) and (b, e) ~ N(item_prior_mean, item_prior_covariance);
-    with `choices`, these means depend on which items a user rated and on which users rated an item.
+    these means depend on features, and with `choices` on which items a user rated and on which users rated an item.
+
+    Args:
+        user_features, item_features: Features of the log's users and items, [U, F] and [N, F'], where there are any.
     """
 
-    def __init__(self, log: Interactions, dim: int, seed: int, *, choices: bool) -> None:
+    def __init__(
+        self,
+        log: Interactions,
+        dim: int,
+        seed: int,
+        *,
+        choices: bool,
+        user_features: FeatureMatrix | None = None,
+        item_features: FeatureMatrix | None = None,
+    ) -> None:
         self.of_users, self.of_items, self.offset = segments_of(log)
         num_users, num_items = log.num_users, log.num_items
         self.counts = self.of_items.sizes  # [N]
@@ -59,11 +73,16 @@ class Inference:
         self.bias_variance = 0.2 * self.noise  # τ²
 
         width = _DIRECTIONS if choices else 0
-        self.directions, self.user_features = leading_directions(self.of_users, self.of_items, width, seed)
-        _, self.item_features = leading_directions(self.of_items, self.of_users, width, seed)
-        self.user_start = self.directions.new_zeros(num_items, dim + 1)  # [N, D + 1], y
-        self.user_regression = PriorMean(self.user_features)
-        self.item_regression = PriorMean(self.item_features[self.counts > 0])
+        self.directions, of_users = leading_directions(self.of_users, self.of_items, width, seed)
+        _, of_items = leading_directions(self.of_items, self.of_users, width, seed)
+        seen = self.counts > 0
+        of_items[~seen] = of_items[seen].mean(0)  # of an item that nobody rated yet this says nothing
+        self.user_features, groups = _beside(user_features, of_users)
+        self.user_regression = PriorMean(self.user_features, groups)
+        self.item_features, groups = _beside(item_features, of_items)
+        self.item_regression = PriorMean(self.item_features.select(seen.nonzero()[:, 0]), groups)
+        self.user_weights = torch.zeros(self.user_features.width, dim + 1)  # [F, D + 1], of features and directions
+        self.item_weights = torch.zeros(self.item_features.width, dim + 1)  # [F', D + 1], of (b, e)
 
     def run(self, sweeps: int) -> None:
         for sweep in range(sweeps):
@@ -121,19 +140,27 @@ class Inference:
         self.items[:, 0] += mean[-1]
         self.item_covariance = change @ self.item_covariance @ change.T
         latent_coefficients = torch.linalg.solve_triangular(root, coefficients[:, :-1].T, upper=False).T
-        coefficients = torch.cat([latent_coefficients, coefficients[:, -1:]], 1)
-        self.user_prior_mean = self.user_features @ coefficients
-        self.user_start = self.directions @ coefficients
+        self.user_weights = torch.cat([latent_coefficients, coefficients[:, -1:]], 1)
+        self.user_prior_mean = self.user_features @ self.user_weights
 
     def _update_item_prior(self) -> None:
         seen = self.counts > 0
         latent, covariance = self.items[seen, ITEM.free], self.item_covariance[seen].mean(0)
-        coefficients, intercept = self.item_regression.regress(latent, self.item_prior_covariance)
-        self.item_prior_mean = intercept + self.item_features @ coefficients
+        self.item_weights, intercept = self.item_regression.regress(latent, self.item_prior_covariance)
+        self.item_prior_mean = intercept + self.item_features @ self.item_weights
         centred = latent - self.item_prior_mean[seen]
         self.item_prior_covariance = centred.T @ centred / len(latent) + covariance
         self.items[~seen, ITEM.free] = self.item_prior_mean[~seen]
         self.item_covariance[~seen] = self.item_prior_covariance
+
+
+def _beside(features: FeatureMatrix | None, directions: Tensor) -> tuple[FeatureMatrix, Tensor]:
+    """Features and, behind them, the directions; and the group of each column: categories, numbers, directions."""
+    if features is None:
+        return only_numbers(directions), torch.zeros(directions.shape[1], dtype=torch.int64)
+    numbers = torch.full((features.dense.shape[1],), features.known.shape[1])
+    groups = torch.cat([features.column_of, numbers, torch.full((directions.shape[1],), features.known.shape[1] + 1)])
+    return features.with_dense(directions), groups.unique(return_inverse=True)[1]
 
 
 def second_moments(vectors: Tensor, covariance: Tensor, layout: Layout) -> Tensor:

@@ -1,9 +1,13 @@
-"""Learners on disk: `weights.safetensors` and `learner.json` in one directory, readable without running any code."""
+"""Learners on disk: `weights.safetensors` and `learner.json` in one directory, readable without running any code.
+
+Where the model has features of users or items, their tables are in `features.safetensors`.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +16,16 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from metarec_fast.catalogue import Catalogue
+from metarec_fast.feature_matrix import FeatureMatrix
+from metarec_fast.features import Features, columns_from, describe_columns
 from metarec_fast.models import DotRecommender
 
 if TYPE_CHECKING:
     from metarec_fast.learners import Learner
 
 FORMAT_VERSION = 1
-WEIGHTS, DESCRIPTION = "weights.safetensors", "learner.json"
+WEIGHTS, FEATURES, DESCRIPTION = "weights.safetensors", "features.safetensors", "learner.json"
 
 
 def save(learner: Learner, directory: str | os.PathLike[str]) -> None:
@@ -27,9 +34,11 @@ def save(learner: Learner, directory: str | os.PathLike[str]) -> None:
     A file that is there already is replaced at once, never left half written.
 
     Raises:
-        TypeError: An item id is neither an integer nor a string.
+        TypeError: An id is neither an integer nor a string.
     """
     folder = Path(directory)
+    encoders = {"user": learner.model.user_encoder, "item": learner.model.item_encoder}
+    tables = {name: encoder.features for name, encoder in encoders.items() if encoder is not None}
     description = {
         "format_version": FORMAT_VERSION,
         "class": type(learner).__name__,
@@ -37,13 +46,22 @@ def save(learner: Learner, directory: str | os.PathLike[str]) -> None:
         "model": learner.model.hyperparameters,
         "dtype": str(learner.model.item_embedding.weight.dtype).removeprefix("torch."),
         "rating_range": None if learner.rating_range is None else list(learner.rating_range),
-        "item_ids": None if learner.item_ids is None else _pack_ids(learner.item_ids),
+        "item_ids": None if learner.item_ids is None else _pack_ids("item_ids", learner.item_ids),
+        "features": {
+            name: {"ids": _pack_ids(f"{name} features", table.ids), "columns": describe_columns(table)}
+            for name, table in tables.items()
+        },
     }
     text = json.dumps(description, ensure_ascii=False, indent=1)
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in learner.state_dict().items()}
     replace_file(folder / WEIGHTS, lambda path: save_file(tensors, path))
+    if tables:
+        matrices = {
+            f"{name}.{part}": value for name, table in tables.items() for part, value in vars(table.matrix).items()
+        }
+        replace_file(folder / FEATURES, lambda path: save_file(matrices, path))
     replace_file(folder / DESCRIPTION, lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -69,7 +87,8 @@ def load(directory: str | os.PathLike[str]) -> Learner:
         raise ValueError(f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}")
     try:
         cls = classes[description["class"]]
-        model = DotRecommender(**description["model"]).to(getattr(torch, description["dtype"]))
+        tables = _read_features(folder, description.get("features", {}))
+        model = DotRecommender(**description["model"], **tables).to(getattr(torch, description["dtype"]))
         learner: Learner = cls(model, **description["hyperparameters"]).to(getattr(torch, description["dtype"]))
         ids, limits = description["item_ids"], description["rating_range"]
         learner.item_ids = None if ids is None else _unpack_ids(ids)
@@ -111,11 +130,32 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _pack_ids(ids: NDArray[Any]) -> dict[str, Any]:
+def _read_features(folder: Path, described: dict[str, Any]) -> dict[str, Any]:
+    """The tables of features as arguments of the model."""
+    if not described:
+        return {}
+    path = folder / FEATURES
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: does not hold features: {error}") from error
+    return {
+        f"{name}_features": Features(
+            Catalogue(_unpack_ids(table["ids"]), len(table["ids"]["values"]), name=f"{name} features"),
+            columns_from(table["columns"]),
+            FeatureMatrix(*(tensors[f"{name}.{part.name}"] for part in fields(FeatureMatrix))),
+        )
+        for name, table in described.items()
+    }
+
+
+def _pack_ids(name: str, ids: NDArray[Any]) -> dict[str, Any]:
     values = ids.tolist()
     strange = next((value for value in values if isinstance(value, bool) or not isinstance(value, (int, str))), None)
     if strange is not None:
-        raise TypeError(f"item_ids: only integers and strings can be saved, got {type(strange).__name__} {strange!r}")
+        raise TypeError(f"{name}: only integers and strings can be saved, got {type(strange).__name__} {strange!r}")
     return {"dtype": ids.dtype.str, "values": values}
 
 

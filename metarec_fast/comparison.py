@@ -14,6 +14,7 @@ import torch
 from metarec_fast.baselines import fit_baselines
 from metarec_fast.data import UserSplit
 from metarec_fast.evaluation import evaluate
+from metarec_fast.features import Features
 from metarec_fast.history import History
 from metarec_fast.learners import FOMAML, MAML, Learner, MetaSGD
 from metarec_fast.maml_r import MAMLR
@@ -38,8 +39,10 @@ def train(
     support: Size = (3, 90),
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    user_features: Features | None = None,
+    item_features: Features | None = None,
 ) -> tuple[Learner, History]:
-    """Meta-trains one algorithm with its defaults.
+    """Meta-trains one algorithm with its defaults, on features too where they are given.
 
     Raises:
         ValueError: There is no such algorithm.
@@ -48,7 +51,8 @@ def train(
         raise ValueError(f"algorithm: expected one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
     with torch.random.fork_rng(devices=[]):  # the start of the item vectors depends on the seed alone
         torch.manual_seed(seed)
-        learner = ALGORITHMS[algorithm](DotRecommender(split.train.num_items, dim))
+        model = DotRecommender(split.train.num_items, dim, user_features=user_features, item_features=item_features)
+        learner = ALGORITHMS[algorithm](model)
     valid = split.valid if split.valid.num_users else None
     history = learner.fit(
         split.train, valid, support=support, epochs=epochs, seed=seed, progress=progress, checkpoint=checkpoint,

@@ -1,7 +1,8 @@
 """A matrix factorisation that knows how sure it is: r_ui = m + b_i + c_u + u_u·e_i + noise of variance σ² a_i.
 
-Users are drawn from (u, c) ~ N((|S| + 1)^(−1/2) Σ_{j∈S} y_j, τ² I), S the items that they rated; a new user's (u, c) is
-the mean of the posterior given the ratings. `metarec_fast.warm_start` has the ways to fit one.
+Users are drawn from (u, c) ~ N(W x + (|S| + 1)^(−1/2) Σ_{j∈S} y_j, τ² I), x what is known of them and S the items that
+they rated; a new user's (u, c) is the mean of the posterior given the ratings. `metarec_fast.warm_start` has the ways
+to fit one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from metarec_fast._ragged import pad
 
 if TYPE_CHECKING:
     from metarec_fast.data import Interactions
+    from metarec_fast.feature_matrix import FeatureMatrix
     from metarec_fast.tasks import Entries, TaskBatch
 
 
@@ -37,6 +39,8 @@ class FactorModel:
     item_noise: Tensor | None = None  # [N], a_i, about 1; None for 1
     item_covariance: Tensor | None = None  # [N, D + 1, D + 1], posterior covariance of (b_i, e_i); None for 0
     user_start: Tensor | None = None  # [N, D + 1], y_i, the bias last; None for 0
+    user_weights: Tensor | None = None  # [F, D + 1], W of the features of users, the bias last; None without features
+    item_weights: Tensor | None = None  # [F, D + 1], the share of (e_i, b_i) that features of items explain
 
     @classmethod
     def fit(
@@ -70,18 +74,23 @@ class FactorModel:
         """λ = σ²/τ² of the ridge (Xᵀ W X + λ I) φ = Xᵀ W (y − p0), X the support rows with a 1 appended."""
         return self.noise / self.user_variance
 
-    def start_of(self, support: Entries) -> Tensor:
-        """Where users start before their ratings are looked at, given which items they rated, [T, D + 1]."""
+    def start_of(self, support: Entries, users: FeatureMatrix | None = None) -> Tensor:
+        """Where users start before their ratings are looked at, given which items they rated and their features
+        [T, F], if these are known: [T, D + 1]."""
+        start = self.item_table.new_zeros(support.num_tasks, self.dim + 1)
+        if users is not None and self.user_weights is not None:
+            start = users @ self.user_weights
         if self.user_start is None:
-            return self.item_table.new_zeros(support.num_tasks, self.dim + 1)
+            return start
         sums = embedding_bag(support.items, self.user_start, support.offsets, mode="sum", include_last_offset=True)
-        return sums * (support.sizes() + 1.0).rsqrt()[:, None]
+        return start + sums * (support.sizes() + 1.0).rsqrt()[:, None]
 
-    def fold_in(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
+    def fold_in(self, batch: TaskBatch, users: FeatureMatrix | None = None) -> tuple[Tensor, Tensor]:
         """Each task's user vector and bias given its support entries: the ridge of `pull`, in closed form.
 
         Args:
-            batch: Tasks with rated support entries, item ids in [0, N). An empty support gives zeros.
+            batch: Tasks with rated support entries, item ids in [0, N). An empty support gives the start.
+            users: Features of the tasks' users, [T, F], if they are known.
 
         Returns:
             User vectors [T, D] and user biases [T].
@@ -99,7 +108,7 @@ class FactorModel:
         weights = self.support_weights[items]
         if support.weights is not None:
             weights = weights * support.weights.to(weights.dtype)
-        start = self.start_of(support)  # φ_0
+        start = self.start_of(support, users)  # φ_0
         inputs = torch.cat([self.item_table[items], self.item_table.new_ones(len(support), 1)], 1)  # [n, D + 1]
         scores = self.offset + self.item_bias[items] + (inputs * start[support.task_ids()]).sum(1)
         rows = torch.cat([inputs, (targets - scores)[:, None]], 1)

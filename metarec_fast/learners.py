@@ -20,7 +20,9 @@ from torch.optim import Adam, Optimizer
 from metarec_fast import checkpoint, functional, serving, training
 from metarec_fast._arguments import PAIRWISE, check_entries, check_outer_loss
 from metarec_fast._known_gradients import KnownGradients
+from metarec_fast.catalogue import Catalogue
 from metarec_fast.data import Interactions
+from metarec_fast.feature_matrix import FeatureMatrix
 from metarec_fast.functional import Steps
 from metarec_fast.models import DotRecommender
 from metarec_fast.negatives import draw_negatives
@@ -83,7 +85,7 @@ class Learner(nn.Module):
             **extra,
         }
         self.rating_range: tuple[float, float] | None = None
-        self._catalogue: serving.Catalogue | None = None
+        self._catalogue: Catalogue | None = None
 
     def forward(self, batch: TaskBatch) -> Tensor:
         """The outer loss of a batch, a scalar: how well tasks that adapted on their support predict their query.
@@ -107,7 +109,7 @@ class Learner(nn.Module):
             "item_table": rows,
             "item_bias": biases,
             "batch": local,
-            **self._settings(batch.support),
+            **self._settings(batch, batch.support),
         }
         if torch.is_grad_enabled():
             return functional.meta_step(**block, outer_loss=self.outer_loss).loss
@@ -129,14 +131,21 @@ class Learner(nn.Module):
         """The support with the weight of every entry, given its items' row numbers [n] in the model."""
         return support
 
-    def start_of(self, support: Entries) -> tuple[Tensor, Tensor]:
-        """Where tasks start before they adapt: user vectors, [D] or [T, D], and biases, a scalar or [T]."""
-        return self.model.user_init, self.model.user_bias_init
+    def start_of(self, support: Entries, users: FeatureMatrix | None = None) -> tuple[Tensor, Tensor]:
+        """Where tasks start before they adapt, given the features of their users [T, F] if these are known: user
+        vectors, [D] or [T, D], and biases, a scalar or [T]."""
+        return self.model.start(users)
 
     @torch.no_grad()
     def initialize(self, log: Interactions, seed: int = 0) -> None:
         """Gives the meta-parameters a start that fits the log; `fit` calls it unless the model has one already."""
         self.model.initialize(log)
+        self.know_items(log)
+
+    def know_items(self, log: Interactions) -> None:
+        """Takes over `item_ids` from a log in the model's numbering, unless they are known."""
+        if self._catalogue is None:
+            self.item_ids = log.item_ids
 
     def parameter_groups(self, outer_lr: float | None = None) -> list[dict[str, Any]]:
         """Parameters and their learning rates, for `torch.optim`; by default at `default_outer_lr`."""
@@ -168,15 +177,22 @@ class Learner(nn.Module):
         support = self.weigh(batch.support, batch.support.items)
         batch = batch.with_entries(support, batch.query)
         table, item_bias = self.model.tables()
-        return functional.adapt_and_score(item_table=table, item_bias=item_bias, batch=batch, **self._settings(support))
+        return functional.adapt_and_score(
+            item_table=table, item_bias=item_bias, batch=batch, **self._settings(batch, support)
+        )
 
     @torch.no_grad()
-    def fast_weights(self, batch: TaskBatch) -> FastWeights:
-        """What each task becomes on its support: user vectors [T, D], biases [T], with adapt="all" items too."""
-        support = self._prepare(batch, query=None).support
-        support = self.weigh(support, support.items)
+    def fast_weights(self, batch: TaskBatch, users: FeatureMatrix | None = None) -> FastWeights:
+        """What each task becomes on its support: user vectors [T, D], biases [T], with adapt="all" items too.
+
+        Args:
+            users: Features of the tasks' users, [T, F]; by default those found by `batch.user_ids`.
+        """
+        batch = self._prepare(batch, query=None)
+        support = self.weigh(batch.support, batch.support.items)
         table, item_bias = self.model.tables()
-        return functional.adapt(item_table=table, item_bias=item_bias, support=support, **self._settings(support))
+        settings = self._settings(batch, support, users)
+        return functional.adapt(item_table=table, item_bias=item_bias, support=support, **settings)
 
     @torch.no_grad()
     def score_catalogue(self, batch: TaskBatch) -> Tensor:
@@ -197,10 +213,12 @@ class Learner(nn.Module):
 
     @item_ids.setter
     def item_ids(self, ids: Any) -> None:
-        self._catalogue = None if ids is None else serving.Catalogue(ids, self.model.num_items)
+        self._catalogue = None if ids is None else Catalogue(ids, self.model.num_items)
+        if self._catalogue is not None:
+            self.model.bind_items(self._catalogue.ids)
 
     @property
-    def catalogue(self) -> serving.Catalogue:
+    def catalogue(self) -> Catalogue:
         """Original item ids and the way back to row numbers."""
         if self._catalogue is None:
             raise ValueError("item_ids: not known yet; fit sets them, or assign learner.item_ids = log.item_ids")
@@ -214,6 +232,7 @@ class Learner(nn.Module):
         model = self.model
         plain = type(model).lookup is DotRecommender.lookup and type(model).tables is DotRecommender.tables
         embeddings = model.item_embedding, model.item_bias
+        plain = plain and model.item_encoder is None
         return plain and self.adapted == "user" and all(map(_is_plain_and_sparse, embeddings))
 
     @torch.compiler.disable(reason="a compiled graph gives no sparse gradients")  # type: ignore[untyped-decorator]
@@ -222,7 +241,7 @@ class Learner(nn.Module):
         model = self.model
         support = self.weigh(batch.support, batch.support.items)
         batch = batch.with_entries(support, batch.query)
-        settings = self._settings(support)
+        settings = self._settings(batch, support)
         with torch.no_grad():
             table, item_bias = model.tables()
             result = functional.meta_step(
@@ -239,9 +258,12 @@ class Learner(nn.Module):
         loss: Tensor = KnownGradients.apply("meta_step", result.loss, gradients, *inputs.values())
         return loss
 
-    def _settings(self, support: Entries) -> dict[str, Any]:
-        """The keyword arguments of a functional operator, tables and batch apart, for a support in the model's ids."""
-        user, bias = self.start_of(support)
+    def _settings(self, batch: TaskBatch, support: Entries, users: FeatureMatrix | None = None) -> dict[str, Any]:
+        """The keyword arguments of a functional operator, tables and batch apart, for the batch's support, weighed."""
+        encoder = self.model.user_encoder
+        if users is None and encoder is not None and batch.user_ids is not None:
+            users = encoder.rows_of(batch.user_ids)
+        user, bias = self.start_of(support, users)
         loop = self.inner_loop(support.sizes())
         return {"user_init": user, "user_bias_init": bias, "offset": self.model.offset, **loop}
 
@@ -251,6 +273,8 @@ class Learner(nn.Module):
             raise TypeError(f"batch: expected a TaskBatch, got {type(batch).__name__}")
         if query is not None and batch.query is None:
             raise ValueError("batch.query: expected Entries, got None")
+        if self.model.item_encoder is not None and self._catalogue is None and len(batch.support):
+            raise ValueError("item_ids: features of items are found by them; fit sets them, or assign learner.item_ids")
         item_bias, targets = self.model.item_bias.weight[:, 0], batch.support.targets
         if batch.support.items.device != item_bias.device or (targets is not None and targets.dtype != item_bias.dtype):
             if localized and item_bias.device.type != "cpu" and batch.support.items.device.type == "cpu":

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from metarec_fast import warm_start as warm_starts
 from metarec_fast.data import Interactions
 from metarec_fast.factor_model import FactorModel
+from metarec_fast.feature_matrix import FeatureMatrix
 from metarec_fast.functional import Steps
 from metarec_fast.learners import Learner, OuterLoss
 from metarec_fast.models import DotRecommender
@@ -129,8 +130,8 @@ class MAMLR(Learner):
             batch = batch.with_weights(weights)
         return super().forward(batch)
 
-    def start_of(self, support: Entries) -> tuple[Tensor, Tensor]:
-        user, bias = super().start_of(support)
+    def start_of(self, support: Entries, users: FeatureMatrix | None = None) -> tuple[Tensor, Tensor]:
+        user, bias = super().start_of(support, users)
         if self.choice is None:
             return user, bias
         sums = self.choice(support.items, support.offsets)  # [T, D + 1]
@@ -165,7 +166,12 @@ class MAMLR(Learner):
             super().initialize(log, seed)
             return
         self.model.check_log(log)
-        more = {"choices": self.choice is not None} if self.method == "variational" else {}
+        self.know_items(log)
+        more: dict[str, Any] = {}
+        if self.method == "variational":
+            encoders = {"user_features": self.model.user_encoder, "item_features": self.model.item_encoder}
+            more = {name: encoder.features for name, encoder in encoders.items() if encoder is not None}
+            more["choices"] = self.choice is not None
         with torch.device("cpu"):  # where the log is, whatever the default
             self.start_from(warm_starts.METHODS[self.method](log, dim=self.model.dim, seed=seed, **more), log)
 
@@ -182,6 +188,7 @@ class MAMLR(Learner):
         """
         model = self.model
         model.check_log(log)
+        self.know_items(log)
         if factors.item_table.shape != model.item_embedding.weight.shape:
             expected, found = (tuple(each.shape) for each in (model.item_embedding.weight, factors.item_table))
             raise ValueError(f"factors.item_table: expected shape [N, D] = {expected}, like the model's, got {found}")
@@ -192,16 +199,19 @@ class MAMLR(Learner):
         table = factors.item_table.double()
         axes = torch.linalg.eigh(table.T @ (share[:, None] * table)).eigenvectors.flip(1)
         table = table @ axes
-        model.item_embedding.weight.copy_(table)
-        model.item_bias.weight.copy_(factors.item_bias[:, None])
+        rows = torch.cat([table, factors.item_bias[:, None].double()], 1)  # [N, D + 1]
+        if model.user_encoder is not None:
+            model.user_encoder.weight.copy_(_rotated(factors.user_weights, axes))
+        if model.item_encoder is not None:
+            model.item_encoder.weight.copy_(_rotated(factors.item_weights, axes))
+            rows -= model.of_features().cpu()
+        model.item_embedding.weight.copy_(rows[:, :-1])
+        model.item_bias.weight.copy_(rows[:, -1:])
         model.offset.fill_(factors.offset)
         model.user_init.zero_()
         model.user_bias_init.zero_()
         if self.choice is not None:
-            self.choice.weight.zero_()
-            if factors.user_start is not None:
-                start = factors.user_start.double()
-                self.choice.weight.copy_(torch.cat([start[:, :-1] @ axes, start[:, -1:]], 1))
+            self.choice.weight.copy_(_rotated(factors.user_start, axes))
         if self.log_weight is not None:
             self.log_weight.weight.copy_(factors.support_weights.log()[:, None])
         if self.log_pull is not None:
@@ -217,14 +227,25 @@ class MAMLR(Learner):
         return min(30, max(10, math.ceil(_ENOUGH_STEPS / num_batches)))
 
     def parameter_groups(self, outer_lr: float | None = None) -> list[dict[str, Any]]:
-        """Items at `outer_lr`; offset, start and pull at 5 times that, weights and choices at 15, steps at 10."""
+        """Items and their features at `outer_lr`; offset, start and pull at 5 times that; weights, choices and features
+        of users at 15 times; steps at 10 times."""
         rate = self._outer_lr(outer_lr)
         model = self.model
         groups: list[tuple[float, list[Tensor | None]]] = [
             (1, [model.item_embedding.weight, model.item_bias.weight]),
+            (1, [None if model.item_encoder is None else model.item_encoder.weight]),
             (5, [model.offset, model.user_init, model.user_bias_init, self.log_pull]),
-            (15, [None if table is None else table.weight for table in (self.log_weight, self.choice)]),
+            (15, [None if each is None else each.weight for each in (self.log_weight, self.choice)]),
+            (15, [None if model.user_encoder is None else model.user_encoder.weight]),
             (10, [self.log_steps, self.log_rates, self.momentum]),
         ]
         present = ((times, [p for p in parameters if p is not None]) for times, parameters in groups)
         return [{"params": parameters, "lr": times * rate} for times, parameters in present if parameters]
+
+
+def _rotated(rows: Tensor | None, axes: Tensor) -> Tensor:
+    """Vectors [n, D] and, behind them, biases, the vectors in other axes [D, D]; 0 where there are none."""
+    if rows is None:
+        return torch.zeros(())
+    rows = rows.double()
+    return torch.cat([rows[:, :-1] @ axes, rows[:, -1:]], 1)

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from metarec_fast._arguments import INNER_LOSSES, PAIRWISE
+from metarec_fast.encoder import FeatureEncoder
+from metarec_fast.feature_matrix import FeatureMatrix
+from metarec_fast.features import Features
 
 if TYPE_CHECKING:
     from metarec_fast.data import Interactions
@@ -27,14 +30,26 @@ class DotRecommender(nn.Module):
             items that were not chosen: "bpr" (Rendle et al. 2009) or "softmax" (over the item and its negatives).
         sparse: Give the item embeddings sparse gradients, which cost what a batch touches, not what the catalogue
             holds; they need an optimiser that takes them, such as `metarec_fast.SparseAdam`.
+        user_features: What is known of users: moves where a user starts by W x, found by `TaskBatch.user_ids`.
+        item_features: What is known of items: their vectors and biases get W x too, which is all that an item has
+            which nobody has rated. They are found by the learner's `item_ids`.
 
     Raises:
         ValueError: A size is below 1, or the loss is unknown.
     """
 
     initialized: Tensor  # bool, whether the parameters mean something already
+    feature_rows: Tensor  # int64 [N], where each item is in the table of item features, −1 for nowhere
 
-    def __init__(self, num_items: int, dim: int, loss: str = "squared", sparse: bool = False) -> None:
+    def __init__(
+        self,
+        num_items: int,
+        dim: int,
+        loss: str = "squared",
+        sparse: bool = False,
+        user_features: Features | None = None,
+        item_features: Features | None = None,
+    ) -> None:
         super().__init__()
         for name, value in (("num_items", num_items), ("dim", dim)):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
@@ -51,12 +66,15 @@ class DotRecommender(nn.Module):
         self.user_bias_init = nn.Parameter(torch.zeros(()))  # c at the start
         self.offset = nn.Parameter(torch.zeros(()))  # m
         self.register_buffer("initialized", torch.tensor(False))
+        self.user_encoder = _encoder("user_features", user_features, self.dim)
+        self.item_encoder = _encoder("item_features", item_features, self.dim)
+        self.register_buffer("feature_rows", torch.full((self.num_items,), -1), persistent=False)
         nn.init.normal_(self.item_embedding.weight, std=_TABLE_SCALE / self.dim**0.5)
         nn.init.zeros_(self.item_bias.weight)
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """The constructor's arguments."""
+        """The constructor's arguments, features apart."""
         return {"num_items": self.num_items, "dim": self.dim, "loss": self.loss, "sparse": self.sparse}
 
     @torch.no_grad()
@@ -98,15 +116,65 @@ class DotRecommender(nn.Module):
             check_probabilities("log.ratings", log.ratings)
 
     def lookup(self, items: Tensor) -> tuple[Tensor, Tensor]:
-        """Item vectors [n, D] and biases [n], through the embeddings."""
-        return self.item_embedding(items), self.item_bias(items).squeeze(1)
+        """Item vectors [n, D] and biases [n], through the embeddings, features included."""
+        rows, biases = self.item_embedding(items), self.item_bias(items).squeeze(1)
+        if self.item_encoder is None:
+            return rows, biases
+        more = self.item_encoder(self.item_encoder.matrix.select(self.feature_rows[items]))  # [n, D + 1]
+        return rows + more[:, :-1], biases + more[:, -1]
 
     def tables(self) -> tuple[Tensor, Tensor]:
-        """All item vectors [N, D] and biases [N]."""
-        return self.item_embedding.weight, self.item_bias.weight.squeeze(1)
+        """All item vectors [N, D] and biases [N], features included."""
+        rows, biases = self.item_embedding.weight, self.item_bias.weight.squeeze(1)
+        if self.item_encoder is None:
+            return rows, biases
+        more = self.of_features()
+        return rows + more[:, :-1], biases + more[:, -1]
+
+    def of_features(self) -> Tensor:
+        """What features of items add to their vectors and, in the last column, their biases, [N, D + 1]."""
+        assert self.item_encoder is not None
+        added: Tensor = self.item_encoder(self.item_encoder.matrix.select(self.feature_rows))
+        return added
+
+    def start(self, users: FeatureMatrix | None = None) -> tuple[Tensor, Tensor]:
+        """Where users start, given their features [T, F]: vectors [T, D] and biases [T], without them [D] and [].
+
+        Raises:
+            ValueError: There are features, but the model has none.
+        """
+        if users is None:
+            return self.user_init, self.user_bias_init
+        if self.user_encoder is None:
+            raise ValueError("users: the model has no user features")
+        moved = self.user_encoder(users)
+        return self.user_init + moved[:, :-1], self.user_bias_init + moved[:, -1]
+
+    def unknown_items(self, item_ids: Any) -> tuple[Tensor, Tensor]:
+        """Vectors [n, D] and biases [n] of items that are not among the N: the mean ones, moved by their features."""
+        vector, bias = self.item_embedding.weight.mean(0), self.item_bias.weight.mean()
+        if self.item_encoder is None:
+            count = len(item_ids)
+            return vector.expand(count, -1), bias.expand(count)
+        more = self.item_encoder(self.item_encoder.rows_of(item_ids))
+        return vector + more[:, :-1], bias + more[:, -1]
+
+    def bind_items(self, item_ids: Any) -> None:
+        """Finds the features of the items, given their original ids [N]; learners do it as their `item_ids` are set."""
+        if self.item_encoder is not None:
+            self.item_encoder.warn_if_unknown("item_features", item_ids)
+            self.feature_rows.copy_(self.item_encoder.features.find(item_ids))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters.items())
+
+
+def _encoder(name: str, features: Features | None, dim: int) -> FeatureEncoder | None:
+    if features is None:
+        return None
+    if not isinstance(features, Features):
+        raise TypeError(f"{name}: expected Features, got {type(features).__name__}")
+    return FeatureEncoder(features, dim)
 
 
 def check_probabilities(name: str, targets: Any) -> None:

@@ -42,10 +42,10 @@ def frame_columns(frame: Any, source: str, user: str, item: str, rating: str | N
 def parquet_columns(
     path: str | os.PathLike[str], user: str, item: str, rating: str | None, time: str | None
 ) -> Columns:
-    polars = _polars()
+    polars = polars_or_none()
     if polars is None:
         raise ImportError("reading Parquet needs Polars: pip install 'metarec-fast[data]'")
-    file = _existing_file(path)
+    file = existing_file(path)
     try:
         names = list(polars.read_parquet_schema(file))
         wanted = [name for name in dict.fromkeys((user, item, rating, time)) if name in names]
@@ -71,7 +71,7 @@ def csv_columns(
 ) -> Columns:
     if not isinstance(sep, str) or not sep or (not sep.isprintable() and sep != "\t"):
         raise ValueError(f"sep: expected one or more printable characters or a tabulator, got {sep!r}")
-    file = _existing_file(path)
+    file = existing_file(path)
     layout = find_columns(file, {"user": user, "item": item, "rating": rating, "time": time}, sep, header)
     columns = read_columns(layout)
     return Columns(columns["user"], columns["item"], columns.get("rating"), columns.get("time"))
@@ -93,7 +93,7 @@ def movielens_columns(path: str | os.PathLike[str]) -> tuple[Columns, dict[Any, 
         return csv_columns(place, 0, 1, 2, 3, "::", False), _titles_by_position(folder / "movies.dat", "::")
     if place.suffix == ".data":
         return csv_columns(place, 0, 1, 2, 3, "\t", False), _titles_by_position(folder / "u.item", "|")
-    _existing_file(place)
+    existing_file(place)
     raise ValueError(f"{place}: expected the name of a MovieLens file, {', '.join(layouts)}")
 
 
@@ -108,7 +108,7 @@ def movielens_small_columns() -> tuple[Columns, dict[Any, str]]:
     return frame_columns(frame, "dslabs/movielens", "userId", "movieId", "rating", "timestamp"), named
 
 
-def _polars() -> ModuleType | None:
+def polars_or_none() -> ModuleType | None:
     try:
         import polars
     except ImportError:
@@ -116,7 +116,7 @@ def _polars() -> ModuleType | None:
     return polars
 
 
-def _existing_file(path: str | os.PathLike[str]) -> Path:
+def existing_file(path: str | os.PathLike[str]) -> Path:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{file}: there is no such file")
@@ -129,7 +129,7 @@ def _listed(names: Iterable[object]) -> str:
 
 def _ids_of_series(name: str, column: Any) -> Any:
     """The ids of a Polars column of strings are encoded there; any other column is left as it is."""
-    polars = _polars() if type(column).__module__.startswith("polars") else None
+    polars = polars_or_none() if type(column).__module__.startswith("polars") else None
     if polars is None or column.dtype != polars.String:
         return column
     if column.null_count():

@@ -60,11 +60,12 @@ class Reptile(Learner):
         unique, local = batch.localize()
         model, support = self.model, local.support
         rows, biases = model.lookup(unique)
-        settings = {name: value for name, value in self._settings(batch.support).items() if name != "first_order"}
+        settings = self._settings(batch, batch.support)
+        del settings["first_order"]
         result = functional.reptile_step(
             item_table=rows.detach(), item_bias=biases.detach(), support=support, task_weights=batch.weights, **settings
         )
-        inputs = (model.user_init, model.user_bias_init, model.offset, rows, biases)
+        inputs = (settings["user_init"], settings["user_bias_init"], model.offset, rows, biases)
         user, bias, *items = result.grads.values()
         # What does not move has a gradient of zero rather than none: DDP waits for everybody's.
         moves = [_dense(each, len(unique)) for each in items] or [torch.zeros_like(rows), torch.zeros_like(biases)]

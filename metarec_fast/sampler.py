@@ -38,7 +38,7 @@ class TaskSampler:
 
     A batch is a pure function of (seed, epoch, its index in the epoch): of no state, no thread count, no prefetching,
     and of neither implementation (`metarec_fast/_random.py` says how numbers are drawn). Batches carry `users`
-    (positions in the log), and their distinct items and local ids are known in advance.
+    (positions in the log) and `user_ids`, and their distinct items and local ids are known in advance.
 
     Args:
         log: The interactions. Not copied, and not to be changed meanwhile.
@@ -166,7 +166,8 @@ class TaskSampler:
     def _batch(self, order: NDArray[np.int64], epoch: int, index: int) -> TaskBatch:
         users = order[index * self.batch_size : (index + 1) * self.batch_size]
         unique, support, query = self._sampler.sample(users, _random.key_of(self.seed, epoch))
-        return _task_batch(users, unique, SampledEntries(*support), None if query is None else SampledEntries(*query))
+        parts = SampledEntries(*support), None if query is None else SampledEntries(*query)
+        return _task_batch(users, self.log.user_ids[users], unique, *parts)
 
     def _check_users(self, least: int, sizes: NDArray[np.int64]) -> None:
         if self.num_tasks == 0:
@@ -209,13 +210,19 @@ def _choose_backend(backend: str) -> str:
 
 
 def _task_batch(
-    users: NDArray[np.int64], unique: NDArray[np.int64], support: SampledEntries, query: SampledEntries | None
+    users: NDArray[np.int64],
+    user_ids: NDArray[Any],
+    unique: NDArray[np.int64],
+    support: SampledEntries,
+    query: SampledEntries | None,
 ) -> TaskBatch:
     user_tensor = torch.from_numpy(users.copy())  # the order of the epoch is not the batch's to share
     support_entries, local_support = _entries(support, len(unique))
     query_entries, local_query = (None, None) if query is None else _entries(query, len(unique))
     local = TaskBatch.unchecked(local_support, local_query, user_tensor)
-    return TaskBatch.unchecked(support_entries, query_entries, user_tensor, None, torch.from_numpy(unique), local)
+    return TaskBatch.unchecked(
+        support_entries, query_entries, user_tensor, None, torch.from_numpy(unique), local, user_ids
+    )
 
 
 def _entries(sampled: SampledEntries, num_unique: int) -> tuple[Entries, Entries]:

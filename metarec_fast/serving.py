@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,60 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metarec_fast import functional
-from metarec_fast._ids import as_column, faithful_array, find_ids
+from metarec_fast._ids import as_column
 from metarec_fast.models import check_probabilities
 from metarec_fast.results import AdaptedItems
 from metarec_fast.tasks import Entries, TaskBatch
 
 if TYPE_CHECKING:
-    from metarec_fast.data import Interactions
+    from metarec_fast.feature_matrix import FeatureMatrix
     from metarec_fast.learners import Learner
-
-
-class Catalogue:
-    """The original ids of a model's items, and their row numbers.
-
-    Args:
-        ids: Distinct ids, [N].
-        num_items: N, as the model has it.
-
-    Raises:
-        ValueError: There are more or fewer ids than items, or one comes twice.
-    """
-
-    ids: NDArray[Any]
-
-    def __init__(self, ids: Any, num_items: int) -> None:
-        column = as_column("item_ids", ids)
-        if not isinstance(column, np.ndarray):
-            column = faithful_array([id_.item() if isinstance(id_, np.generic) else id_ for id_ in column])
-        self.ids = column
-        if len(self.ids) != num_items:
-            raise ValueError(f"item_ids: expected {num_items}, one per item of the model, got {len(self.ids)}")
-        # Integers are found by bisection; anything else by a dictionary, made once.
-        self._rows = None if self.ids.dtype.kind in "iu" else {id_: row for row, id_ in enumerate(self.ids.tolist())}
-        distinct = len(np.unique(self.ids)) if self._rows is None else len(self._rows)
-        if distinct != num_items:
-            raise ValueError(f"item_ids: each id must come once, got {distinct} different ones among {num_items}")
-
-    def find(self, ids: Any) -> NDArray[np.int64]:
-        """Row numbers of original ids, −1 for those unknown."""
-        column = as_column("items", ids)
-        if len(column) == 0:
-            return np.empty(0, np.int64)
-        if self._rows is None:
-            return find_ids(self.ids, column)
-        wanted = column.tolist() if isinstance(column, np.ndarray) else column
-        return np.fromiter((self._rows.get(id_, -1) for id_ in wanted), np.int64, len(column))
-
-    def align(self, log: Interactions) -> Interactions:
-        """The log in this catalogue's numbering; ratings of other items are left out, with one warning."""
-        if log.item_ids is self.ids or np.array_equal(log.item_ids, self.ids):
-            return log
-        aligned, dropped = log.align_items(self.ids)
-        if dropped:
-            warnings.warn(f"{dropped} ratings of items that the learner does not know are ignored", stacklevel=4)
-        return aligned
 
 
 class AdaptedUser:
@@ -77,8 +32,8 @@ class AdaptedUser:
         seen: Row numbers of the items adapted on, int64 [S].
     """
 
-    def __init__(self, learner: Learner, support: Entries) -> None:
-        fast = learner.fast_weights(TaskBatch(support))
+    def __init__(self, learner: Learner, support: Entries, features: FeatureMatrix | None = None) -> None:
+        fast = learner.fast_weights(TaskBatch(support), features)
         self.vector: Tensor = fast.user[0]
         self.bias: Tensor = fast.bias[0]
         self.seen: Tensor = support.items
@@ -86,20 +41,22 @@ class AdaptedUser:
 
     @torch.no_grad()
     def predict(self, items: Any) -> NDArray[Any]:
-        """The scores [n] of items by original id; an item that the learner does not know gets the mean of all.
+        """The scores [n] of items by original id. An item that the learner does not know gets the mean of all, moved
+        by its features if the model knows these.
 
         Adapted on ratings, scores are ratings, not clipped; with the logistic loss they are log-odds.
         """
+        model = self._learner.model
         rows = self._learner.catalogue.find(items)
-        table, item_bias = self._learner.model.tables()
+        table, item_bias = model.tables()
         wanted = torch.from_numpy(np.maximum(rows, 0)).to(table.device)
         scores = item_bias[wanted] + table[wanted] @ self.vector
         if self._adapted is not None:
             for row, score in zip(self.seen.tolist(), self._seen_scores(self._adapted), strict=True):
                 scores[wanted == row] = score
         if (rows < 0).any():
-            mean = item_bias.mean() + table.mean(0) @ self.vector
-            scores = torch.where(torch.from_numpy(rows < 0).to(table.device), mean, scores)
+            vectors, biases = model.unknown_items(items)
+            scores = torch.where(torch.from_numpy(rows < 0).to(table.device), biases + vectors @ self.vector, scores)
         result: NDArray[Any] = (scores + self._constant()).cpu().numpy()
         return result
 
@@ -145,7 +102,9 @@ class AdaptedUser:
         return f"AdaptedUser(dim={len(self.vector)}, seen={len(self.seen)})"
 
 
-def adapt(learner: Learner, items: Any, ratings: Any) -> AdaptedUser:
+def adapt(
+    learner: Learner, items: Any, ratings: Any, features: Mapping[str, Any] | None = None, *, user: Any = None
+) -> AdaptedUser:
     """Adapts to a user who need not have been in training.
 
     Args:
@@ -153,12 +112,16 @@ def adapt(learner: Learner, items: Any, ratings: Any) -> AdaptedUser:
         ratings: How much, finite numbers, [n]; in [0, 1] for the logistic loss; not looked at by losses that compare
             items with others ("bpr", "softmax"). Outside the range seen in training is fine. No ratings give the user
             with whom adaptation starts.
+        features: What else is known of him, by column of the model's user features: {"age": 31}. Columns that are left
+            out count as average.
+        user: Or: his original id in the model's table of user features; if he is not there he counts as average.
 
     Returns:
         The adapted user.
 
     Raises:
-        ValueError: Lengths differ, or a rating is not finite, or `learner.item_ids` are not known.
+        ValueError: Lengths differ, or a rating is not finite, or `learner.item_ids` are not known, or there are
+            features that the model does not have.
         TypeError: Ratings are not numbers.
     """
     rows = learner.catalogue.find(items)
@@ -188,7 +151,19 @@ def adapt(learner: Learner, items: Any, ratings: Any) -> AdaptedUser:
         torch.from_numpy(targets[known].astype(np.float64)).to(table.dtype),
         torch.tensor([0, int(known.sum())], device="cpu"),
     ).to(table.device)
-    return AdaptedUser(learner, support)
+    return AdaptedUser(learner, support, _user_features(learner, features, user))
+
+
+def _user_features(learner: Learner, features: Mapping[str, Any] | None, user: Any) -> FeatureMatrix | None:
+    """Features of one user, [1, F], from what is given of him or found under his id."""
+    encoder = learner.model.user_encoder
+    if features is not None and user is not None:
+        raise ValueError("features and user: expected one of them, got both")
+    if features is not None:
+        if encoder is None:
+            raise ValueError("features: the learner's model has no user features")
+        return encoder.features.encode(features).to(encoder.weight.device)
+    return None if encoder is None or user is None else encoder.rows_of([user])
 
 
 def _first_of_each(items: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,6 +165,7 @@ class TaskBatch:
         weights: ω, how much each task counts in the outer loss, float [T], ≥ 0; None counts all alike.
         unique_items: The distinct item ids of the batch, int64 [U], ascending, if known in advance.
         local: The same batch with ids replaced by positions in `unique_items`, if known in advance.
+        user_ids: Original ids of the users, [T], by which a model finds their features; None if it has none to find.
 
     Raises:
         TypeError: An argument has another type or dtype.
@@ -178,8 +180,9 @@ class TaskBatch:
         weights: Tensor | None = None,
         unique_items: Tensor | None = None,
         local: TaskBatch | None = None,
+        user_ids: Any = None,
     ) -> None:
-        self._set(support, query, users, weights, unique_items, local)
+        self._set(support, query, users, weights, unique_items, local, user_ids)
         _check_batch(self)
 
     def _set(
@@ -190,8 +193,10 @@ class TaskBatch:
         weights: Tensor | None,
         unique_items: Tensor | None,
         local: TaskBatch | None,
+        user_ids: Any,
     ) -> None:
         self.support, self.query, self.users, self.weights = support, query, users, weights
+        self.user_ids = user_ids
         self._unique_items, self._local = unique_items, local
 
     @classmethod
@@ -203,15 +208,16 @@ class TaskBatch:
         weights: Tensor | None = None,
         unique_items: Tensor | None = None,
         local: TaskBatch | None = None,
+        user_ids: Any = None,
     ) -> TaskBatch:
         """The same for a caller that guarantees what the constructor checks: looking at weights waits for a GPU."""
         batch = cls.__new__(cls)
-        batch._set(support, query, users, weights, unique_items, local)
+        batch._set(support, query, users, weights, unique_items, local, user_ids)
         return batch
 
     def with_entries(self, support: Entries, query: Entries | None) -> TaskBatch:
         """The same tasks with other entries, as many tasks of each."""
-        return TaskBatch.unchecked(support, query, self.users, self.weights)
+        return TaskBatch.unchecked(support, query, self.users, self.weights, user_ids=self.user_ids)
 
     @property
     def num_tasks(self) -> int:
@@ -229,7 +235,7 @@ class TaskBatch:
 
     def with_weights(self, weights: Tensor | None) -> TaskBatch:
         """The same batch with other task weights ω, [T], ≥ 0."""
-        return TaskBatch(self.support, self.query, self.users, weights, self._unique_items, self._local)
+        return TaskBatch(self.support, self.query, self.users, weights, self._unique_items, self._local, self.user_ids)
 
     def with_negatives_of(self, *, support: bool, query: bool) -> TaskBatch:
         """The same batch, of whose negatives only those of the parts named are left."""
@@ -241,6 +247,7 @@ class TaskBatch:
             self.weights,
             self._unique_items,
             local,
+            self.user_ids,
         )
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None, non_blocking: bool = False) -> TaskBatch:
@@ -271,6 +278,7 @@ class TaskBatch:
             optional(self.weights),
             optional(self._unique_items),
             None if self._local is None else self._local._map_once(convert),
+            self.user_ids,
         )
 
     def __repr__(self) -> str:
@@ -386,6 +394,8 @@ def _check_batch(batch: TaskBatch) -> None:
     tasks = batch.support.num_tasks
     if batch.query is not None and batch.query.num_tasks != tasks:
         raise ValueError(f"query: expected {tasks} tasks, like support, got {batch.query.num_tasks}")
+    if batch.user_ids is not None and len(batch.user_ids) != tasks:
+        raise ValueError(f"user_ids: expected {tasks}, one per task, got {len(batch.user_ids)}")
     for name, value in (("users", batch.users), ("weights", batch.weights)):
         if value is not None and tuple(value.shape) != (tasks,):
             raise ValueError(f"{name}: expected shape [{tasks}], one per task, got {tuple(value.shape)}")

@@ -18,10 +18,18 @@ from metarec_fast import _point_estimates
 from metarec_fast._variational import ITEM, Inference
 from metarec_fast.data import Interactions
 from metarec_fast.factor_model import FactorModel
+from metarec_fast.features import Features
 
 
 def variational(
-    log: Interactions, *, dim: int = 16, sweeps: int = 20, seed: int = 0, choices: bool = True
+    log: Interactions,
+    *,
+    dim: int = 16,
+    sweeps: int = 20,
+    seed: int = 0,
+    choices: bool = True,
+    user_features: Features | None = None,
+    item_features: Features | None = None,
 ) -> FactorModel:
     """A Bayesian matrix factorisation, by `sweeps` rounds of variational EM; the same seed gives the same model.
 
@@ -36,12 +44,16 @@ def variational(
         sweeps: Rounds of EM, ≥ 1.
         seed: Of the random start.
         choices: Learn also from which items users rated, whatever the ratings. Turn it off where users do not choose.
+        user_features, item_features: What else is known of them, found by original ids: where their vectors are
+            expected to be, by a regression that learns how much each column tells.
 
     Raises:
         ValueError: dim or sweeps is below 1, or the log holds no rating.
     """
     _check(log, dim=dim, sweeps=sweeps)
-    inference = Inference(log, dim, seed, choices=choices)
+    of_users = None if user_features is None else user_features.matrix.select(user_features.find(log.user_ids))
+    of_items = None if item_features is None else item_features.matrix.select(item_features.find(log.item_ids))
+    inference = Inference(log, dim, seed, choices=choices, user_features=of_users, item_features=of_items)
     inference.run(sweeps)
 
     # In units in which u and c have the same prior variance τ².
@@ -51,6 +63,8 @@ def variational(
     rows = inference.items[:, ITEM.free] * scale
     start_scale = torch.full((dim + 1,), deviation)  # of (u, c)
     start_scale[-1] = 1
+    user_weights, item_weights = inference.user_weights * start_scale, inference.item_weights * scale
+    known = 0 if of_users is None else of_users.width
     return FactorModel(
         offset=inference.offset,
         item_bias=rows[:, 0].clone(),
@@ -59,7 +73,9 @@ def variational(
         item_noise=inference.item_noise,
         noise=inference.noise,
         user_variance=inference.bias_variance,
-        user_start=inference.user_start * start_scale if choices else None,
+        user_start=inference.directions @ user_weights[known:] if choices else None,
+        user_weights=None if of_users is None else user_weights[:known],
+        item_weights=None if of_items is None else item_weights[: of_items.width].roll(-1, 1),
     )
 
 

@@ -146,7 +146,7 @@ def test_a_learner_that_does_not_know_its_items_says_so():
 
 def test_item_ids_that_do_not_fit_are_refused():
     learner = mf.MAML(mf.DotRecommender(3, 2))
-    with pytest.raises(ValueError, match="item_ids: expected 3, one per item of the model, got 2"):
+    with pytest.raises(ValueError, match="item_ids: expected 3, one per row, got 2"):
         learner.item_ids = [1, 2]
     with pytest.raises(ValueError, match="item_ids: each id must come once, got 2 different ones among 3"):
         learner.item_ids = ["a", "b", "a"]

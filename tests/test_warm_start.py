@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from metarec_fast import warm_start
-from metarec_fast._choices import PriorMean, leading_directions
+from metarec_fast._choices import leading_directions
+from metarec_fast._prior_mean import PriorMean
 from metarec_fast._segments import segments_of
 from metarec_fast.data import Interactions
+from metarec_fast.feature_matrix import only_numbers
 from metarec_fast.tasks import Entries, TaskBatch
 
 NUM_ITEMS, DIM = 60, 2
@@ -113,7 +115,7 @@ def test_the_prior_mean_finds_what_features_say_and_nothing_where_they_say_nothi
     true = torch.randn(6, 3, generator=generator)
     found = {}
     for name, coefficients in (("something", true), ("nothing", torch.zeros(6, 3))):
-        prior = PriorMean(features)
+        prior = PriorMean(only_numbers(features), torch.zeros(features.shape[1], dtype=torch.int64))
         for _ in range(50):
             found[name], intercept = prior.regress(2 + features @ coefficients + noise, torch.eye(3))
     torch.testing.assert_close(found["something"], true, rtol=0, atol=0.15)  # three standard errors, 1/√500 each

@@ -1,0 +1,318 @@
+"""What is known of users or of items beside ratings: age and occupation, genres and year, vectors of texts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from metarec_fast import _feature_files
+from metarec_fast._feature_columns import (
+    KINDS,
+    Column,
+    dense_values,
+    learn_column,
+    plain_values,
+    sparse_values,
+)
+from metarec_fast.catalogue import Catalogue
+from metarec_fast.feature_matrix import FeatureMatrix
+
+_MIN_COUNT = 5
+_FEW_ROWS = 100
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Features:
+    """Features of users or items, by their original ids. Made by `from_frame`, `from_csv`, `from_parquet` or
+    `from_movielens`; given to `DotRecommender(user_features=..., item_features=...)`.
+
+    The types of a column's values decide what it is, unless `kinds` does:
+
+        strings, truth values, whole numbers of at most 50 values    "category"
+        other numbers, dates                                         "number"
+        lists, tuples, sets                                          "bag"
+        lists of floats, all of one length; arrays [R, width]        "vector"
+
+    A value may be missing (None, NaN, ""): then the row counts as average in that column. Values of a category or bag
+    that few rows have say nothing and are left out, so that titles and postcodes do no harm.
+    """
+
+    catalogue: Catalogue  # the original ids of the rows, [R]
+    columns: tuple[Column, ...]
+    matrix: FeatureMatrix  # [R, F]
+
+    @classmethod
+    def from_frame(
+        cls,
+        frame: Any,
+        *,
+        id: str = "id",
+        columns: Sequence[str] | None = None,
+        kinds: Mapping[str, str] | None = None,
+        min_count: int | None = None,
+        max_values: int = 1000,
+    ) -> Features:
+        """Features from the columns of a pandas or Polars frame, or of a dict of columns.
+
+        Args:
+            frame: Anything with `columns` (or `keys()`) and `frame[name]`.
+            id: The column of the original ids, each once.
+            columns: Those to take; by default all others.
+            kinds: "category", "bag", "number" or "vector" for columns that are something else than they look.
+            min_count: Rows that a value of a category or bag must have to count; by default 5, in tables of less than
+                100 rows 1.
+            max_values: The most values of a column that count, the most frequent ones.
+
+        Raises:
+            ValueError: A column is missing (those that are there are listed), an id comes twice, lengths differ.
+            TypeError: The values of a column are of no kind; it is named.
+        """
+        names = list(frame.columns if hasattr(frame, "columns") else frame.keys())
+        for argument, wanted in (("id", [id]), ("columns", columns or ()), ("kinds", kinds or ())):
+            for name in wanted:
+                if name not in names:
+                    listed = ", ".join(map(repr, names))
+                    raise ValueError(f"{argument}: the frame has no column {name!r}; its columns are {listed}")
+        for name, kind in (kinds or {}).items():
+            if kind not in KINDS:
+                raise ValueError(f"kinds[{name!r}]: expected one of {', '.join(KINDS)}, got {kind!r}")
+        ids = frame[id]
+        catalogue = Catalogue(ids, len(ids), name=id)
+        if min_count is None:
+            min_count = _MIN_COUNT if len(ids) >= _FEW_ROWS else 1
+        table = {
+            name: plain_values(name, frame[name])
+            for name in (names if columns is None else columns)
+            if name != id
+        }  # fmt: skip
+        learned = tuple(
+            learn_column(name, values, (kinds or {}).get(name), min_count, max_values) for name, values in table.items()
+        )
+        return cls(catalogue, learned, _encode(learned, table, len(ids), None))
+
+    @classmethod
+    def from_csv(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        id: str = "id",
+        columns: Sequence[str] | None = None,
+        kinds: Mapping[str, str] | None = None,
+        sep: str = ",",
+        bag_sep: str | None = "|",
+        min_count: int | None = None,
+        max_values: int = 1000,
+    ) -> Features:
+        """Features from a text file (UTF-8) whose first line names the columns.
+
+        Ids become integers if all are whole numbers, else they stay strings. A column of numbers holds numbers; one in
+        which `bag_sep` occurs holds bags ("Action|Comedy"); an empty field is missing.
+
+        Args:
+            path: The file.
+            sep: What separates fields, which may be quoted with \".
+            bag_sep: What separates the values of a bag; None if there are no bags.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is empty, or a line has another number of fields: file and line are named. Else as
+                `from_frame`.
+        """
+        table = _feature_files.read_csv(path, sep, id, bag_sep)
+        return cls.from_frame(table, id=id, columns=columns, kinds=kinds, min_count=min_count, max_values=max_values)
+
+    @classmethod
+    def from_parquet(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        id: str = "id",
+        columns: Sequence[str] | None = None,
+        kinds: Mapping[str, str] | None = None,
+        min_count: int | None = None,
+        max_values: int = 1000,
+    ) -> Features:
+        """Features from a Parquet file.
+
+        Raises:
+            ImportError: Polars (the extra `data`) is not installed.
+            FileNotFoundError: There is no such file.
+            ValueError: It is no Parquet file. Else as `from_frame`.
+        """
+        frame = _feature_files.read_parquet(path)
+        return cls.from_frame(frame, id=id, columns=columns, kinds=kinds, min_count=min_count, max_values=max_values)
+
+    @classmethod
+    def from_movielens(cls, path: str | os.PathLike[str]) -> Features:
+        """Features of the users or films of a MovieLens data set as GroupLens distributes it, unpacked.
+
+        Args:
+            path: `u.user` or `u.item` (100K), `users.dat` or `movies.dat` (1M, 10M), `movies.csv` (latest, 20M, 25M,
+                32M). A film's year comes from its title.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is none of these, or a line is broken.
+        """
+        return cls.from_frame(_feature_files.read_movielens(path))
+
+    @property
+    def ids(self) -> NDArray[Any]:
+        """Original ids of the rows, [R]."""
+        return self.catalogue.ids
+
+    @property
+    def width(self) -> int:
+        """F, how many numbers a row becomes."""
+        return self.matrix.width
+
+    def find(self, ids: Any) -> Tensor:
+        """Positions of original ids, int64 [n], −1 for those of whom nothing is known."""
+        return torch.from_numpy(self.catalogue.find(ids))
+
+    def encode(self, features: Mapping[str, Any]) -> FeatureMatrix:
+        """The matrix of one further row, [1, F], from its values by column; columns that are left out are missing.
+
+        Raises:
+            ValueError: There is no such column; those that are there are listed.
+        """
+        names = [column.name for column in self.columns]
+        for name in features:
+            if name not in names:
+                raise ValueError(
+                    f"features: there is no column {name!r}; the columns are {', '.join(map(repr, names))}"
+                )
+        table = {name: plain_values(name, [features.get(name)]) for name in names}
+        return _encode(self.columns, table, 1, self.matrix)
+
+    def extended(self, frame: Any, *, id: str = "id") -> Features:
+        """The table with further rows from the same columns, their values and scales as learned before; a row whose id
+        is there already takes its place. Columns that the frame does not have are missing.
+
+            learner.model.user_encoder.features = features.extended(newcomers)
+
+        Raises:
+            ValueError: An id comes twice in the frame, or lengths differ.
+        """
+        names = list(frame.columns if hasattr(frame, "columns") else frame.keys())
+        count = len(frame[id])
+        further = Catalogue(frame[id], count, name=id)
+        table = {
+            column.name: plain_values(column.name, frame[column.name]) if column.name in names else [None] * count
+            for column in self.columns
+        }
+        rows = _encode(self.columns, table, count, self.matrix)
+        ids = list(dict.fromkeys([*self.ids.tolist(), *further.ids.tolist()]))
+        both = _below(self.matrix, rows)
+        old, new = self.find(ids), torch.from_numpy(further.find(ids))
+        return replace(
+            self, catalogue=Catalogue(ids, len(ids)), matrix=both.select(torch.where(new >= 0, new + len(self), old))
+        )
+
+    def join(self, other: Features) -> Features:
+        """Both tables side by side, joined by id: what a table does not have is missing.
+
+        Raises:
+            ValueError: Both have a column of the same name.
+        """
+        twice = {column.name for column in self.columns} & {column.name for column in other.columns}
+        if twice:
+            raise ValueError(f"other: columns of both tables need other names, got {', '.join(sorted(twice))} in both")
+        further = [position for position, found in enumerate(self.catalogue.find(other.ids)) if found < 0]
+        ids = [*self.ids.tolist(), *(other.ids[position] for position in further)]
+        catalogue = Catalogue(ids, len(ids))
+        matrix = _beside(*(table.matrix.select(table.find(ids)) for table in (self, other)))
+        return replace(self, catalogue=catalogue, columns=self.columns + other.columns, matrix=matrix)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        used = ", ".join(column.describe() for column in self.columns if column.size)
+        left_out = ", ".join(column.name for column in self.columns if not column.size)
+        return f"Features({len(self)} rows; {used or 'no columns'}{'; left out: ' if left_out else ''}{left_out})"
+
+
+def describe_columns(features: Features) -> list[dict[str, Any]]:
+    """The columns as JSON takes them."""
+    return [asdict(column) for column in features.columns]
+
+
+def columns_from(described: Sequence[Mapping[str, Any]]) -> tuple[Column, ...]:
+    """The columns that `describe_columns` wrote down."""
+    return tuple(
+        Column(str(c["name"]), str(c["kind"]), tuple(c["values"]), tuple(c["mean"]), tuple(c["deviation"]))
+        for c in described
+    )
+
+
+def _encode(
+    columns: Sequence[Column], table: Mapping[str, Sequence[Any]], num_rows: int, like: FeatureMatrix | None
+) -> FeatureMatrix:
+    """The matrix of a table, with means of its own or those of another one."""
+    for column in columns:
+        if len(table[column.name]) != num_rows:
+            raise ValueError(f"{column.name}: expected {num_rows} rows, one per id, got {len(table[column.name])}")
+    sparse = [column for column in columns if column.is_sparse and column.size]
+    dense = [dense_values(column, table[column.name]) for column in columns if not column.is_sparse]
+
+    values, rows, weights, first = [], [], [], 0
+    for column in sparse:
+        found, sizes = sparse_values(column, table[column.name])
+        values.append(found + first)
+        rows.append(np.repeat(np.arange(num_rows), sizes))
+        weights.append(1 / np.sqrt(np.repeat(sizes, sizes)))
+        first += column.size
+    order = np.argsort(_joined(rows, np.int64), kind="stable")
+    value, weight = _joined(values, np.int64)[order], _joined(weights, np.float32)[order]
+    offsets = np.concatenate([[0], np.bincount(_joined(rows, np.int64), minlength=num_rows).cumsum()])
+    known = np.array([[v is not None for v in table[column.name]] for column in sparse], np.float32)
+    known = known.reshape(len(sparse), num_rows).T
+
+    column_of = np.repeat(np.arange(len(sparse)), [column.size for column in sparse]).astype(np.int64)
+    if like is None:
+        totals = np.bincount(value, weight, first)
+        means = torch.from_numpy((totals / np.maximum(known.sum(0), 1)[column_of]).astype(np.float32))
+    else:
+        means = like.means
+    return FeatureMatrix(
+        torch.from_numpy(value), torch.from_numpy(weight), torch.from_numpy(offsets.astype(np.int64)),
+        torch.from_numpy(np.ascontiguousarray(known)),
+        torch.from_numpy(np.concatenate(dense, 1)) if dense else torch.zeros(num_rows, 0),
+        torch.from_numpy(column_of), means,
+    )  # fmt: skip
+
+
+def _joined(parts: Sequence[NDArray[Any]], kind: Any) -> NDArray[Any]:
+    return np.concatenate([*parts, np.empty(0, kind)]).astype(kind)
+
+
+def _below(upper: FeatureMatrix, lower: FeatureMatrix) -> FeatureMatrix:
+    """The rows of both, of the same columns."""
+    return replace(
+        upper,
+        values=torch.cat([upper.values, lower.values]),
+        weights=torch.cat([upper.weights, lower.weights]),
+        offsets=torch.cat([upper.offsets, upper.offsets[-1] + lower.offsets[1:]]),
+        known=torch.cat([upper.known, lower.known]),
+        dense=torch.cat([upper.dense, lower.dense]),
+    )
+
+
+def _beside(left: FeatureMatrix, right: FeatureMatrix) -> FeatureMatrix:
+    """[left, right]: values of the left matrix, then those of the right one, then the numbers of both."""
+    rows = torch.cat([torch.arange(part.num_rows).repeat_interleave(part.offsets.diff()) for part in (left, right)])
+    order = rows.argsort(stable=True)
+    first, columns = left.means.numel(), left.known.shape[1]
+    return FeatureMatrix(
+        torch.cat([left.values, right.values + first])[order], torch.cat([left.weights, right.weights])[order],
+        left.offsets + right.offsets, torch.cat([left.known, right.known], 1), torch.cat([left.dense, right.dense], 1),
+        torch.cat([left.column_of, right.column_of + columns]), torch.cat([left.means, right.means]),
+    )  # fmt: skip
