@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import metarec_fast as mf
 from metarec_fast import comparison
+from metarec_fast.cli_inputs import (
+    add_ratings,
+    add_users,
+    extend_features,
+    read_features,
+    read_item_features,
+    read_ratings,
+    read_titles,
+    with_unrated_items,
+)
 from metarec_fast.doctor import diagnose
-from metarec_fast.prepared import SUFFIX, read_prepared, write_prepared
+from metarec_fast.prepared import SUFFIX, write_prepared
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "run.py"
 
@@ -57,11 +65,12 @@ def _parser() -> argparse.ArgumentParser:
         return added.add_argument
 
     add = command("prepare", _prepare, "Reads and checks ratings, says what is in them, writes a file quick to read.")
-    _add_ratings(add, "ratings.csv")
+    add_ratings(add, "ratings.csv")
     add("--out", type=Path, default=Path(f"ratings{SUFFIX}"), help="the file to write")
 
     add = command("train", _train, "Meta-trains on some users, judges on others beside baselines, saves the learner.")
-    _add_ratings(add, f"ratings{SUFFIX}")
+    add_ratings(add, f"ratings{SUFFIX}")
+    add_users(add, "to learn from too")
     add("--algorithm", choices=list(comparison.ALGORITHMS), default="maml-r", help="what to train")
     add("--dim", type=int, default=16, help="width of user and item vectors")
     add("--epochs", type=int, help="at most this many passes over the users (default: 30, for maml-r 10 to 30)")
@@ -73,7 +82,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command("evaluate", _evaluate, "Judges a saved learner on users that it has not seen.")
     _add_learner(add)
-    _add_ratings(add, None, "ratings to judge on (default: the test users that `train` left beside the learner)")
+    add_ratings(add, None, "ratings to judge on (default: the test users that `train` left beside the learner)")
+    add_users(add, "of those not in the table that the learner was trained with")
     add("--train", help="ratings to fit baselines on (default: the training users beside the learner, if there)")
     add("--out", type=Path, help="JSON file for the figures (default: none is written)")
     _add_protocol(add)
@@ -82,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_learner(add)
     add("--rated", default="", help='what is known of him or her, "item:rating,item:rating"')
     add("--user", help="or: the id of a user in --ratings (default: nobody)")
-    _add_ratings(add, None, "ratings to look the user up in (default: the test users beside the learner)")
+    add_ratings(add, None, "ratings to look the user up in (default: the test users beside the learner)")
     add("--k", type=int, default=10, help="how many items")
 
     add = command(
@@ -98,15 +108,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_ratings(add: Any, default: str | None, description: str = "ratings") -> None:
-    add("--ratings", default=default, help=f"{description}; CSV, Parquet, MovieLens file or folder, or from `prepare`")
-    add("--items", type=Path, help="CSV table with the titles of the items (default: those of the ratings)")
-    for name, meaning in (("user", "users"), ("item", "items"), ("rating", "ratings")):
-        add(f"--{name}-column", default=name, help=f"column of the {meaning} in CSV and Parquet")
-    add("--time-column", help="column of the times (default: there is none)")
-    add("--title-column", default="title", help="column of the titles in --items")
-
-
 def _add_learner(add: Any) -> None:
     add("--learner", type=Path, default=Path("runs/train/learner"), help="folder of a saved learner")
 
@@ -117,7 +118,7 @@ def _add_protocol(add: Any) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    log = _read(options, options.ratings)
+    log = read_ratings(options, options.ratings)
     write_prepared(log, options.out)
     sizes = log.sizes()
     print(f"{len(log):,} ratings from {log.ratings.min():g} to {log.ratings.max():g}, mean {log.ratings.mean():.3f}")
@@ -128,7 +129,12 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    split = mf.split_users(_read(options, options.ratings), options.valid, options.test, options.seed)
+    log = read_ratings(options, options.ratings)
+    user_features = read_features(options.users, "--users", options.user_column)
+    item_features = read_item_features(options)
+    if item_features is not None:
+        log = with_unrated_items(log, item_features)
+    split = mf.split_users(log, options.valid, options.test, options.seed)
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
     write_prepared(split.train, out / "train.npz")
@@ -136,6 +142,7 @@ def _train(options: argparse.Namespace) -> None:
     learner, history = comparison.train(
         options.algorithm, split, dim=options.dim, epochs=options.epochs, seed=options.seed,
         checkpoint=out / "checkpoint", resume=options.resume, progress=sys.stderr.isatty(),
+        user_features=user_features, item_features=item_features,
     )  # fmt: skip
     learner.save(out / "learner")
     history.to_json(out / "history.json")
@@ -152,20 +159,31 @@ def _train(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     learner = mf.load(options.learner)
-    log = _read(options, options.ratings or options.learner.parent / "test.npz")
+    _add_newcomers(learner, options)
+    log = read_ratings(options, options.ratings or options.learner.parent / "test.npz")
     beside = options.learner.parent / "train.npz"
     train = options.train or (beside if beside.exists() else None)
-    baselines = None if train is None else _read(options, train, "--train")
+    baselines = None if train is None else read_ratings(options, train, "--train")
     report = mf.evaluate(learner, log, support=options.support, seed=options.seed, baselines=baselines)
     if options.out is not None:
         report.to_json(options.out)
     print(report)
 
 
+def _add_newcomers(learner: mf.Learner, options: argparse.Namespace) -> None:
+    """Adds the features of --users to the learner's."""
+    if options.users is None:
+        return
+    encoder = learner.model.user_encoder
+    if encoder is None:
+        raise ValueError("--users: the learner was trained without features of users")
+    encoder.features = extend_features(encoder.features, options.users, "--users", options.user_column)
+
+
 def _recommend(options: argparse.Namespace) -> None:
     learner = mf.load(options.learner)
     path = Path(options.ratings or options.learner.parent / "test.npz")
-    log = _read(options, path) if options.ratings or options.user or path.exists() else None
+    log = read_ratings(options, path) if options.ratings or options.user or path.exists() else None
     if options.user is None:
         items, ratings = _parse_rated(options.rated, learner)
     elif options.rated:
@@ -173,8 +191,9 @@ def _recommend(options: argparse.Namespace) -> None:
     else:
         assert log is not None
         items, ratings = _ratings_of(options.user, log, path)
-    titles = (log.item_titles if log is not None else None) or _titles(options, learner.item_ids)
-    for item, score in zip(*learner.adapt(items, ratings).recommend(k=options.k), strict=True):
+    titles = read_titles(options, learner.item_ids) or (log.item_titles if log is not None else None) or {}
+    user = None if options.user is None else _as_id(options.user, log.user_ids)  # type: ignore[union-attr]
+    for item, score in zip(*learner.adapt(items, ratings, user=user).recommend(k=options.k), strict=True):
         print("\t".join([str(item), f"{score:.3f}", *([titles[item]] if item in titles else [])]))
 
 
@@ -199,53 +218,6 @@ def _doctor(options: argparse.Namespace) -> int:
     lines, fast = diagnose()
     print("\n".join(lines))
     return 0 if fast else 1
-
-
-def _read(options: argparse.Namespace, ratings: str | Path, option: str = "--ratings") -> mf.Interactions:
-    path = Path(ratings)
-    if not path.exists():
-        hint = "; `metarec-fast prepare` makes it" if str(path) == f"ratings{SUFFIX}" else ""
-        raise FileNotFoundError(f"{option}: there is no {path}{hint}")
-    log = _read_log(options, path)
-    titles = _titles(options, log.item_ids)
-    return replace(log, item_titles=titles) if titles else log
-
-
-def _read_log(options: argparse.Namespace, path: Path) -> mf.Interactions:
-    columns = {name: getattr(options, f"{name}_column") for name in ("user", "item", "rating", "time")}
-    if path.suffix == SUFFIX:
-        return read_prepared(path)
-    if path.suffix == ".parquet":
-        return mf.Interactions.from_parquet(path, **columns)
-    if path.is_dir() or path.name in ("ratings.dat", "u.data") or _is_movielens_csv(path):
-        return mf.Interactions.from_movielens(path)
-    return mf.Interactions.from_csv(path, **columns)
-
-
-def _is_movielens_csv(path: Path) -> bool:
-    if path.name != "ratings.csv":
-        return False
-    with path.open("rb") as file:
-        return file.readline().startswith(b"userId,movieId")
-
-
-def _titles(options: argparse.Namespace, item_ids: Any) -> dict[Any, str]:
-    """Titles by original id from the table --items, of the items that have one; empty without the option."""
-    if options.items is None:
-        return {}
-    if not options.items.is_file():
-        raise FileNotFoundError(f"--items: there is no {options.items}")
-    with options.items.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        for option in ("item", "title"):
-            column = getattr(options, f"{option}_column")
-            if column not in (rows.fieldnames or ()):
-                found = ", ".join(map(repr, rows.fieldnames or ())) or "none"
-                raise ValueError(
-                    f"--{option}-column: {options.items} has no column {column!r}; its columns are {found}"
-                )
-        named = {row[options.item_column]: row[options.title_column] or "" for row in rows}
-    return {item: named[str(item)] for item in item_ids.tolist() if named.get(str(item))}
 
 
 def _parse_rated(rated: str, learner: mf.Learner) -> tuple[list[Any], list[float]]:

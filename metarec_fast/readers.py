@@ -15,6 +15,8 @@ from metarec_fast._csv import read_columns
 from metarec_fast._ids import EncodedIds, encode_ids
 from metarec_fast._text_tables import find_columns
 
+_SEPARATORS = {".dat": "::", ".item": "|"}
+
 
 class Columns(NamedTuple):
     """What `Interactions.from_arrays` takes."""
@@ -88,13 +90,20 @@ def movielens_columns(path: str | os.PathLike[str]) -> tuple[Columns, dict[Any, 
         place = found[0]
     folder = place.parent
     if place.suffix == ".csv":
-        return csv_columns(place, "userId", "movieId", "rating", "timestamp"), _titles_from_csv(folder / "movies.csv")
+        return csv_columns(place, "userId", "movieId", "rating", "timestamp"), movielens_titles(folder / "movies.csv")
     if place.suffix == ".dat":
-        return csv_columns(place, 0, 1, 2, 3, "::", False), _titles_by_position(folder / "movies.dat", "::")
+        return csv_columns(place, 0, 1, 2, 3, "::", False), movielens_titles(folder / "movies.dat")
     if place.suffix == ".data":
-        return csv_columns(place, 0, 1, 2, 3, "\t", False), _titles_by_position(folder / "u.item", "|")
+        return csv_columns(place, 0, 1, 2, 3, "\t", False), movielens_titles(folder / "u.item")
     existing_file(place)
     raise ValueError(f"{place}: expected the name of a MovieLens file, {', '.join(layouts)}")
+
+
+def movielens_titles(file: Path) -> dict[Any, str] | None:
+    """Titles by id from movies.csv, movies.dat or u.item; None where there is no such file."""
+    if not file.is_file():
+        return None
+    return _titles_from_csv(file) if file.suffix == ".csv" else _titles_by_position(file, _SEPARATORS[file.suffix])
 
 
 def movielens_small_columns() -> tuple[Columns, dict[Any, str]]:
@@ -139,16 +148,12 @@ def _ids_of_series(name: str, column: Any) -> Any:
     return EncodedIds(codes, encode_ids(name, distinct.to_list()).ids)
 
 
-def _titles_from_csv(file: Path) -> dict[Any, str] | None:
-    if not file.is_file():
-        return None
+def _titles_from_csv(file: Path) -> dict[Any, str]:
     with open(file, encoding="utf-8-sig", newline="") as text:
         return {_key(row["movieId"]): row["title"] for row in csv.DictReader(text)}
 
 
-def _titles_by_position(file: Path, sep: str) -> dict[Any, str] | None:
-    if not file.is_file():
-        return None
+def _titles_by_position(file: Path, sep: str) -> dict[Any, str]:
     content = file.read_bytes()
     try:
         text = content.decode("utf-8")

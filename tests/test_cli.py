@@ -69,6 +69,48 @@ def test_columns_have_the_names_that_one_says(ratings, capsys):
     assert "480 ratings" in capsys.readouterr().out
 
 
+def test_features_of_users_and_items_are_learned_from_and_kept(ratings, tmp_path, capsys):
+    users = [f"u{user},{'fm'[user % 2]},{20 + user}" for user in range(40)]
+    (tmp_path / "users.csv").write_text("\n".join(["user,gender,age", *users[:35]]) + "\n")
+    items = [f"i{item},Film {item},{'Action|War' if item % 3 else 'Comedy'}" for item in range(33)]
+    (tmp_path / "items.csv").write_text("\n".join(["item,title,genres", *items]) + "\n")
+    tables = ["--users", "users.csv", "--items", "items.csv"]
+    assert cli.main(["train", "--ratings", str(ratings), *tables, "--epochs", "1", "--dim", "2"]) == 0
+    learner = mf.load("runs/train/learner")
+    assert repr(learner.model.user_encoder.features) == "Features(35 rows; gender: category of 2, age: category of 35)"
+    assert repr(learner.model.item_encoder.features) == "Features(33 rows; genres: bag of 3)"
+    assert set(learner.item_ids.tolist()) == {f"i{item}" for item in range(33)}  # three of them nobody rated
+
+    (tmp_path / "more.csv").write_text("\n".join(["user,gender,age", *users[35:]]) + "\n")
+    capsys.readouterr()
+    assert cli.main(["evaluate", "--ratings", str(ratings), "--users", "more.csv"]) == 0
+    assert "maml-r" in capsys.readouterr().out
+    assert cli.main(["recommend", "--user", "u3", "--ratings", str(ratings), "--items", "items.csv", "--k", "30"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 33 - 12
+    assert all(line.split("\t")[2].startswith("Film ") for line in lines)
+
+
+def test_a_movielens_data_set_is_read_with_its_users_and_films(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    rated = [
+        f"{u}::{i}::{rng.integers(1, 6)}::{u + i}" for u in range(1, 31) for i in range(1, 21) if rng.random() < 0.5
+    ]
+    (tmp_path / "ratings.dat").write_text("\n".join(rated) + "\n")
+    users = [f"{u}::{'FM'[u % 2]}::{25 + u % 3}::{u % 4}::0246{u % 10}" for u in range(1, 31)]
+    (tmp_path / "users.dat").write_text("\n".join(users) + "\n")
+    films = [f"{i}::Film \xe9 {i} ({1980 + i})::{'Drama|War' if i % 2 else 'Comedy'}" for i in range(1, 21)]
+    (tmp_path / "movies.dat").write_bytes("\n".join(films).encode("latin-1"))
+    files = ["--ratings", "ratings.dat", "--users", "users.dat", "--items", "movies.dat"]
+    assert cli.main(["train", *files, "--epochs", "1", "--dim", "2"]) == 0
+    features = mf.load("runs/train/learner").model.item_encoder.features
+    assert repr(features) == "Features(20 rows; year: category of 20, genres: bag of 3)"
+    capsys.readouterr()
+    assert cli.main(["recommend", "--rated", "1:5", "--k", "2"]) == 0
+    assert all("Film \xe9" in line for line in capsys.readouterr().out.splitlines())
+
+
 def test_every_algorithm_can_be_trained(ratings, capsys):
     for algorithm in ("maml", "fomaml", "reptile", "meta-sgd"):
         arguments = ["--ratings", str(ratings), "--algorithm", algorithm, "--epochs", "1", "--dim", "2"]
@@ -165,6 +207,8 @@ def test_version_and_help_are_printed(capsys):
         (["prepare", "--out", "ratings.txt"], "ratings.txt: expected a name that ends in .npz"),
         (["prepare", "--items", "nowhere.csv"], "--items: there is no nowhere.csv"),
         (["prepare", "--items", "titles.csv", "--title-column", "name"], "has no column 'name'"),
+        (["train", "--ratings", "ratings.csv", "--users", "titles.csv"], "titles.csv has no column 'user'"),
+        (["train", "--ratings", "ratings.csv", "--users", "nothing.csv"], "--users: there is no nothing.csv"),
         (["train"], "--ratings: there is no ratings.npz; `metarec-fast prepare` makes it"),
         (["train", "--ratings", "ratings.csv", "--test", "2.0"], "test: a fraction of the users must be in [0, 1)"),
         (["train", "--ratings", "broken.npz"], "broken.npz: expected what `metarec-fast prepare` writes"),
