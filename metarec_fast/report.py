@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ class Report:
         per_user: Metrics of every user that was evaluated, by predictor, [U] in the order of `user_ids`, for paired
             comparisons: `mse`, `mae_user` and the ranking metrics; NaN where a user does not count.
         user_ids: Original ids of these users, [U].
-        query_sizes: How many ratings were predicted for each, [U].
+        query_sizes: How many ratings were predicted for each, in all draws together, [U].
         settings: How it was evaluated.
+        spread: The standard deviation of the figures over the draws of the support, by predictor and metric; empty for
+            one draw.
     """
 
     results: dict[str, dict[str, float]]
@@ -35,6 +37,7 @@ class Report:
     user_ids: NDArray[Any]
     query_sizes: NDArray[np.int64]
     settings: dict[str, Any]
+    spread: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def table(self, metrics: Sequence[str] | None = None) -> str:
         """The results as text: a row for each predictor, a column for each metric, the best marked by a star.
@@ -60,8 +63,9 @@ class Report:
         return "\n".join([*_headings(columns, widths), *map(str.rstrip, lines), "", self._caption()])
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Results, chance level and settings as JSON, written to a file where one is named."""
-        text = json.dumps({"results": self.results, "chance": self.chance, "settings": self.settings}, indent=2)
+        """Results, chance level, settings and, of several draws, spread as JSON; in a file too where one is named."""
+        content = {"results": self.results, "chance": self.chance, "settings": self.settings}
+        text = json.dumps(content | ({"spread": self.spread} if self.spread else {}), indent=2)
         if path is not None:
             Path(path).write_text(text + "\n", encoding="utf-8")
         return text
@@ -76,11 +80,18 @@ class Report:
         best = min(values) if metric in _LOWER_IS_BETTER else max(values)
         # Covering the catalogue is no merit by itself: recommending at random does it best.
         marked = label in self.results and figures[metric] == best and not metric.startswith("coverage")
-        return f"{figures[metric]:.4f}{'*' if marked else ' '}"
+        deviation = format_deviation(self.spread.get(label, {}).get(metric)) if self.spread else ""
+        return f"{figures[metric]:.4f}{deviation}{'*' if marked else ' '}"
 
     def _caption(self) -> str:
         told = ", ".join(f"{name} {self.settings[name]}" for name in ("support", "query", "order", "seed"))
-        return f"{len(self.user_ids)} users, {int(self.query_sizes.sum())} ratings to predict; {told}"
+        draws = f"; mean ± standard deviation over {self.settings['draws']} draws of the support" if self.spread else ""
+        return f"{len(self.user_ids)} users, {int(self.query_sizes.sum())} ratings to predict; {told}{draws}"
+
+
+def format_deviation(deviation: float | None) -> str:
+    """A standard deviation behind its figure, as wide where there is none."""
+    return " " * 8 if deviation is None else f" ±{deviation:.4f}"
 
 
 def align(rows: Sequence[Sequence[str]]) -> tuple[list[str], list[int]]:
