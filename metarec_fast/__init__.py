@@ -1,6 +1,7 @@
 """Meta-learning for recommender systems, fused: MAML, FOMAML, Reptile, Meta-SGD and MAML-R on batched operators."""
 
 from metarec_fast import functional, warm_start
+from metarec_fast._bootstrap import Comparison
 from metarec_fast.baselines import BASELINES
 from metarec_fast.checkpoint import load
 from metarec_fast.data import Interactions, UserSplit, load_movielens_small, split_users
@@ -21,7 +22,7 @@ from metarec_fast.tasks import Entries, TaskBatch
 __version__ = "0.1.0"
 
 __all__ = [
-    "BASELINES", "FOMAML", "MAML", "MAMLR", "AdaptedUser", "DotRecommender", "Entries", "FactorModel",
+    "BASELINES", "FOMAML", "MAML", "MAMLR", "AdaptedUser", "Comparison", "DotRecommender", "Entries", "FactorModel",
     "FastWeights", "History", "Interactions", "Learner", "MetaSGD", "MetaStep", "Report", "Reptile",
     "SparseAdagrad", "SparseAdam", "SparseRows", "SparseSGD", "TaskBatch", "TaskSampler", "TopK", "UserSplit",
     "evaluate", "functional", "load", "load_movielens_small", "split_users", "warm_start",

@@ -11,7 +11,8 @@ A path is walked by using one output as the next key. The sampler's paths, with 
             ROWS       at(at(k, user), j)             the j-th swap of the partial Fisher–Yates shuffle of a user's rows
             NEGATIVES  at(at(at(k, user), j), tries)  the j-th negative of a user, support entries first
 
-and `split_users` orders users by at(at(seed, SPLIT), user). Nothing depends on what was drawn before, so results do
+and `split_users` orders users by at(at(seed, SPLIT), user), resample r of a bootstrap draws its j-th user from
+at(at(at(seed, RESAMPLES), r), j). Nothing depends on what was drawn before, so results do
 not depend on the number of threads, on the order of batches, or on which implementation drew them.
 """
 
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ORDER, SUPPORT, QUERY, ROWS, NEGATIVES, SPLIT = range(6)
+ORDER, SUPPORT, QUERY, ROWS, NEGATIVES, SPLIT, RESAMPLES = range(7)
 
 _GAMMA = 0x9E3779B97F4A7C15
 _WORD = (1 << 64) - 1

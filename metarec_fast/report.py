@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from metarec_fast._bootstrap import Comparison, paired_bootstrap
+from metarec_fast._columns import as_int
+
 _LOWER_IS_BETTER = ("rmse", "mae", "mae_user")
 
 
@@ -61,6 +64,46 @@ class Report:
             body.append([label, *(self._cell(label, figures, name) for name in columns)])
         lines, widths = align(body)
         return "\n".join([*_headings(columns, widths), *map(str.rstrip, lines), "", self._caption()])
+
+    def compare(
+        self, name: str, baseline: str, metric: str = "rmse", resamples: int = 2000, seed: int = 0
+    ) -> Comparison:
+        """The difference of two predictors in one figure, name − baseline, and how sure it is: a bootstrap over users.
+
+        Args:
+            name, baseline: Predictors of this report.
+            metric: Any that both have but coverage, which is no mean over users. rmse and mae weigh users by their
+                ratings, as in `results`.
+            resamples: How often the users are drawn with replacement.
+            seed: Which draws.
+
+        Returns:
+            `(difference, low, high, p_value)`, with the bounds of the 95% interval. What training and the split might
+            do differently another time is not in it: that takes several of them (`comparison.differences`).
+
+        Raises:
+            ValueError: There is no such predictor or metric; those known are listed.
+        """
+        for argument, predictor in (("name", name), ("baseline", baseline)):
+            if predictor not in self.results:
+                raise ValueError(f"{argument}: expected one of {', '.join(self.results)}, got {predictor!r}")
+            known = [own for own in self.results[predictor] if not own.startswith("coverage")]
+            if metric not in known:
+                raise ValueError(f"metric: expected one of those of {predictor}, {', '.join(known)}, got {metric!r}")
+        if as_int("resamples", resamples) < 1:
+            raise ValueError(f"resamples: must be ≥ 1, got {resamples}")
+
+        per_user = {"rmse": "mse", "mae": "mae_user"}.get(metric, metric)
+        values = np.stack([self.per_user[predictor][per_user] for predictor in (name, baseline)])
+        counted = ~np.isnan(values).any(0)
+        sizes = self.query_sizes[counted] if metric in ("rmse", "mae") else np.ones(counted.sum())
+        return paired_bootstrap(
+            values[:, counted],
+            sizes.astype(np.float64),
+            root=metric == "rmse",
+            resamples=resamples,
+            seed=as_int("seed", seed),
+        )
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Results, chance level, settings and, of several draws, spread as JSON; in a file too where one is named."""
