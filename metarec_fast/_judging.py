@@ -19,7 +19,7 @@ from metarec_fast.metrics import (
     standard_deviations,
     summarize,
 )
-from metarec_fast.tasks import TaskBatch
+from metarec_fast.tasks import Entries, TaskBatch
 
 
 class Predictor(Protocol):
@@ -56,7 +56,8 @@ class Judge:
         self.metrics.append({})
         self.missed.append({})
 
-    def add(self, batch: TaskBatch, lengths: Sequence[int], catalogue: bool) -> None:
+    def add(self, batch: TaskBatch, rated: Entries, lengths: Sequence[int], catalogue: bool) -> None:
+        """Judges a batch, ranking all items but those `rated`."""
         assert batch.query is not None
         scores = self._check("predict", self.predictor.predict(batch), (len(batch.query),))
         results = query_ndcg(scores, batch.query, lengths)
@@ -65,7 +66,7 @@ class Judge:
         if catalogue:
             shape = (batch.num_tasks, len(self.predictor.item_ids))
             scores = self._check("score_catalogue", self.predictor.score_catalogue(batch), shape)
-            ranks = CatalogueRanks(scores, batch.support, batch.query, self.relevant_from)
+            ranks = CatalogueRanks(scores, rated, batch.query, self.relevant_from)
             results |= ranks.metrics(lengths)
             for length in lengths:
                 self.missed[-1][length] = ranks.missed(length, self.missed[-1].get(length))

@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from metarec_fast._columns import as_int
+from metarec_fast._judged_tasks import JudgedTasks
 from metarec_fast._judging import Chance, Judge, Predictor, evaluation_mode
 from metarec_fast.baselines import fit_baselines
 from metarec_fast.data import Interactions
 from metarec_fast.report import Report
-from metarec_fast.sampler import Size, TaskSampler
+from metarec_fast.sampler import Size
 
 _LARGEST_SCORES = 1 << 26  # numbers in the scores of a batch for the whole catalogue: 256 MiB
 
@@ -34,6 +35,7 @@ def evaluate(
     *,
     relevant_from: float | None = None,
     draws: int = 1,
+    support_from: Interactions | None = None,
 ) -> Report:
     """Adapts to some ratings of each user in the log and judges the predictions of others, beside baselines.
 
@@ -55,18 +57,24 @@ def evaluate(
             that the user rated.
         draws: How many times the ratings to adapt on are drawn. The figures are means over all draws, and
             `Report.spread` says how far they differ from draw to draw.
+        support_from: Ratings of the same users to adapt on, none of which is in `log`, all of whose ratings are then
+            there to be predicted (`query` of them). A user counts who has ratings in both. Everything that is in
+            `support_from` is left out where the catalogue is ranked, drawn or not.
 
     Returns:
         Figures by predictor and metric.
 
     Raises:
         ValueError: There is nothing to judge, item ids do not fit, no user has enough ratings, `draws` is above 1 with
-            order="time", or a predictor gives scores of another shape or that are not finite.
+            order="time", a rating is in `log` and in `support_from`, or a predictor gives scores of another shape or
+            that are not finite.
     """
     draws = _check_draws(draws, order)
     lengths = _check_lengths(k)
     item_ids = _item_ids(learner, baselines)
-    tasks, train = _align(log, baselines, item_ids)
+    train = baselines if isinstance(baselines, Interactions) else None
+    aligned = _align({"log": log, "support_from": support_from, "baselines": train}, item_ids)
+    known, train = aligned.get("support_from"), aligned.get("baselines")
     with torch.device("cpu"):  # where metrics and baselines are, whatever the default
         predictors = _predictors(learner, baselines if train is None else train, item_ids, seed)
     rating_range = _rating_range(learner, predictors, train)
@@ -75,18 +83,18 @@ def evaluate(
 
     judges = {name: Judge(name, predictor, rating_range, relevant_from) for name, predictor in predictors.items()}
     chance = Judge("chance", Chance(item_ids), rating_range, relevant_from)
-    sampler = TaskSampler(tasks, support, query, batch_size, order, seed, shuffle=False)
+    tasks = JudgedTasks(aligned["log"], support, query, batch_size, order, seed, known)
     users: list[NDArray[np.int64]] = []
     sizes: list[NDArray[np.int64]] = []
     with torch.no_grad(), torch.device("cpu"), evaluation_mode(predictors.values()):
-        for _ in range(draws):  # each an epoch of the sampler, with the same users in the same order
+        for _ in range(draws):
             for judge in (*judges.values(), chance):
                 judge.begin_draw()
-            for batch in sampler:
+            for batch, rated in tasks:
                 assert batch.users is not None
                 assert batch.query is not None
                 for judge in (*judges.values(), chance):
-                    judge.add(batch, lengths, catalogue)
+                    judge.add(batch, rated, lengths, catalogue)
                 users.append(batch.users.numpy())
                 sizes.append(batch.query.sizes().numpy())
 
@@ -101,6 +109,7 @@ def evaluate(
             "support": support, "query": query, "order": order, "seed": int(seed), "k": lengths,
             "relevant_from": relevant_from, "rating_range": rating_range, "users": query_sizes.shape[1],
             "ratings": int(query_sizes.sum()), "draws": draws,
+            "support_from": known is not None,
         },
         spread={name: judge.spread(query_sizes) for name, judge in judges.items()} if draws > 1 else {},
     )  # fmt: skip
@@ -140,25 +149,21 @@ def _item_ids(learner: Predictor | None, baselines: Interactions | Mapping[str, 
     return np.asarray(next(iter(baselines.values())).item_ids)
 
 
-def _align(
-    log: Interactions, baselines: Interactions | Mapping[str, Predictor] | None, item_ids: NDArray[Any]
-) -> tuple[Interactions, Interactions | None]:
-    """The log, and the training log where there is one, in the numbering of `item_ids`; one warning for both."""
-    if not isinstance(log, Interactions):
-        raise TypeError(f"log: expected Interactions, got {type(log).__name__}")
-    train = baselines if isinstance(baselines, Interactions) else None
-    aligned = [
-        (name, (part, 0) if np.array_equal(part.item_ids, item_ids) else part.align_items(item_ids))
-        for name, part in (("log", log), ("baselines", train))
-        if part is not None
-    ]
-    dropped = [f"{count} ratings of {name}" for name, (_, count) in aligned if count]
+def _align(logs: Mapping[str, Interactions | None], item_ids: NDArray[Any]) -> dict[str, Interactions]:
+    """The logs that are there, by the names of their arguments, in the numbering of `item_ids`; one warning for all."""
+    aligned, dropped = {}, []
+    for name, log in logs.items():
+        if log is None and name != "log":
+            continue
+        if not isinstance(log, Interactions):
+            raise TypeError(f"{name}: expected Interactions, got {type(log).__name__}")
+        aligned[name], count = (log, 0) if np.array_equal(log.item_ids, item_ids) else log.align_items(item_ids)
+        dropped += [f"{count} ratings of {name}"] if count else []
     if dropped:
         warnings.warn(
             f"evaluate: {' and '.join(dropped)} are ignored, the learner does not know their items", stacklevel=3
         )
-    logs = [part for _, (part, _) in aligned]
-    return logs[0], None if train is None else logs[1]
+    return aligned
 
 
 def _predictors(
