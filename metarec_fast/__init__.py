@@ -12,6 +12,7 @@ from metarec_fast.learners import FOMAML, MAML, Learner, MetaSGD
 from metarec_fast.maml_r import MAMLR
 from metarec_fast.models import DotRecommender
 from metarec_fast.optim import SparseAdagrad, SparseAdam, SparseSGD
+from metarec_fast.quadrants import QuadrantSplit, evaluate_quadrants, split_quadrants
 from metarec_fast.report import Report
 from metarec_fast.reptile import Reptile
 from metarec_fast.results import FastWeights, MetaStep, SparseRows, TopK
@@ -23,7 +24,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BASELINES", "FOMAML", "MAML", "MAMLR", "AdaptedUser", "Comparison", "DotRecommender", "Entries", "FactorModel",
-    "FastWeights", "History", "Interactions", "Learner", "MetaSGD", "MetaStep", "Report", "Reptile",
+    "FastWeights", "History", "Interactions", "Learner", "MetaSGD", "MetaStep", "QuadrantSplit", "Report", "Reptile",
     "SparseAdagrad", "SparseAdam", "SparseRows", "SparseSGD", "TaskBatch", "TaskSampler", "TopK", "UserSplit",
-    "evaluate", "functional", "load", "load_movielens_small", "split_users", "warm_start",
+    "evaluate", "evaluate_quadrants", "functional", "load", "load_movielens_small", "split_quadrants", "split_users",
+    "warm_start",
 ]  # fmt: skip

@@ -71,7 +71,7 @@ def evaluate(
     """
     draws = _check_draws(draws, order)
     lengths = _check_lengths(k)
-    item_ids = _item_ids(learner, baselines)
+    item_ids = item_ids_of(learner, baselines)
     train = baselines if isinstance(baselines, Interactions) else None
     aligned = _align({"log": log, "support_from": support_from, "baselines": train}, item_ids)
     known, train = aligned.get("support_from"), aligned.get("baselines")
@@ -136,7 +136,7 @@ def _check_lengths(k: int | Sequence[int]) -> list[int]:
     return [int(length) for length in dict.fromkeys(lengths)]
 
 
-def _item_ids(learner: Predictor | None, baselines: Interactions | Mapping[str, Predictor] | None) -> NDArray[Any]:
+def item_ids_of(learner: Predictor | None, baselines: Interactions | Mapping[str, Predictor] | None) -> NDArray[Any]:
     """The catalogue in which everything is numbered: the learner's, else that of the baselines."""
     if learner is not None:
         if learner.item_ids is None:

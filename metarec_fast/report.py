@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,8 @@ class Report:
         Raises:
             ValueError: There is no such metric.
         """
-        known = list(dict.fromkeys(name for figures in (*self.results.values(), self.chance) for name in figures))
-        for name in metrics or ():
-            if name not in known:
-                raise ValueError(f"metrics: expected some of {', '.join(known)}, got {name!r}")
+        known = known_metrics([self])
+        check_metrics(metrics or (), known)
         longest = f"@{max(self.settings['k'])}"
         columns = metrics or [name for name in known if "@" not in name or name.endswith(longest)]
         rows = self.results | ({"chance": self.chance} if self.chance else {})
@@ -130,6 +128,18 @@ class Report:
         told = ", ".join(f"{name} {self.settings[name]}" for name in ("support", "query", "order", "seed"))
         draws = f"; mean ± standard deviation over {self.settings['draws']} draws of the support" if self.spread else ""
         return f"{len(self.user_ids)} users, {int(self.query_sizes.sum())} ratings to predict; {told}{draws}"
+
+
+def known_metrics(reports: Iterable[Report]) -> list[str]:
+    """The metrics that somebody has, chance included."""
+    figures = [figures for report in reports for figures in (*report.results.values(), report.chance)]
+    return list(dict.fromkeys(name for row in figures for name in row))
+
+
+def check_metrics(metrics: Iterable[str], known: Sequence[str]) -> None:
+    for name in metrics:
+        if name not in known:
+            raise ValueError(f"metrics: expected some of {', '.join(known)}, got {name!r}")
 
 
 def format_deviation(deviation: float | None) -> str:
