@@ -44,14 +44,29 @@ def main(arguments: list[str] | None = None) -> None:
             learners["maml-r"].save(options.out / "checkpoint")
             newcomers = split.test
 
-    results = comparison.write_json(options.out / "report.json", reports)
-    comparison.plot_comparison(results, options.out / "comparison.png")
-    splits = "one split" if options.seeds == 1 else f"mean of {options.seeds} splits"
+    summary = comparison.write_json(options.out / "report.json", reports)
+    comparison.plot_comparison(summary.results, options.out / "comparison.png")
+    splits = "one split" if options.seeds == 1 else f"mean ± standard deviation over {options.seeds} splits"
     print(f"\nTest users, {KNOWN} ratings known, the others predicted; {splits}\n")
-    print(comparison.format_table(results))
+    print(comparison.format_table(summary.results, spread=summary.spread, chance=summary.chance))
+    against_fold_in(reports)
     recommend(mf.load(options.out / "checkpoint"), newcomers)
     print(f"\n{options.out}: report.json, learning_curves.png, comparison.png, checkpoint")
     print(f"{time.perf_counter() - begin:.0f} seconds")
+
+
+def against_fold_in(reports: list[mf.Report]) -> None:
+    """By how much MAML-R's error differs from that of the fold-in from which it starts, on the same users."""
+    mean, spread = comparison.differences(reports, "vb-fold-in")["maml-r"]
+    deviation = "" if len(reports) == 1 else f" ±{spread:.4f}"
+    print(
+        f"\nrmse of maml-r less that of vb-fold-in: {mean:+.4f}{deviation}; by a bootstrap over users, split by split"
+    )
+    for number, report in enumerate(reports):
+        difference = report.compare("maml-r", "vb-fold-in")
+        print(
+            f"  split {number}: {difference.difference:+.4f}, 95% from {difference.low:+.4f} to {difference.high:+.4f}"
+        )
 
 
 def recommend(learner: mf.Learner, newcomers: mf.Interactions) -> None:

@@ -1,6 +1,7 @@
 """Meta-learning for recommender systems, fused: MAML, FOMAML, Reptile, Meta-SGD and MAML-R on batched operators."""
 
 from metarec_fast import functional, warm_start
+from metarec_fast._bootstrap import Comparison
 from metarec_fast.baselines import BASELINES
 from metarec_fast.checkpoint import load
 from metarec_fast.data import Interactions, UserSplit, load_movielens_small, split_users
@@ -12,6 +13,7 @@ from metarec_fast.learners import FOMAML, MAML, Learner, MetaSGD
 from metarec_fast.maml_r import MAMLR
 from metarec_fast.models import DotRecommender
 from metarec_fast.optim import SparseAdagrad, SparseAdam, SparseSGD
+from metarec_fast.quadrants import QuadrantSplit, evaluate_quadrants, split_quadrants
 from metarec_fast.report import Report
 from metarec_fast.reptile import Reptile
 from metarec_fast.results import FastWeights, MetaStep, SparseRows, TopK
@@ -22,8 +24,10 @@ from metarec_fast.tasks import Entries, TaskBatch
 __version__ = "0.1.0"
 
 __all__ = [
-    "BASELINES", "FOMAML", "MAML", "MAMLR", "AdaptedUser", "DotRecommender", "Entries", "FactorModel",
-    "FastWeights", "Features", "History", "Interactions", "Learner", "MetaSGD", "MetaStep", "Report", "Reptile",
+    "BASELINES", "FOMAML", "MAML", "MAMLR", "AdaptedUser", "Comparison", "DotRecommender", "Entries", "FactorModel",
+    "FastWeights", "Features", "History", "Interactions", "Learner", "MetaSGD", "MetaStep", "QuadrantSplit", "Report",
+    "Reptile",
     "SparseAdagrad", "SparseAdam", "SparseRows", "SparseSGD", "TaskBatch", "TaskSampler", "TopK", "UserSplit",
-    "evaluate", "functional", "load", "load_movielens_small", "split_users", "warm_start",
+    "evaluate", "evaluate_quadrants", "functional", "load", "load_movielens_small", "split_quadrants", "split_users",
+    "warm_start",
 ]  # fmt: skip

@@ -45,6 +45,23 @@ def as_int(name: str, value: Any) -> int:
     return int(value)
 
 
+def as_count(name: str, share: Any, total: int, of: str = "users") -> int:
+    """How many of `total` an argument asks for: a fraction of them (a float), at least one if above 0; or a number.
+
+    Raises:
+        ValueError: The fraction is not in [0, 1), or the number is negative.
+        TypeError: It is neither.
+    """
+    if isinstance(share, (float, np.floating)):
+        if not 0 <= share < 1:
+            raise ValueError(f"{name}: a fraction of the {of} must be in [0, 1), got {share}")
+        return max(round(share * total), 1) if share > 0 else 0
+    count = as_int(name, share)
+    if count < 0:
+        raise ValueError(f"{name}: a number of {of} must be ≥ 0, got {count}")
+    return count
+
+
 def _numbers(name: str, values: Any) -> NDArray[Any]:
     array = np.asarray(as_column(name, values))
     if array.dtype.kind == "O" and len(array) and all(isinstance(value, (int, float, type(None))) for value in array):

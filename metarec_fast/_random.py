@@ -11,8 +11,15 @@ A path is walked by using one output as the next key. The sampler's paths, with 
             ROWS       at(at(k, user), j)             the j-th swap of the partial Fisher–Yates shuffle of a user's rows
             NEGATIVES  at(at(at(k, user), j), tries)  the j-th negative of a user, support entries first
 
-and `split_users` orders users by at(at(seed, SPLIT), user). Nothing depends on what was drawn before, so results do
-not depend on the number of threads, on the order of batches, or on which implementation drew them.
+and others, with k = at(seed, purpose):
+
+            SPLIT      at(k, user)                    `split_users` orders users by it
+            ITEMS      at(k, item)                    `split_quadrants` orders items by it
+            HELD_OUT   at(at(k, user), item)          and a user's ratings
+            RESAMPLES  at(at(k, r), j)                the j-th user of the r-th resample of a bootstrap
+
+Nothing depends on what was drawn before, so results do not depend on the number of threads, on the order of batches, or
+on which implementation drew them.
 """
 
 from __future__ import annotations
@@ -23,7 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ORDER, SUPPORT, QUERY, ROWS, NEGATIVES, SPLIT = range(6)
+ORDER, SUPPORT, QUERY, ROWS, NEGATIVES, SPLIT, RESAMPLES, ITEMS, HELD_OUT = range(9)
 
 _GAMMA = 0x9E3779B97F4A7C15
 _WORD = (1 << 64) - 1

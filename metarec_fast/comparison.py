@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,7 +20,7 @@ from metarec_fast.history import History
 from metarec_fast.learners import FOMAML, MAML, Learner, MetaSGD
 from metarec_fast.maml_r import MAMLR
 from metarec_fast.models import DotRecommender
-from metarec_fast.report import Report, align
+from metarec_fast.report import Report, align, format_deviation
 from metarec_fast.reptile import Reptile
 from metarec_fast.sampler import Size
 
@@ -68,38 +69,112 @@ def judge(learners: Mapping[str, Learner], split: UserSplit, support: Size = 10,
     )
 
 
-def summarize_seeds(
-    reports: Iterable[Report],
-) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, list[float]]]]:
-    """Means by name and metric, and the values of each report behind them; only figures that are numbers."""
+class Summary(NamedTuple):
+    """Figures over several reports, by name and metric; only those that are numbers.
+
+    Attributes:
+        results: Means.
+        spread: Sample standard deviations, of what at least two reports have.
+        seeds: The values of each report.
+        chance: Means of the level of chance, by metric.
+    """
+
+    results: dict[str, dict[str, float]]
+    spread: dict[str, dict[str, float]]
+    seeds: dict[str, dict[str, list[float]]]
+    chance: dict[str, float]
+
+
+class Difference(NamedTuple):
+    """Mean and sample standard deviation (NaN of a single one) of paired differences."""
+
+    mean: float
+    spread: float
+
+
+def summarize_seeds(reports: Iterable[Report]) -> Summary:
+    """What reports of several splits or seeds say together."""
     seeds: dict[str, dict[str, list[float]]] = {}
+    chances: dict[str, list[float]] = {}
     for report in reports:
-        for name, figures in report.results.items():
+        named = [(seeds.setdefault(name, {}), figures) for name, figures in report.results.items()]
+        for collected, figures in (*named, (chances, report.chance)):
             for metric, value in figures.items():
                 if math.isfinite(value):
-                    seeds.setdefault(name, {}).setdefault(metric, []).append(value)
-    means = {
-        name: {metric: sum(values) / len(values) for metric, values in figures.items()}
-        for name, figures in seeds.items()
+                    collected.setdefault(metric, []).append(value)
+    return Summary(
+        results={name: _means(figures) for name, figures in seeds.items()},
+        spread={
+            name: {metric: statistics.stdev(values) for metric, values in figures.items() if len(values) > 1}
+            for name, figures in seeds.items()
+        },
+        seeds=seeds,
+        chance=_means(chances),
+    )
+
+
+def differences(reports: Iterable[Report], baseline: str, metric: str = "rmse") -> dict[str, Difference]:
+    """By how much each predictor's figure differs from the baseline's, report by report: name − baseline.
+
+    What makes one split harder than another is in both figures, and cancels.
+
+    Args:
+        reports: Of several splits or seeds, at least one.
+        baseline: Which predictor to compare with.
+        metric: Predictors without it are left out.
+
+    Raises:
+        ValueError: A report has no such baseline, or the baseline no such metric; those known are listed.
+    """
+    paired: dict[str, list[float]] = {}
+    for report in reports:
+        if baseline not in report.results:
+            raise ValueError(f"baseline: expected one of {', '.join(report.results)}, got {baseline!r}")
+        if metric not in report.results[baseline]:
+            raise ValueError(f"metric: expected one of {', '.join(report.results[baseline])}, got {metric!r}")
+        for name, figures in report.results.items():
+            if metric in figures:
+                paired.setdefault(name, []).append(figures[metric] - report.results[baseline][metric])
+    return {
+        name: Difference(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan)
+        for name, values in paired.items()
+        if name != baseline
     }
-    return means, seeds
 
 
-def write_json(path: Path, reports: Iterable[Report]) -> dict[str, dict[str, float]]:
-    """Writes `{"results": means, "seeds": values}`; returns the means."""
-    means, seeds = summarize_seeds(reports)
-    path.write_text(json.dumps({"results": means, "seeds": seeds}, indent=1) + "\n", encoding="utf-8")
-    return means
+def write_json(path: Path, reports: Iterable[Report]) -> Summary:
+    """Writes `{"results": means, "spread": deviations, "seeds": values, "chance": means}`; returns the same."""
+    summary = summarize_seeds(reports)
+    path.write_text(json.dumps(summary._asdict(), indent=1) + "\n", encoding="utf-8")
+    return summary
 
 
 def format_table(
     results: Mapping[str, Mapping[str, float]],
     metrics: Iterable[str] = ("rmse", "mae", "mae_user", "ndcg@10", "catalogue_ndcg@10"),
+    *,
+    spread: Mapping[str, Mapping[str, float]] | None = None,
+    chance: Mapping[str, float] | None = None,
 ) -> str:
-    """A row for each name, a column for each metric; – where one means nothing."""
+    """A row for each name, a column for each metric; – where one means nothing.
+
+    Args:
+        results: Figures by name and metric.
+        metrics: The columns.
+        spread: Standard deviations, shown behind the figures where there are any.
+        chance: The level of ranking at random, shown as a last row.
+    """
+    deviating = any((spread or {}).values())
+
+    def cell(name: str, figures: Mapping[str, float], metric: str) -> str:
+        if metric not in figures:
+            return "–"
+        deviation = format_deviation((spread or {}).get(name, {}).get(metric)) if deviating else ""
+        return f"{figures[metric]:.4f}{deviation}"
+
     rows = [["", *metrics]]
-    for name, figures in results.items():
-        rows.append([name, *(f"{figures[m]:.4f}" if m in figures else "–" for m in rows[0][1:])])
+    for name, figures in {**results, **({"chance": chance} if chance else {})}.items():
+        rows.append([name, *(cell(name, figures, metric) for metric in rows[0][1:])])
     return "\n".join(align(rows)[0])
 
 
@@ -136,6 +211,10 @@ def plot_comparison(results: Mapping[str, Mapping[str, float]], path: Path, metr
     axes.set_title("Users never seen in training: learners (blue) and baselines")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _means(values: Mapping[str, list[float]]) -> dict[str, float]:
+    return {metric: sum(row) / len(row) for metric, row in values.items()}
 
 
 def _pyplot() -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metarec_fast import _random, readers
-from metarec_fast._columns import as_int, as_ratings, as_times
+from metarec_fast._columns import as_count, as_int, as_ratings, as_times
 from metarec_fast._grouping import group_by_user, offsets_of
 from metarec_fast._ids import encode_ids, find_ids, plain
 
@@ -172,6 +172,10 @@ class Interactions:
         """Ratings of each user, int64 [U]."""
         return np.diff(self.offsets)
 
+    def item_keys(self) -> NDArray[np.int64]:
+        """A number for each rating, user · N + item, int64 [n], different for all."""
+        return np.repeat(np.arange(self.num_users) * self.num_items, self.sizes()) + self.items
+
     def rows(self, user: int) -> slice:
         """The rows of the user at a position: `log.ratings[log.rows(u)]`."""
         if not 0 <= user < self.num_users:
@@ -217,6 +221,23 @@ class Interactions:
             self.user_ids[users], self.item_ids, self.item_titles,
         )  # fmt: skip
 
+    def select_rows(self, chosen: NDArray[np.bool_]) -> Interactions:
+        """The log of some ratings, [n]; all users stay, if need be without rows, and items keep their numbers.
+
+        Raises:
+            TypeError: They are not bools.
+            ValueError: They are not as many as the ratings.
+        """
+        if chosen.dtype != bool:
+            raise TypeError(f"chosen: expected bools, got {chosen.dtype}")
+        if chosen.shape != (len(self),):
+            raise ValueError(f"chosen: expected shape ({len(self)},), got {chosen.shape}")
+        before = np.concatenate(([0], np.cumsum(chosen, dtype=np.int64)))
+        return Interactions(
+            before[self.offsets], self.items[chosen], self.ratings[chosen],
+            None if self.times is None else self.times[chosen], self.user_ids, self.item_ids, self.item_titles,
+        )  # fmt: skip
+
     def align_items(self, item_ids: Any) -> tuple[Interactions, int]:
         """The same log in the numbering of another catalogue, and how many ratings fell on items it does not have.
 
@@ -236,11 +257,7 @@ class Interactions:
 
         items = find_ids(original, self.item_ids).astype(np.int32)[self.items]
         known = items >= 0
-        kept = np.concatenate(([0], np.cumsum(known, dtype=np.int64)))
-        log = Interactions(
-            kept[self.offsets], items[known], self.ratings[known], None if self.times is None else self.times[known],
-            self.user_ids, original, self.item_titles,
-        )  # fmt: skip
+        log = replace(self.select_rows(known), items=items[known], item_ids=original)
         return log, len(self) - len(log)
 
     def __repr__(self) -> str:
@@ -289,7 +306,7 @@ def split_users(log: Interactions, valid: float = 0.1, test: float = 0.2, seed: 
         TypeError: A number is neither int nor float.
     """
     num_users = log.num_users
-    num_valid, num_test = _num_users("valid", valid, num_users), _num_users("test", test, num_users)
+    num_valid, num_test = as_count("valid", valid, num_users), as_count("test", test, num_users)
     if num_valid + num_test >= num_users:
         raise ValueError(f"valid and test: {num_valid} and {num_test} of {num_users} users leave none to train on")
     key = _random.key_of(as_int("seed", seed), _random.SPLIT)
@@ -309,17 +326,6 @@ def load_movielens_small() -> Interactions:
     """
     columns, titles = readers.movielens_small_columns()
     return replace(Interactions.from_arrays(*columns), item_titles=titles)
-
-
-def _num_users(name: str, share: Any, num_users: int) -> int:
-    if isinstance(share, (float, np.floating)):
-        if not 0 <= share < 1:
-            raise ValueError(f"{name}: a fraction of the users must be in [0, 1), got {share}")
-        return max(round(share * num_users), 1) if share > 0 else 0
-    count = as_int(name, share)
-    if count < 0:
-        raise ValueError(f"{name}: a number of users must be ≥ 0, got {count}")
-    return count
 
 
 def _check(log: Interactions) -> None:

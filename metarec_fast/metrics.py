@@ -196,6 +196,30 @@ def summarize(per_task: Mapping[str, NDArray[np.float64]], sizes: NDArray[np.int
     return results
 
 
+def average_draws(
+    draws: Sequence[Mapping[str, NDArray[np.float64]]], sizes: NDArray[np.int64]
+) -> dict[str, NDArray[np.float64]]:
+    """Metrics of each task, [T], as means over draws of its support: over all their entries for `mse` and `mae_user`.
+
+    Args:
+        draws: What `summarize` takes, for each of D draws. Where a task does not count in some of them, the others do.
+        sizes: Query entries of each task in each draw, [D, T].
+    """
+    results = {}
+    for name in draws[0]:
+        values = np.stack([draw[name] for draw in draws])  # [D, T]
+        weights = np.where(np.isnan(values), 0.0, sizes if name in ("mse", "mae_user") else 1.0)
+        with np.errstate(invalid="ignore"):  # 0/0 is NaN: does not count
+            results[name] = (np.nan_to_num(values) * (weights / weights.sum(0))).sum(0)
+    return results
+
+
+def standard_deviations(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The sample standard deviation of each figure over those runs that have it, of which there must be two."""
+    values = {name: [run[name] for run in runs if name in run] for name in {name: None for run in runs for name in run}}
+    return {name: float(np.std(row, ddof=1)) for name, row in values.items() if len(row) > 1}
+
+
 class Places(NamedTuple):
     """Where entries rank: behind `above` higher ones, somewhere among `tied` equal ones, itself one of them."""
 

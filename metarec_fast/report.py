@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from metarec_fast._bootstrap import Comparison, paired_bootstrap
+from metarec_fast._columns import as_int
 
 _LOWER_IS_BETTER = ("rmse", "mae", "mae_user")
 
@@ -25,8 +28,10 @@ class Report:
         per_user: Metrics of every user that was evaluated, by predictor, [U] in the order of `user_ids`, for paired
             comparisons: `mse`, `mae_user` and the ranking metrics; NaN where a user does not count.
         user_ids: Original ids of these users, [U].
-        query_sizes: How many ratings were predicted for each, [U].
+        query_sizes: How many ratings were predicted for each, in all draws together, [U].
         settings: How it was evaluated.
+        spread: The standard deviation of the figures over the draws of the support, by predictor and metric; empty for
+            one draw.
     """
 
     results: dict[str, dict[str, float]]
@@ -35,6 +40,7 @@ class Report:
     user_ids: NDArray[Any]
     query_sizes: NDArray[np.int64]
     settings: dict[str, Any]
+    spread: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def table(self, metrics: Sequence[str] | None = None) -> str:
         """The results as text: a row for each predictor, a column for each metric, the best marked by a star.
@@ -45,10 +51,8 @@ class Report:
         Raises:
             ValueError: There is no such metric.
         """
-        known = list(dict.fromkeys(name for figures in (*self.results.values(), self.chance) for name in figures))
-        for name in metrics or ():
-            if name not in known:
-                raise ValueError(f"metrics: expected some of {', '.join(known)}, got {name!r}")
+        known = known_metrics([self])
+        check_metrics(metrics or (), known)
         longest = f"@{max(self.settings['k'])}"
         columns = metrics or [name for name in known if "@" not in name or name.endswith(longest)]
         rows = self.results | ({"chance": self.chance} if self.chance else {})
@@ -59,9 +63,50 @@ class Report:
         lines, widths = align(body)
         return "\n".join([*_headings(columns, widths), *map(str.rstrip, lines), "", self._caption()])
 
+    def compare(
+        self, name: str, baseline: str, metric: str = "rmse", resamples: int = 2000, seed: int = 0
+    ) -> Comparison:
+        """The difference of two predictors in one figure, name − baseline, and how sure it is: a bootstrap over users.
+
+        Args:
+            name, baseline: Predictors of this report.
+            metric: Any that both have but coverage, which is no mean over users. rmse and mae weigh users by their
+                ratings, as in `results`.
+            resamples: How often the users are drawn with replacement.
+            seed: Which draws.
+
+        Returns:
+            `(difference, low, high, p_value)`, with the bounds of the 95% interval. What training and the split might
+            do differently another time is not in it: that takes several of them (`comparison.differences`).
+
+        Raises:
+            ValueError: There is no such predictor or metric; those known are listed.
+        """
+        for argument, predictor in (("name", name), ("baseline", baseline)):
+            if predictor not in self.results:
+                raise ValueError(f"{argument}: expected one of {', '.join(self.results)}, got {predictor!r}")
+            known = [own for own in self.results[predictor] if not own.startswith("coverage")]
+            if metric not in known:
+                raise ValueError(f"metric: expected one of those of {predictor}, {', '.join(known)}, got {metric!r}")
+        if as_int("resamples", resamples) < 1:
+            raise ValueError(f"resamples: must be ≥ 1, got {resamples}")
+
+        per_user = {"rmse": "mse", "mae": "mae_user"}.get(metric, metric)
+        values = np.stack([self.per_user[predictor][per_user] for predictor in (name, baseline)])
+        counted = ~np.isnan(values).any(0)
+        sizes = self.query_sizes[counted] if metric in ("rmse", "mae") else np.ones(counted.sum())
+        return paired_bootstrap(
+            values[:, counted],
+            sizes.astype(np.float64),
+            root=metric == "rmse",
+            resamples=resamples,
+            seed=as_int("seed", seed),
+        )
+
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Results, chance level and settings as JSON, written to a file where one is named."""
-        text = json.dumps({"results": self.results, "chance": self.chance, "settings": self.settings}, indent=2)
+        """Results, chance level, settings and, of several draws, spread as JSON; in a file too where one is named."""
+        content = {"results": self.results, "chance": self.chance, "settings": self.settings}
+        text = json.dumps(content | ({"spread": self.spread} if self.spread else {}), indent=2)
         if path is not None:
             Path(path).write_text(text + "\n", encoding="utf-8")
         return text
@@ -76,11 +121,30 @@ class Report:
         best = min(values) if metric in _LOWER_IS_BETTER else max(values)
         # Covering the catalogue is no merit by itself: recommending at random does it best.
         marked = label in self.results and figures[metric] == best and not metric.startswith("coverage")
-        return f"{figures[metric]:.4f}{'*' if marked else ' '}"
+        deviation = format_deviation(self.spread.get(label, {}).get(metric)) if self.spread else ""
+        return f"{figures[metric]:.4f}{deviation}{'*' if marked else ' '}"
 
     def _caption(self) -> str:
         told = ", ".join(f"{name} {self.settings[name]}" for name in ("support", "query", "order", "seed"))
-        return f"{len(self.user_ids)} users, {int(self.query_sizes.sum())} ratings to predict; {told}"
+        draws = f"; mean ± standard deviation over {self.settings['draws']} draws of the support" if self.spread else ""
+        return f"{len(self.user_ids)} users, {int(self.query_sizes.sum())} ratings to predict; {told}{draws}"
+
+
+def known_metrics(reports: Iterable[Report]) -> list[str]:
+    """The metrics that somebody has, chance included."""
+    figures = [figures for report in reports for figures in (*report.results.values(), report.chance)]
+    return list(dict.fromkeys(name for row in figures for name in row))
+
+
+def check_metrics(metrics: Iterable[str], known: Sequence[str]) -> None:
+    for name in metrics:
+        if name not in known:
+            raise ValueError(f"metrics: expected some of {', '.join(known)}, got {name!r}")
+
+
+def format_deviation(deviation: float | None) -> str:
+    """A standard deviation behind its figure, as wide where there is none."""
+    return " " * 8 if deviation is None else f" ±{deviation:.4f}"
 
 
 def align(rows: Sequence[Sequence[str]]) -> tuple[list[str], list[int]]:

@@ -88,8 +88,8 @@ class TaskSampler:
         if not isinstance(log, Interactions):
             raise TypeError(f"log: expected Interactions, got {type(log).__name__}")
         self.log = log
-        self.query_range = (0, 0) if query is None else _size_range("query", query, 0)
-        self.support_range = _size_range("support", support, 0)
+        self.query_range = (0, 0) if query is None else size_range("query", query, 0)
+        self.support_range = size_range("support", support, 0)
         self.batch_size = _at_least("batch_size", batch_size, 1)
         self.negatives = _at_least("negatives", negatives, 0)
         self.prefetch = _at_least("prefetch", prefetch, 0)
@@ -251,7 +251,8 @@ def _at_least(name: str, value: Any, least: int) -> int:
     return number
 
 
-def _size_range(name: str, size: Any, least: int) -> tuple[int, int]:
+def size_range(name: str, size: Any, least: int) -> tuple[int, int]:
+    """The smallest and the largest number of ratings that a size allows, `REST` twice for "rest"; checked."""
     if isinstance(size, str):
         if size != "rest":
             raise ValueError(f'{name}: expected a number, (low, high) or "rest", got {size!r}')

@@ -37,7 +37,7 @@ def test_prepare_train_evaluate_and_recommend_follow_each_other_without_options(
     out = tmp_path / "runs" / "train"
     assert {"history.json", "learner", "learning_curve.png", "report.json"} <= {path.name for path in out.iterdir()}
     report = json.loads((out / "report.json").read_text())
-    assert set(report) == {"results", "seeds"}
+    assert set(report) == {"results", "spread", "seeds", "chance"}
     assert {"maml-r", "bias", "vb-fold-in", "random", "popularity"} <= set(report["results"])
     assert report["seeds"]["bias"]["rmse"] == [report["results"]["bias"]["rmse"]]
 

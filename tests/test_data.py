@@ -442,3 +442,17 @@ def test_a_split_with_two_numberings_of_items_is_refused():
     first, second = Interactions.from_arrays([1], [10]), Interactions.from_arrays([2], [20])
     with pytest.raises(ValueError, match=r"test: its items are numbered differently from those of train"):
         UserSplit(first, first.select_users([]), second)
+
+
+def test_rows_can_be_chosen_and_users_stay():
+    log = Interactions.from_arrays([1, 1, 2, 3], ["a", "b", "a", "c"], [1.0, 2.0, 3.0, 4.0], [5, 6, 7, 8])
+    chosen = log.select_rows(np.array([False, True, False, True]))
+    assert chosen.user_ids.tolist() == [1, 2, 3]
+    assert chosen.offsets.tolist() == [0, 1, 1, 2]
+    assert chosen.item_ids[chosen.items].tolist() == ["b", "c"]
+    assert (chosen.ratings.tolist(), chosen.times.tolist()) == ([2.0, 4.0], [6, 8])
+    assert log.item_keys().tolist() == [0, 1, 3, 8]
+    with pytest.raises(TypeError, match="chosen: expected bools, got int64"):
+        log.select_rows(np.array([0, 1]))
+    with pytest.raises(ValueError, match=r"chosen: expected shape \(4,\), got \(1,\)"):
+        log.select_rows(np.array([True]))

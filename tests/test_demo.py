@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def demo(monkeypatch):
 def test_report_plots_and_checkpoint_are_there(demo, tmp_path, capsys):
     demo.main(["--quick", "--out", str(tmp_path / "demo")])
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
-    assert set(report) == {"results", "seeds"}
+    assert set(report) == {"results", "spread", "seeds", "chance"}
     assert tuple(report["results"]) == NAMES
     for name, figures in report["results"].items():
         errors = () if name in ("popularity", "random") else ("rmse", "mae", "mae_user")
@@ -58,6 +59,9 @@ def test_report_plots_and_checkpoint_are_there(demo, tmp_path, capsys):
     assert learner.item_ids.tolist() == list(range(40))
 
     printed = capsys.readouterr().out
+    assert f"\nchance {report['chance']['ndcg@10']:.4f} {report['chance']['catalogue_ndcg@10']:.4f}" in re.sub(
+        "[ –]+", " ", printed
+    )
     recommended = printed.partition("may like")[2]
     assert recommended.count("Film") == 10
     assert not {line.split("Film")[1] for line in known_lines(printed)} & {
@@ -65,13 +69,19 @@ def test_report_plots_and_checkpoint_are_there(demo, tmp_path, capsys):
     }
 
 
-def test_means_are_over_the_splits(demo, tmp_path):
+def test_means_are_over_the_splits_and_are_shown_with_their_deviation(demo, tmp_path, capsys):
     demo.main(["--epochs", "1", "--seeds", "2", "--out", str(tmp_path)])
     report = json.loads((tmp_path / "report.json").read_text())
     for name in NAMES:
         values = report["seeds"][name]["ndcg@5"]
         assert len(values) == 2
         assert report["results"][name]["ndcg@5"] == pytest.approx(sum(values) / 2)
+        assert report["spread"][name]["ndcg@5"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    printed = capsys.readouterr().out
+    bias = report["results"]["bias"]["rmse"], report["spread"]["bias"]["rmse"]
+    assert re.search(r"^bias +{:.4f} ±{:.4f} ".format(*bias), printed, re.MULTILINE)
+    rmse = [report["seeds"][name]["rmse"] for name in ("maml-r", "vb-fold-in")]
+    assert f"{(sum(rmse[0]) - sum(rmse[1])) / 2:+.4f} ±" in printed.partition("less that of vb-fold-in: ")[2]
 
 
 def known_lines(printed):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import warnings
 
 import numpy as np
@@ -38,10 +39,12 @@ class Table:
         return self.scores.expand(batch.num_tasks, -1)
 
 
-def naive(predictor, log, k, rating_range, **sampling):
+def naive(predictor, log, k, rating_range, draw=0, **sampling):
     """All figures, user by user, for predictors whose scores never tie."""
     squared, absolute, users, listed = [], [], [], {length: set() for length in k}
-    for batch in TaskSampler(log, batch_size=1, shuffle=False, **sampling):
+    sampler = TaskSampler(log, batch_size=1, shuffle=False, **sampling)
+    sampler.set_epoch(draw)
+    for batch in sampler:
         seen, wanted = set(batch.support.items.tolist()), set(batch.query.items.tolist())
         targets, scores = batch.query.targets.double().numpy(), predictor.predict(batch).double().numpy()
         errors = scores.clip(*rating_range) - targets
@@ -82,14 +85,50 @@ def test_figures_are_those_of_a_loop_over_users(split, sampling):
     assert report.results["vb-fold-in"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_figures_of_several_draws_are_means_over_them_and_the_spread_their_standard_deviation(split):
+    learner = fit_baselines(split.train, ["vb-fold-in"])["vb-fold-in"]
+    report = evaluate(learner, split.test, support=4, k=(1, 3), seed=5, draws=3)
+    draws = [naive(learner, split.test, (1, 3), (1, 5), draw, support=4, query="rest", seed=5) for draw in range(3)]
+    expected = {name: statistics.mean(draw[name] for draw in draws) for name in draws[0]}
+    expected["rmse"] = statistics.mean(draw["rmse"] ** 2 for draw in draws) ** 0.5  # over all ratings of all draws
+    assert report.results["vb-fold-in"] == pytest.approx(expected, rel=1e-6)
+    spread = {name: statistics.stdev(draw[name] for draw in draws) for name in draws[0]}
+    assert report.spread["vb-fold-in"] == pytest.approx(spread, rel=1e-5)
+    assert report.query_sizes.tolist() == [3 * max(size - 4, 1) for size in split.test.sizes() if size > 1]
+    assert report.user_ids.tolist() == split.test.user_ids[split.test.sizes() > 1].tolist()
+
+
+def test_the_first_of_several_draws_is_the_only_one_of_a_single_draw(split):
+    table = Table(range(30), split.train.item_ids)
+    one, two = (evaluate(table, split.test, support=3, draws=draws) for draws in (1, 2))
+    assert one.spread == {}
+    assert "spread" not in json.loads(one.to_json())
+    # Of two values a and b, with mean m, the standard deviation is |a − b|/√2 = √2 |a − m|.
+    for name, value in two.spread["table"].items():
+        if name != "rmse":
+            assert value == pytest.approx(2**0.5 * abs(one.results["table"][name] - two.results["table"][name]))
+    assert json.loads(two.to_json())["spread"] == two.spread
+
+
+def test_several_draws_are_shown_with_their_deviation(split):
+    report = evaluate(None, split.test, support=3, k=(1, 5), baselines=split.train, draws=2)
+    lines = str(report).splitlines()
+    bias = next(line for line in lines if line.startswith("bias"))
+    assert f"{report.results['bias']['rmse']:.4f} ±{report.spread['bias']['rmse']:.4f}" in bias
+    assert "±" not in next(line for line in lines if line.startswith("chance"))
+    assert len({len(line.rstrip("* ")) for line in lines[2:9]}) == 1
+    assert lines[-1].endswith("; mean ± standard deviation over 2 draws of the support")
+
+
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_the_batch_size_changes_no_figure(split, batch_size):
     names = ("global-mean", "item-mean", "popularity", "random")  # sums, and so equal to the last bit
     baselines = fit_baselines(split.train, names)
-    one = evaluate(None, split.test, support=3, baselines=baselines)
-    other = evaluate(None, split.test, support=3, baselines=baselines, batch_size=batch_size)
+    one = evaluate(None, split.test, support=3, baselines=baselines, draws=2)
+    other = evaluate(None, split.test, support=3, baselines=baselines, draws=2, batch_size=batch_size)
     assert one.results == other.results
     assert one.chance == other.chance
+    assert one.spread == other.spread
 
 
 def test_everything_stands_beside_the_baselines_with_the_agreed_metric_keys(split):
@@ -289,6 +328,9 @@ def test_bad_arguments_are_refused_by_name(split):
     refused(split, r"k: expected at least one list length, got none", table, k=())
     refused(split, r"batch_size: ", table, batch_size=0)
     refused(split, r"order: ", table, order="alphabetical")
+    refused(split, r"draws: must be ≥ 1, got 0", table, draws=0)
+    refused(split, r"draws: expected an int, got float 2\.0", table, draws=2.0)
+    refused(split, r'draws: order="time" gives the same tasks every time, .*, got 2', table, draws=2, order="time")
     anonymous = Table(range(30), item_ids)
     anonymous.item_ids = None
     refused(split, r"learner\.item_ids: expected the original ids", anonymous)

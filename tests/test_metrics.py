@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from metarec_fast.metrics import CatalogueRanks, query_ndcg, rating_errors, summarize
+from metarec_fast.metrics import (
+    CatalogueRanks,
+    average_draws,
+    query_ndcg,
+    rating_errors,
+    standard_deviations,
+    summarize,
+)
 from metarec_fast.tasks import Entries
 
 CASES = range(40)
@@ -272,3 +279,25 @@ def test_tasks_with_nothing_to_predict_do_not_count(num_tasks, with_ratings):
 def test_query_entries_without_ratings_are_refused_by_name():
     with pytest.raises(ValueError, match=r"query\.targets: expected what was observed"):
         rating_errors(torch.zeros(1), entries([0]))
+
+
+def test_averages_over_draws_are_over_all_their_entries_for_errors_and_else_over_the_draws_that_count():
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, 6, (3, 4))
+    errors = [[rng.random(size) for size in draw] for draw in sizes]
+    ndcg = np.where(rng.random((3, 4)) < 0.4, np.nan, rng.random((3, 4)))
+    ndcg[:, 0] = np.nan
+    draws = [
+        {"mse": np.array([own.mean() for own in mse]), "ndcg@1": row} for mse, row in zip(errors, ndcg, strict=True)
+    ]
+    result = average_draws(draws, sizes)
+    for task in range(4):
+        assert result["mse"][task] == pytest.approx(np.concatenate([draw[task] for draw in errors]).mean())
+        counted = [value for value in ndcg[:, task].tolist() if not math.isnan(value)]
+        np.testing.assert_allclose(result["ndcg@1"][task], np.mean(counted) if counted else np.nan)
+    one = average_draws(draws[:1], sizes[:1])
+    np.testing.assert_array_equal(one["mse"], draws[0]["mse"])  # to the last bit
+
+
+def test_a_figure_that_only_one_run_has_gets_no_deviation():
+    assert standard_deviations([{"a": 1.0, "b": 1.0}, {"a": 3.0}]) == {"a": pytest.approx(2**0.5)}
