@@ -3,6 +3,7 @@
 from metarec_fast import functional, warm_start
 from metarec_fast.baselines import BASELINES
 from metarec_fast.checkpoint import load
+from metarec_fast.cold_start import ColdStartCurve, cold_start_curve
 from metarec_fast.data import Interactions, UserSplit, load_movielens_small, split_users
 from metarec_fast.evaluation import evaluate
 from metarec_fast.factor_model import FactorModel
@@ -21,8 +22,8 @@ from metarec_fast.tasks import Entries, TaskBatch
 __version__ = "0.1.0"
 
 __all__ = [
-    "BASELINES", "FOMAML", "MAML", "MAMLR", "AdaptedUser", "DotRecommender", "Entries", "FactorModel",
+    "BASELINES", "FOMAML", "MAML", "MAMLR", "AdaptedUser", "ColdStartCurve", "DotRecommender", "Entries", "FactorModel",
     "FastWeights", "History", "Interactions", "Learner", "MetaSGD", "MetaStep", "Report", "Reptile",
     "SparseAdagrad", "SparseAdam", "SparseRows", "SparseSGD", "TaskBatch", "TaskSampler", "TopK", "UserSplit",
-    "evaluate", "functional", "load", "load_movielens_small", "split_users", "warm_start",
+    "cold_start_curve", "evaluate", "functional", "load", "load_movielens_small", "split_users", "warm_start",
 ]  # fmt: skip

@@ -7,14 +7,16 @@ import csv
 import importlib.util
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import metarec_fast as mf
 from metarec_fast import comparison
+from metarec_fast.baselines import fit_baselines
 from metarec_fast.doctor import diagnose
+from metarec_fast.evaluation import Predictor
 from metarec_fast.prepared import SUFFIX, read_prepared, write_prepared
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "run.py"
@@ -76,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_ratings(add, None, "ratings to judge on (default: the test users that `train` left beside the learner)")
     add("--train", help="ratings to fit baselines on (default: the training users beside the learner, if there)")
     add("--out", type=Path, help="JSON file for the figures (default: none is written)")
+    add("--report", type=Path, help="HTML page for the figures and the cold-start curve (default: none is written)")
     _add_protocol(add)
 
     add = command("recommend", _recommend, "Recommends to somebody new from a few ratings: item, score and title.")
@@ -144,22 +147,47 @@ def _train(options: argparse.Namespace) -> None:
     except ImportError as error:
         print(f"metarec-fast: no learning_curve.png: {error}", file=sys.stderr)
     if split.test.num_users:
-        report = comparison.judge({options.algorithm: learner}, split, options.support, options.seed)
+        baselines = fit_baselines(split.train, seed=options.seed)
+        report = mf.evaluate(learner, split.test, support=options.support, seed=options.seed, baselines=baselines)
         comparison.write_json(out / "report.json", [report])
+        _write_page(out / "report.html", report, learner, split.test, baselines, options.seed, history)
         print(report)
     print(f"\n{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     learner = mf.load(options.learner)
-    log = _read(options, options.ratings or options.learner.parent / "test.npz")
+    log = learner.catalogue.align(_read(options, options.ratings or options.learner.parent / "test.npz"))
     beside = options.learner.parent / "train.npz"
     train = options.train or (beside if beside.exists() else None)
-    baselines = None if train is None else _read(options, train, "--train")
+    baselines = None
+    if train is not None:
+        baselines = fit_baselines(learner.catalogue.align(_read(options, train, "--train")), seed=options.seed)
     report = mf.evaluate(learner, log, support=options.support, seed=options.seed, baselines=baselines)
     if options.out is not None:
         report.to_json(options.out)
+    if options.report is not None:
+        _write_page(options.report, report, learner, log, baselines, options.seed)
     print(report)
+
+
+def _write_page(
+    path: Path,
+    report: mf.Report,
+    learner: mf.Learner,
+    log: mf.Interactions,
+    baselines: Mapping[str, Predictor] | None,
+    seed: int,
+    history: mf.History | None = None,
+) -> None:
+    """The report as HTML, with a cold-start curve where users have enough ratings for one."""
+    metric = "rmse" if "rmse" in report.results[learner.name] else "ndcg@10"
+    curve = None
+    try:
+        curve = mf.cold_start_curve(learner, log, metric=metric, baselines=baselines, seed=seed)
+    except ValueError as error:
+        print(f"metarec-fast: no cold-start curve: {error}", file=sys.stderr)
+    report.to_html(path, history=history, curve=curve)
 
 
 def _recommend(options: argparse.Namespace) -> None:

@@ -7,10 +7,10 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from metarec_fast import _plots
 from metarec_fast.baselines import fit_baselines
 from metarec_fast.data import UserSplit
 from metarec_fast.evaluation import evaluate
@@ -101,7 +101,7 @@ def format_table(
 
 def plot_learning_curves(histories: Mapping[str, History], path: Path) -> None:
     """Validation error over epochs, a line for each learner; a PNG."""
-    pyplot = _pyplot()
+    pyplot = _plots.pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     metric = "rmse"
     for name, history in histories.items():
@@ -120,7 +120,7 @@ def plot_learning_curves(histories: Mapping[str, History], path: Path) -> None:
 
 def plot_comparison(results: Mapping[str, Mapping[str, float]], path: Path, metric: str = "rmse") -> None:
     """One bar for each name, the best on top; a PNG."""
-    pyplot = _pyplot()
+    pyplot = _plots.pyplot()
     named = sorted(((f[metric], name) for name, f in results.items() if metric in f), reverse=True)
     values, names = [value for value, _ in named], [name for _, name in named]
     colours = ["tab:blue" if name in ALGORITHMS else "lightgrey" for name in names]
@@ -132,14 +132,3 @@ def plot_comparison(results: Mapping[str, Mapping[str, float]], path: Path, metr
     axes.set_title("Users never seen in training: learners (blue) and baselines")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("plots need Matplotlib: pip install 'metarec-fast[plots]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
