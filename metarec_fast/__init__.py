@@ -7,7 +7,7 @@ from metarec_fast.cold_start import ColdStartCurve, cold_start_curve
 from metarec_fast.data import Interactions, UserSplit, load_movielens_small, split_users
 from metarec_fast.evaluation import evaluate
 from metarec_fast.factor_model import FactorModel
-from metarec_fast.history import History
+from metarec_fast.history import History, Trial
 from metarec_fast.learners import FOMAML, MAML, Learner, MetaSGD
 from metarec_fast.maml_r import MAMLR
 from metarec_fast.models import DotRecommender
@@ -24,6 +24,6 @@ __version__ = "0.1.0"
 __all__ = [
     "BASELINES", "FOMAML", "MAML", "MAMLR", "AdaptedUser", "ColdStartCurve", "DotRecommender", "Entries", "FactorModel",
     "FastWeights", "History", "Interactions", "Learner", "MetaSGD", "MetaStep", "Report", "Reptile",
-    "SparseAdagrad", "SparseAdam", "SparseRows", "SparseSGD", "TaskBatch", "TaskSampler", "TopK", "UserSplit",
+    "SparseAdagrad", "SparseAdam", "SparseRows", "SparseSGD", "TaskBatch", "TaskSampler", "TopK", "Trial", "UserSplit",
     "cold_start_curve", "evaluate", "functional", "load", "load_movielens_small", "split_users", "warm_start",
 ]  # fmt: skip

@@ -70,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--valid", type=float, default=0.1, help="share of the users to validate on")
     add("--test", type=float, default=0.2, help="share of the users to judge on")
     add("--out", type=Path, default=Path("runs/train"), help="folder for the results")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--resume", action="store_true", help="go on from the checkpoint, or with --tune from the study, in --out")
+    add("--tune", type=int, help="train so many times with other rates and steps, keep the best (default: train once)")
     _add_protocol(add)
 
     add = command("evaluate", _evaluate, "Judges a saved learner on users that it has not seen.")
@@ -136,10 +137,18 @@ def _train(options: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_prepared(split.train, out / "train.npz")
     write_prepared(split.test, out / "test.npz")
+    if options.tune is None:
+        kept = {"checkpoint": out / "checkpoint", "resume": options.resume}
+    else:
+        kept = {"tune": options.tune, "study": out / "study.jsonl"}
+        if not options.resume:
+            kept["study"].unlink(missing_ok=True)
     learner, history = comparison.train(
-        options.algorithm, split, dim=options.dim, epochs=options.epochs, seed=options.seed,
-        checkpoint=out / "checkpoint", resume=options.resume, progress=sys.stderr.isatty(),
+        options.algorithm, split, dim=options.dim, epochs=options.epochs, seed=options.seed, **kept,
+        progress=sys.stderr.isatty(),
     )  # fmt: skip
+    if history.trials and not sys.stderr.isatty():  # else it was shown with the progress
+        print(history.trials_table(), end="\n\n")
     learner.save(out / "learner")
     history.to_json(out / "history.json")
     try:

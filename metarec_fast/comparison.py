@@ -38,8 +38,10 @@ def train(
     support: Size = (3, 90),
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    tune: int | None = None,
+    study: str | os.PathLike[str] | None = None,
 ) -> tuple[Learner, History]:
-    """Meta-trains one algorithm with its defaults.
+    """Meta-trains one algorithm with its defaults, or with what `tune` trials find around them.
 
     Raises:
         ValueError: There is no such algorithm.
@@ -52,7 +54,7 @@ def train(
     valid = split.valid if split.valid.num_users else None
     history = learner.fit(
         split.train, valid, support=support, epochs=epochs, seed=seed, progress=progress, checkpoint=checkpoint,
-        resume=resume,
+        resume=resume, tune=tune, study=study,
     )  # fmt: skip
     return learner, history
 

@@ -50,7 +50,7 @@ def write_html(
     Args:
         path: The file; its folder exists.
         report: What `evaluate` gave: figures of all predictors, the best of each column marked, the chance level below.
-        history: What `fit` gave, for the learning curve; it is left out where no epoch was validated.
+        history: What `fit` gave, for the trials of tuning, and for the learning curve where epochs were validated.
         curve: What `cold_start_curve` gave.
         title: The heading.
     """
@@ -59,6 +59,8 @@ def write_html(
         sections.append(_cold_start(curve))
     if history is not None and history.best is not None:
         sections.append(_learning(history))
+    if history is not None and history.trials:
+        sections.append(_tuning(history))
     sections.append(_settings(report))
     head = f'<meta charset="utf-8">\n<title>{escape(title)}</title>\n<style>{_STYLE}</style>'
     body = "\n".join([f"<h1>{escape(title)}</h1>", *sections])
@@ -126,8 +128,13 @@ def _learning(history: History) -> str:
     return _section("Learning curve", chart, f"{told}{early}. {history.seconds:.1f} seconds.")
 
 
-def _section(heading: str, chart: str, caption: str) -> str:
-    return f'<h2>{escape(heading)}</h2>\n{chart}\n<p class="caption">{escape(caption)}</p>'
+def _tuning(history: History) -> str:
+    table = f'<div class="wide"><pre>{escape(history.trials_table())}</pre></div>'
+    return _section("Tuning", table, f"{history.metric} of validation users, the best trial marked; it was kept.")
+
+
+def _section(heading: str, content: str, caption: str) -> str:
+    return f'<h2>{escape(heading)}</h2>\n{content}\n<p class="caption">{escape(caption)}</p>'
 
 
 def _settings(report: Report) -> str:

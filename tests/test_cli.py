@@ -80,6 +80,26 @@ def test_without_enough_ratings_there_is_a_page_but_no_cold_start_curve(tmp_path
     assert "Cold start" not in page
 
 
+def test_training_can_tune_and_a_study_can_be_continued(ratings, tmp_path, capsys):
+    arguments = ["train", "--ratings", str(ratings), "--algorithm", "maml", "--epochs", "1", "--dim", "2", "--tune"]
+
+    def trials():
+        return json.loads((tmp_path / "runs" / "train" / "history.json").read_text())["trials"]
+
+    assert cli.main([*arguments, "2"]) == 0
+    assert capsys.readouterr().out.split()[:3] == ["trial", "rmse", "outer_lr"]
+    first = trials()
+    assert len(first) == 2
+    assert cli.main([*arguments, "4", "--resume"]) == 0
+    assert len(trials()) == 4
+    assert "<h2>Tuning</h2>" in (tmp_path / "runs" / "train" / "report.html").read_text()
+    assert trials()[:2] == first
+    assert cli.main([*arguments, "1"]) == 0
+    assert trials() == first[:1]
+    assert cli.main([*arguments, "1", "--valid", "0"]) == 2
+    assert "valid: tuning needs ratings of other users to judge by, got None" in capsys.readouterr().err
+
+
 def test_columns_have_the_names_that_one_says(ratings, capsys):
     text = ratings.read_text().replace("user,item,rating", "who,what,stars")
     ratings.write_text(text)
