@@ -3,6 +3,7 @@
 import json
 import sys
 
+import optuna
 import pytest
 import torch
 from test_training import make_learner, make_split, same_weights
@@ -104,6 +105,17 @@ def test_ctrl_c_leaves_the_best_trial_so_far_and_the_study_can_be_continued(tmp_
     history = tune(continued, split, 4, study=path)
     assert history.trials[:2] == expected.trials
     assert history.trials == tune(whole, split, 4).trials
+    assert same_weights(continued, whole)
+
+
+def test_a_trial_during_which_the_process_was_killed_is_run_again(tmp_path):
+    split, path, whole = make_split(), tmp_path / "study.jsonl", make_learner()
+    tune(make_learner(), split, 2, study=path)
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+    killed = optuna.load_study(study_name="metarec_fast", storage=storage).ask()
+    killed.suggest_float("outer_lr", 1e-3, 1e-1, log=True)
+    continued = make_learner()
+    assert tune(continued, split, 4, study=path).trials == tune(whole, split, 4).trials
     assert same_weights(continued, whole)
 
 
