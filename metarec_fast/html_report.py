@@ -6,17 +6,13 @@ import math
 import os
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from metarec_fast import _plots
 from metarec_fast._svg import Line, line_chart, ticks
 from metarec_fast.baselines import BASELINES
-from metarec_fast.cold_start import describe
-
-if TYPE_CHECKING:
-    from metarec_fast.cold_start import ColdStartCurve
-    from metarec_fast.history import History
-    from metarec_fast.report import Report
+from metarec_fast.cold_start import ColdStartCurve, describe
+from metarec_fast.history import History
+from metarec_fast.report import Report
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 64rem; margin: 2rem auto;
@@ -53,7 +49,17 @@ def write_html(
         history: What `fit` gave, for the trials of tuning, and for the learning curve where epochs were validated.
         curve: What `cold_start_curve` gave.
         title: The heading.
+
+    Raises:
+        TypeError: An argument is something else.
     """
+    for name, value, kind in (
+        ("report", report, Report),
+        ("history", history, History),
+        ("curve", curve, ColdStartCurve),
+    ):
+        if not isinstance(value, kind) and (value is not None or kind is Report):
+            raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
     sections = [_table(report)]
     if curve is not None:
         sections.append(_cold_start(curve))

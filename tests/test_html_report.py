@@ -95,6 +95,18 @@ def test_curves_that_are_not_given_are_left_out_and_names_are_escaped(made, tmp_
     assert "<th>&lt;b&gt;&amp;</th>" in page.text
 
 
+def test_other_things_than_a_report_a_history_and_a_curve_are_refused_by_name(made, tmp_path):
+    report, history, curve = made
+    for message, arguments in (
+        ("report: expected a Report, got NoneType", {"report": None}),
+        ("history: expected a History, got ColdStartCurve", {"report": report, "history": curve}),
+        ("curve: expected a ColdStartCurve, got History", {"report": report, "curve": history}),
+    ):
+        with pytest.raises(TypeError, match=message):
+            write_html(tmp_path / "report.html", **arguments)
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_higher_values_are_drawn_higher_and_later_ones_further_right():
     chart = line_chart([Line("a", [(0, 1.0), (2, 3.0), (4, 2.0)], "red")], [(0, "0"), (4, "4")], "x", "y")
     places = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', chart)]
