@@ -4,11 +4,12 @@ from metarec_fast import functional, warm_start
 from metarec_fast._bootstrap import Comparison
 from metarec_fast.baselines import BASELINES
 from metarec_fast.checkpoint import load
+from metarec_fast.cold_start import ColdStartCurve, cold_start_curve
 from metarec_fast.data import Interactions, UserSplit, load_movielens_small, split_users
 from metarec_fast.evaluation import evaluate
 from metarec_fast.factor_model import FactorModel
 from metarec_fast.features import Features
-from metarec_fast.history import History
+from metarec_fast.history import History, Trial
 from metarec_fast.learners import FOMAML, MAML, Learner, MetaSGD
 from metarec_fast.maml_r import MAMLR
 from metarec_fast.models import DotRecommender
@@ -24,10 +25,9 @@ from metarec_fast.tasks import Entries, TaskBatch
 __version__ = "0.1.0"
 
 __all__ = [
-    "BASELINES", "FOMAML", "MAML", "MAMLR", "AdaptedUser", "Comparison", "DotRecommender", "Entries", "FactorModel",
-    "FastWeights", "Features", "History", "Interactions", "Learner", "MetaSGD", "MetaStep", "QuadrantSplit", "Report",
-    "Reptile",
-    "SparseAdagrad", "SparseAdam", "SparseRows", "SparseSGD", "TaskBatch", "TaskSampler", "TopK", "UserSplit",
-    "evaluate", "evaluate_quadrants", "functional", "load", "load_movielens_small", "split_quadrants", "split_users",
-    "warm_start",
+    "BASELINES", "FOMAML", "MAML", "MAMLR", "AdaptedUser", "ColdStartCurve", "Comparison", "DotRecommender", "Entries",
+    "FactorModel", "FastWeights", "Features", "History", "Interactions", "Learner", "MetaSGD", "MetaStep",
+    "QuadrantSplit", "Report", "Reptile", "SparseAdagrad", "SparseAdam", "SparseRows", "SparseSGD", "TaskBatch",
+    "TaskSampler", "TopK", "Trial", "UserSplit", "cold_start_curve", "evaluate", "evaluate_quadrants", "functional",
+    "load", "load_movielens_small", "split_quadrants", "split_users", "warm_start",
 ]  # fmt: skip

@@ -76,8 +76,8 @@ class Inference:
         self.directions, of_users = leading_directions(self.of_users, self.of_items, width, seed)
         _, of_items = leading_directions(self.of_items, self.of_users, width, seed)
         seen = self.counts > 0
-        # An item that nobody rated may be one that hardly anyone takes, or a new one that ratings will be about: it counts
-        # as halfway between the average item and the item of the average rating.
+        # An item that nobody rated may be one that hardly anyone takes, or a new one that ratings will be about: it
+        # counts as halfway between the average item and the item of the average rating.
         weight = self.counts.sqrt()
         of_items[~seen] = (weight / weight.sum()) @ of_items
         self.user_features, groups = _beside(user_features, of_users)

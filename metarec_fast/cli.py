@@ -6,12 +6,14 @@ import argparse
 import importlib.util
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import metarec_fast as mf
 from metarec_fast import comparison
+from metarec_fast._judging import Predictor
+from metarec_fast.baselines import fit_baselines
 from metarec_fast.cli_inputs import (
     add_ratings,
     add_users,
@@ -77,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--valid", type=float, default=0.1, help="share of the users to validate on")
     add("--test", type=float, default=0.2, help="share of the users to judge on")
     add("--out", type=Path, default=Path("runs/train"), help="folder for the results")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--resume", action="store_true", help="go on from the checkpoint, or with --tune from the study, in --out")
+    add("--tune", type=int, help="train so many times with other rates and steps, keep the best (default: train once)")
     _add_protocol(add)
 
     add = command("evaluate", _evaluate, "Judges a saved learner on users that it has not seen.")
@@ -86,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     add_users(add, "of those not in the table that the learner was trained with")
     add("--train", help="ratings to fit baselines on (default: the training users beside the learner, if there)")
     add("--out", type=Path, help="JSON file for the figures (default: none is written)")
+    add("--report", type=Path, help="HTML page for the figures and the cold-start curve (default: none is written)")
     _add_protocol(add)
 
     add = command("recommend", _recommend, "Recommends to somebody new from a few ratings: item, score and title.")
@@ -139,11 +143,18 @@ def _train(options: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_prepared(split.train, out / "train.npz")
     write_prepared(split.test, out / "test.npz")
+    if options.tune is None:
+        kept = {"checkpoint": out / "checkpoint", "resume": options.resume}
+    else:
+        kept = {"tune": options.tune, "study": out / "study.jsonl"}
+        if not options.resume:
+            kept["study"].unlink(missing_ok=True)
     learner, history = comparison.train(
-        options.algorithm, split, dim=options.dim, epochs=options.epochs, seed=options.seed,
-        checkpoint=out / "checkpoint", resume=options.resume, progress=sys.stderr.isatty(),
-        user_features=user_features, item_features=item_features,
+        options.algorithm, split, dim=options.dim, epochs=options.epochs, seed=options.seed, **kept,
+        progress=sys.stderr.isatty(), user_features=user_features, item_features=item_features,
     )  # fmt: skip
+    if history.trials and not sys.stderr.isatty():  # else it was shown with the progress
+        print(history.trials_table(), end="\n\n")
     learner.save(out / "learner")
     history.to_json(out / "history.json")
     try:
@@ -151,8 +162,10 @@ def _train(options: argparse.Namespace) -> None:
     except ImportError as error:
         print(f"metarec-fast: no learning_curve.png: {error}", file=sys.stderr)
     if split.test.num_users:
-        report = comparison.judge({options.algorithm: learner}, split, options.support, options.seed)
+        baselines = fit_baselines(split.train, seed=options.seed)
+        report = mf.evaluate(learner, split.test, support=options.support, seed=options.seed, baselines=baselines)
         comparison.write_json(out / "report.json", [report])
+        _write_page(out / "report.html", report, learner, split.test, baselines, options.seed, history)
         print(report)
     print(f"\n{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
@@ -160,13 +173,17 @@ def _train(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     learner = mf.load(options.learner)
     _add_newcomers(learner, options)
-    log = read_ratings(options, options.ratings or options.learner.parent / "test.npz")
+    log = learner.catalogue.align(read_ratings(options, options.ratings or options.learner.parent / "test.npz"))
     beside = options.learner.parent / "train.npz"
     train = options.train or (beside if beside.exists() else None)
-    baselines = None if train is None else read_ratings(options, train, "--train")
+    baselines = None
+    if train is not None:
+        baselines = fit_baselines(learner.catalogue.align(read_ratings(options, train, "--train")), seed=options.seed)
     report = mf.evaluate(learner, log, support=options.support, seed=options.seed, baselines=baselines)
     if options.out is not None:
         report.to_json(options.out)
+    if options.report is not None:
+        _write_page(options.report, report, learner, log, baselines, options.seed)
     print(report)
 
 
@@ -178,6 +195,25 @@ def _add_newcomers(learner: mf.Learner, options: argparse.Namespace) -> None:
     if encoder is None:
         raise ValueError("--users: the learner was trained without features of users")
     encoder.features = extend_features(encoder.features, options.users, "--users", options.user_column)
+
+
+def _write_page(
+    path: Path,
+    report: mf.Report,
+    learner: mf.Learner,
+    log: mf.Interactions,
+    baselines: Mapping[str, Predictor] | None,
+    seed: int,
+    history: mf.History | None = None,
+) -> None:
+    """The report as HTML, with a cold-start curve where users have enough ratings for one."""
+    metric = "rmse" if "rmse" in report.results[learner.name] else "ndcg@10"
+    curve = None
+    try:
+        curve = mf.cold_start_curve(learner, log, metric=metric, baselines=baselines, seed=seed)
+    except ValueError as error:
+        print(f"metarec-fast: no cold-start curve: {error}", file=sys.stderr)
+    report.to_html(path, history=history, curve=curve)
 
 
 def _recommend(options: argparse.Namespace) -> None:

@@ -8,10 +8,11 @@ import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from metarec_fast import _plots
 from metarec_fast.baselines import fit_baselines
 from metarec_fast.data import UserSplit
 from metarec_fast.evaluation import evaluate
@@ -40,10 +41,12 @@ def train(
     support: Size = (3, 90),
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    tune: int | None = None,
+    study: str | os.PathLike[str] | None = None,
     user_features: Features | None = None,
     item_features: Features | None = None,
 ) -> tuple[Learner, History]:
-    """Meta-trains one algorithm with its defaults, on features too where they are given.
+    """Meta-trains one algorithm, on features too where they are given, with its defaults or what `tune` trials find.
 
     Raises:
         ValueError: There is no such algorithm.
@@ -57,7 +60,7 @@ def train(
     valid = split.valid if split.valid.num_users else None
     history = learner.fit(
         split.train, valid, support=support, epochs=epochs, seed=seed, progress=progress, checkpoint=checkpoint,
-        resume=resume,
+        resume=resume, tune=tune, study=study,
     )  # fmt: skip
     return learner, history
 
@@ -180,7 +183,7 @@ def format_table(
 
 def plot_learning_curves(histories: Mapping[str, History], path: Path) -> None:
     """Validation error over epochs, a line for each learner; a PNG."""
-    pyplot = _pyplot()
+    pyplot = _plots.pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     metric = "rmse"
     for name, history in histories.items():
@@ -199,7 +202,7 @@ def plot_learning_curves(histories: Mapping[str, History], path: Path) -> None:
 
 def plot_comparison(results: Mapping[str, Mapping[str, float]], path: Path, metric: str = "rmse") -> None:
     """One bar for each name, the best on top; a PNG."""
-    pyplot = _pyplot()
+    pyplot = _plots.pyplot()
     named = sorted(((f[metric], name) for name, f in results.items() if metric in f), reverse=True)
     values, names = [value for value, _ in named], [name for _, name in named]
     colours = ["tab:blue" if name in ALGORITHMS else "lightgrey" for name in names]
@@ -215,14 +218,3 @@ def plot_comparison(results: Mapping[str, Mapping[str, float]], path: Path, metr
 
 def _means(values: Mapping[str, list[float]]) -> dict[str, float]:
     return {metric: sum(row) / len(row) for metric, row in values.items()}
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("plots need Matplotlib: pip install 'metarec-fast[plots]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot

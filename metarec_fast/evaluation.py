@@ -73,10 +73,10 @@ def evaluate(
     lengths = _check_lengths(k)
     item_ids = item_ids_of(learner, baselines)
     train = baselines if isinstance(baselines, Interactions) else None
-    aligned = _align({"log": log, "support_from": support_from, "baselines": train}, item_ids)
+    aligned = align_logs({"log": log, "support_from": support_from, "baselines": train}, item_ids)
     known, train = aligned.get("support_from"), aligned.get("baselines")
     with torch.device("cpu"):  # where metrics and baselines are, whatever the default
-        predictors = _predictors(learner, baselines if train is None else train, item_ids, seed)
+        predictors = predictors_of(learner, baselines if train is None else train, item_ids, seed)
     rating_range = _rating_range(learner, predictors, train)
     if catalogue:
         batch_size = min(batch_size, max(1, _LARGEST_SCORES // max(1, len(item_ids))))
@@ -149,7 +149,7 @@ def item_ids_of(learner: Predictor | None, baselines: Interactions | Mapping[str
     return np.asarray(next(iter(baselines.values())).item_ids)
 
 
-def _align(logs: Mapping[str, Interactions | None], item_ids: NDArray[Any]) -> dict[str, Interactions]:
+def align_logs(logs: Mapping[str, Interactions | None], item_ids: NDArray[Any]) -> dict[str, Interactions]:
     """The logs that are there, by the names of their arguments, in the numbering of `item_ids`; one warning for all."""
     aligned, dropped = {}, []
     for name, log in logs.items():
@@ -166,7 +166,7 @@ def _align(logs: Mapping[str, Interactions | None], item_ids: NDArray[Any]) -> d
     return aligned
 
 
-def _predictors(
+def predictors_of(
     learner: Predictor | None,
     baselines: Interactions | Mapping[str, Predictor] | None,
     item_ids: NDArray[Any],

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,11 @@ from numpy.typing import NDArray
 from metarec_fast._bootstrap import Comparison, paired_bootstrap
 from metarec_fast._columns import as_int
 
-_LOWER_IS_BETTER = ("rmse", "mae", "mae_user")
+if TYPE_CHECKING:
+    from metarec_fast.cold_start import ColdStartCurve
+    from metarec_fast.history import History
+
+LOWER_IS_BETTER = ("rmse", "mae", "mae_user")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,17 +55,14 @@ class Report:
         Raises:
             ValueError: There is no such metric.
         """
-        known = known_metrics([self])
-        check_metrics(metrics or (), known)
-        longest = f"@{max(self.settings['k'])}"
-        columns = metrics or [name for name in known if "@" not in name or name.endswith(longest)]
+        columns = self.columns(metrics)
         rows = self.results | ({"chance": self.chance} if self.chance else {})
 
         body = [["", *(name.removeprefix("catalogue_") for name in columns)]]
         for label, figures in rows.items():
-            body.append([label, *(self._cell(label, figures, name) for name in columns)])
+            body.append([label, *(self.cell(label, figures, name) for name in columns)])
         lines, widths = align(body)
-        return "\n".join([*_headings(columns, widths), *map(str.rstrip, lines), "", self._caption()])
+        return "\n".join([*_headings(columns, widths), *map(str.rstrip, lines), "", self.caption()])
 
     def compare(
         self, name: str, baseline: str, metric: str = "rmse", resamples: int = 2000, seed: int = 0
@@ -111,20 +112,41 @@ class Report:
             Path(path).write_text(text + "\n", encoding="utf-8")
         return text
 
+    def to_html(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        history: History | None = None,
+        curve: ColdStartCurve | None = None,
+    ) -> None:
+        """One HTML page with everything inside, as `metarec_fast.html_report.write_html` says."""
+        from metarec_fast.html_report import write_html
+
+        write_html(path, self, history=history, curve=curve)
+
     def __str__(self) -> str:
         return self.table()
 
-    def _cell(self, label: str, figures: Mapping[str, float], metric: str) -> str:
+    def columns(self, metrics: Sequence[str] | None = None) -> list[str]:
+        """The metrics that a table shows: those asked for, or those that `table` shows by default."""
+        known = known_metrics([self])
+        check_metrics(metrics or (), known)
+        longest = f"@{max(self.settings['k'])}"
+        return list(metrics or (name for name in known if "@" not in name or name.endswith(longest)))
+
+    def cell(self, label: str, figures: Mapping[str, float], metric: str) -> str:
+        """A figure as text, "*" behind the best of its column, else " "; "– " where there is none."""
         if metric not in figures:
             return "– "
         values = [other[metric] for other in self.results.values() if metric in other]
-        best = min(values) if metric in _LOWER_IS_BETTER else max(values)
+        best = min(values) if metric in LOWER_IS_BETTER else max(values)
         # Covering the catalogue is no merit by itself: recommending at random does it best.
         marked = label in self.results and figures[metric] == best and not metric.startswith("coverage")
         deviation = format_deviation(self.spread.get(label, {}).get(metric)) if self.spread else ""
         return f"{figures[metric]:.4f}{deviation}{'*' if marked else ' '}"
 
-    def _caption(self) -> str:
+    def caption(self) -> str:
+        """What was judged, and how, in a line."""
         told = ", ".join(f"{name} {self.settings[name]}" for name in ("support", "query", "order", "seed"))
         draws = f"; mean ± standard deviation over {self.settings['draws']} draws of the support" if self.spread else ""
         return f"{len(self.user_ids)} users, {int(self.query_sizes.sum())} ratings to predict; {told}{draws}"

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
-from metarec_fast import _known_gradients
+from metarec_fast import _known_gradients, tuning
 from metarec_fast._arguments import PAIRWISE
 from metarec_fast.checkpoint import replace_file
 from metarec_fast.history import Epoch, History
@@ -55,6 +55,8 @@ def fit(
     resume: bool = False,
     progress: bool = True,
     tensorboard: str | os.PathLike[str] | None = None,
+    tune: int | None = None,
+    study: str | os.PathLike[str] | None = None,
 ) -> History:
     """Meta-trains the learner: initialises it from the log unless it is initialised, runs epochs of outer steps with
     a learning rate that warms up and decays linearly, and validates after each by adapting to held-out users.
@@ -84,21 +86,29 @@ def fit(
         resume: Go on from the checkpoint, if there is one, as if never interrupted, bit for bit.
         progress: Show a bar with the training loss and the validation figure.
         tensorboard: Directory for TensorBoard event files (needs the extra `tensorboard`).
+        tune: Train so many times, with hyperparameters searched around those that the learner has: `outer_lr` unless
+            it is given, `inner_lr`, `inner_steps`, and MAML-R's `momentum` and `extra_count`. The learner, which must
+            be new, becomes the one with the best validation figure; a table of the trials is printed with `progress`
+            (needs the extra `tune`).
+        study: File that keeps the trials. If it is there, only those that are missing up to `tune` are run.
 
     Returns:
         The training loss, the validation figure (RMSE; for other losses than the squared one, that loss; where items
-        are compared, the outer loss), the rate and the seconds of each epoch.
+        are compared, the outer loss), the rate and the seconds of each epoch; `trials` if it tuned.
 
     Raises:
         ValueError: An argument does not fit, or the checkpoint to resume was made with others; the message names it.
         FloatingPointError: The loss became infinite or NaN: the inner loop diverges. On a GPU this is noticed one step
             late.
-        ImportError: TensorBoard is asked for and not installed.
+        ImportError: TensorBoard or Optuna is asked for and not installed.
     """
     _check_arguments(epochs, patience, batch_size, clip, optimizer, outer_lr)
     if resume and checkpoint is None:
         raise ValueError("resume: needs checkpoint, the directory to resume from")
-    writer = None if tensorboard is None else _summary_writer(tensorboard)
+    if tune is not None:
+        tuning.check_tuning(learner, tune, valid, {"checkpoint": checkpoint, "optimizer": optimizer})
+    elif study is not None:
+        raise ValueError("study: needs tune, the number of trials")
     if learner.item_ids is None:
         learner.model.check_log(train)
         learner.item_ids = train.item_ids
@@ -107,6 +117,22 @@ def fit(
     train = learner.catalogue.align(train)
     valid = None if valid is None else learner.catalogue.align(valid)
     learner.model.check_log(train)
+    if tune is not None:
+        same: dict[str, Any] = {
+            "support": support, "query": query, "order": order, "negatives": negatives, "epochs": epochs,
+            "patience": patience, "batch_size": batch_size, "seed": seed, "clip": clip,
+        }  # fmt: skip
+
+        def fit_trial(trial: Learner, number: int, outer_lr: float | None) -> History:
+            events = None if tensorboard is None else Path(tensorboard) / f"trial-{number}"
+            return fit(trial, train, valid, **same, outer_lr=outer_lr, progress=False, tensorboard=events)
+
+        settings = {**same, "outer_lr": outer_lr, **_describe(learner, train, valid)}
+        return tuning.tune(
+            learner, fit_trial, budget=tune, outer_lr=outer_lr, seed=seed, study=study, progress=progress,
+            settings={name: repr(value) for name, value in settings.items()},
+        )  # fmt: skip
+    writer = None if tensorboard is None else _summary_writer(tensorboard)
     if batch_size is None:
         batch_size = min(learner.largest_batch, max(16, train.num_users // 16))
     if negatives is None:
@@ -242,15 +268,10 @@ class _Training:
 
     def describe(self, train: Interactions, valid: Interactions | None) -> dict[str, Any]:
         """What must be the same for a run to be continued."""
-        learner = self.learner
         return {
-            "learner": type(learner).__name__,
-            "hyperparameters": repr(learner.hyperparameters),
-            "model": repr(learner.model.hyperparameters),
+            **_describe(self.learner, train, valid),
             "optimizer": repr([type(optimizer).__name__ for optimizer in self.optimizers]),
             "outer_lr": repr(self.rates),
-            "train": _fingerprint(train),
-            "valid": None if valid is None else _fingerprint(valid),
         }
 
     def save(self, path: Path, settings: dict[str, Any]) -> None:
@@ -380,6 +401,17 @@ def _check_arguments(
         raise ValueError(f"clip: must be > 0, got {clip}")
     if optimizer is not None and outer_lr is not None:
         raise ValueError("outer_lr: the optimizer given has its own learning rate")
+
+
+def _describe(learner: Learner, train: Interactions, valid: Interactions | None) -> dict[str, Any]:
+    """Who learns, and from whom."""
+    return {
+        "learner": type(learner).__name__,
+        "hyperparameters": repr(learner.hyperparameters),
+        "model": repr(learner.model.hyperparameters),
+        "train": _fingerprint(train),
+        "valid": None if valid is None else _fingerprint(valid),
+    }
 
 
 def _fingerprint(log: Interactions) -> str:

@@ -35,14 +35,21 @@ def test_prepare_train_evaluate_and_recommend_follow_each_other_without_options(
     assert "maml-r" in table
     assert "fold-in" in table
     out = tmp_path / "runs" / "train"
-    assert {"history.json", "learner", "learning_curve.png", "report.json"} <= {path.name for path in out.iterdir()}
+    assert {"history.json", "learner", "learning_curve.png", "report.html", "report.json"} <= {
+        path.name for path in out.iterdir()
+    }
     report = json.loads((out / "report.json").read_text())
     assert set(report) == {"results", "spread", "seeds", "chance"}
     assert {"maml-r", "bias", "vb-fold-in", "random", "popularity"} <= set(report["results"])
     assert report["seeds"]["bias"]["rmse"] == [report["results"]["bias"]["rmse"]]
 
-    assert cli.main(["evaluate", "--out", "again.json"]) == 0
+    page = (out / "report.html").read_text()
+    for heading in ("maml-r</th>", "Cold start", "Learning curve"):
+        assert heading in page
+
+    assert cli.main(["evaluate", "--out", "again.json", "--report", "again.html"]) == 0
     assert "fold-in" in capsys.readouterr().out
+    assert "Cold start" in (tmp_path / "again.html").read_text()
     again = json.loads((tmp_path / "again.json").read_text())["results"]
     assert again["maml-r"]["rmse"] == pytest.approx(report["results"]["maml-r"]["rmse"], rel=1e-6)
     assert again["bias"] == pytest.approx(report["results"]["bias"])
@@ -59,6 +66,38 @@ def test_prepare_train_evaluate_and_recommend_follow_each_other_without_options(
     seen = set(newcomer.item_ids[newcomer.items[newcomer.rows(0)]].tolist())
     assert len(recommended) == 10
     assert not recommended & seen
+
+
+def test_without_enough_ratings_there_is_a_page_but_no_cold_start_curve(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = [f"{user},{(user + step) % 8},{1 + (user * step) % 5}" for user in range(40) for step in range(4)]
+    (tmp_path / "few.csv").write_text("\n".join(["user,item,rating", *lines]) + "\n")
+    assert cli.main(["train", "--ratings", "few.csv", "--epochs", "1", "--dim", "2", "--support", "2"]) == 0
+    told = "no cold-start curve: sizes: no user of the log has the 5 ratings that 0 known and 5 to predict need"
+    assert told in capsys.readouterr().err
+    page = (tmp_path / "runs" / "train" / "report.html").read_text()
+    assert "Learning curve" in page
+    assert "Cold start" not in page
+
+
+def test_training_can_tune_and_a_study_can_be_continued(ratings, tmp_path, capsys):
+    arguments = ["train", "--ratings", str(ratings), "--algorithm", "maml", "--epochs", "1", "--dim", "2", "--tune"]
+
+    def trials():
+        return json.loads((tmp_path / "runs" / "train" / "history.json").read_text())["trials"]
+
+    assert cli.main([*arguments, "2"]) == 0
+    assert capsys.readouterr().out.split()[:3] == ["trial", "rmse", "outer_lr"]
+    first = trials()
+    assert len(first) == 2
+    assert cli.main([*arguments, "4", "--resume"]) == 0
+    assert len(trials()) == 4
+    assert "<h2>Tuning</h2>" in (tmp_path / "runs" / "train" / "report.html").read_text()
+    assert trials()[:2] == first
+    assert cli.main([*arguments, "1"]) == 0
+    assert trials() == first[:1]
+    assert cli.main([*arguments, "1", "--valid", "0"]) == 2
+    assert "valid: tuning needs ratings of other users to judge by, got None" in capsys.readouterr().err
 
 
 def test_columns_have_the_names_that_one_says(ratings, capsys):
