@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _point_estimates
+from metarec_fast._threads import threads_for
 from metarec_fast._variational import ITEM, Inference
 from metarec_fast.data import Interactions
 from metarec_fast.factor_model import FactorModel
@@ -53,8 +54,9 @@ def variational(
     _check(log, dim=dim, sweeps=sweeps)
     of_users = None if user_features is None else user_features.matrix.select(user_features.find(log.user_ids))
     of_items = None if item_features is None else item_features.matrix.select(item_features.find(log.item_ids))
-    inference = Inference(log, dim, seed, choices=choices, user_features=of_users, item_features=of_items)
-    inference.run(sweeps)
+    with threads_for(len(log)):
+        inference = Inference(log, dim, seed, choices=choices, user_features=of_users, item_features=of_items)
+        inference.run(sweeps)
 
     # In units in which u and c have the same prior variance τ².
     deviation = inference.bias_variance**0.5
@@ -95,7 +97,8 @@ def ppca(log: Interactions, *, dim: int = 4, sweeps: int = 20, ridge: float = 40
     """
     _check(log, dim=dim, sweeps=sweeps)
     _check_positive(ridge=ridge)
-    return _point_estimates.ppca(log, dim, sweeps, ridge, seed)
+    with threads_for(len(log)):
+        return _point_estimates.ppca(log, dim, sweeps, ridge, seed)
 
 
 def als(
@@ -123,7 +126,8 @@ def als(
     """
     _check(log, dim=dim, sweeps=sweeps)
     _check_positive(user_ridge=user_ridge, item_ridge=item_ridge)
-    return _point_estimates.als(log, dim, sweeps, user_ridge, item_ridge, seed)
+    with threads_for(len(log)):
+        return _point_estimates.als(log, dim, sweeps, user_ridge, item_ridge, seed)
 
 
 def given(item_table: Tensor, log: Interactions, *, item_bias: Tensor | None = None, sweeps: int = 10) -> FactorModel:
@@ -145,7 +149,8 @@ def given(item_table: Tensor, log: Interactions, *, item_bias: Tensor | None = N
     _check(log, sweeps=sweeps)
     table = _check_tensor("item_table", item_table, (log.num_items, None))
     bias = None if item_bias is None else _check_tensor("item_bias", item_bias, (log.num_items,))
-    return _point_estimates.whitened(log, table, bias, sweeps)
+    with threads_for(len(log)):
+        return _point_estimates.whitened(log, table, bias, sweeps)
 
 
 METHODS: dict[str, Callable[..., FactorModel]] = {"variational": variational, "ppca": ppca, "als": als}

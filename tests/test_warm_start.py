@@ -123,6 +123,19 @@ def test_the_prior_mean_finds_what_features_say_and_nothing_where_they_say_nothi
     torch.testing.assert_close(intercept, torch.full((3,), 2.0), rtol=0, atol=0.15)
 
 
+def test_small_logs_take_one_thread_and_leave_the_others_as_they_were(monkeypatch):
+    seen = []
+    monkeypatch.setattr(warm_start.Inference, "run", lambda self, sweeps: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        warm_start.variational(make_log()[0], dim=2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1]
+
+
 @pytest.mark.parametrize("method", list(warm_start.METHODS))
 @pytest.mark.parametrize("argument", ["dim", "sweeps"])
 def test_sizes_below_one_are_refused_by_name(method, argument):
