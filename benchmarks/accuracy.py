@@ -74,10 +74,11 @@ def judge_new_users(log: mf.Interactions, tables: Tables, options: argparse.Name
         judged: dict[str, Any] = {}
         for name, (seen, kind) in variants(tables, options.quick).items():
             begin = time.perf_counter()
-            judged[name] = _fit(kind, split.train, split.valid, seen, options.dim, seed)
+            judged[name] = _fit(kind, split.train, split.valid, seen, options.dim, options.order, seed)
             seconds[name] = seconds.get(name, 0.0) + (time.perf_counter() - begin) / options.splits
         judged |= fit_baselines(split.train, seed=seed)
-        reports.append(mf.evaluate(None, split.test, support=options.support, seed=seed, k=(3, 10), baselines=judged))
+        known = {"support": options.support, "order": options.order}
+        reports.append(mf.evaluate(None, split.test, **known, seed=seed, k=(3, 10), baselines=judged))
     summary = comparison.summarize_seeds(reports)
     print(f"\nUsers never seen, {options.support} ratings known; mean ± deviation over {options.splits} splits\n")
     print(comparison.format_table(summary.results, METRICS, spread=summary.spread, chance=summary.chance))
@@ -96,7 +97,7 @@ def judge_new_items(log: mf.Interactions, tables: Tables, options: argparse.Name
     for seed in range(options.splits):
         split = mf.split_quadrants(log, valid=0.1, test=0.2, items=0.2, seed=seed)
         learners = {
-            name: _fit(mf.MAMLR, split.train, split.valid, seen, options.dim, seed)
+            name: _fit(mf.MAMLR, split.train, split.valid, seen, options.dim, options.order, seed)
             for name, seen in ((WITHOUT, Tables(None, None)), ("maml-r, item features", Tables(None, tables.items)))
         }
         bias = fit_baselines(split.train, ("bias",), seed=seed)
@@ -119,12 +120,12 @@ def judge_new_items(log: mf.Interactions, tables: Tables, options: argparse.Name
 
 
 def _fit(
-    kind: Variant, train: mf.Interactions, valid: mf.Interactions, tables: Tables, dim: int, seed: int
+    kind: Variant, train: mf.Interactions, valid: mf.Interactions, tables: Tables, dim: int, order: str, seed: int
 ) -> mf.Learner:
     torch.manual_seed(seed)
     model = mf.DotRecommender(train.num_items, dim, user_features=tables.users, item_features=tables.items)
     learner = kind(model)
-    learner.fit(train, valid, seed=seed, progress=False)
+    learner.fit(train, valid, order=order, seed=seed, progress=False)
     return learner
 
 
@@ -140,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--baseline", default="ppca-fold-in", help="what to compare with (default: ppca-fold-in)")
     parser.add_argument("--splits", type=int, default=3, help="of users (default: 3)")
     parser.add_argument("--support", type=int, default=10, help="ratings known (default: 10)")
+    parser.add_argument("--order", choices=("random", "time"), default="random", help="which ones (default: random)")
     parser.add_argument("--dim", type=int, default=16, help="width of vectors (default: 16)")
     parser.add_argument("--threads", type=int, default=2, help="(default: 2)")
     parser.add_argument("--quick", action="store_true", help="maml-r and the baselines only")
