@@ -13,6 +13,7 @@ from metarec_fast.history import History, Trial
 from metarec_fast.learners import FOMAML, MAML, Learner, MetaSGD
 from metarec_fast.maml_r import MAMLR
 from metarec_fast.models import DotRecommender
+from metarec_fast.module_recommender import ModuleRecommender
 from metarec_fast.optim import SparseAdagrad, SparseAdam, SparseSGD
 from metarec_fast.quadrants import QuadrantSplit, evaluate_quadrants, split_quadrants
 from metarec_fast.report import Report
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BASELINES", "FOMAML", "MAML", "MAMLR", "AdaptedUser", "ColdStartCurve", "Comparison", "DotRecommender", "Entries",
     "FactorModel", "FastWeights", "Features", "History", "Interactions", "Learner", "MetaSGD", "MetaStep",
+    "ModuleRecommender",
     "QuadrantSplit", "Report", "Reptile", "SparseAdagrad", "SparseAdam", "SparseRows", "SparseSGD", "TaskBatch",
     "TaskSampler", "TopK", "Trial", "UserSplit", "cold_start_curve", "evaluate", "evaluate_quadrants", "functional",
     "load", "load_movielens_small", "split_quadrants", "split_users", "warm_start",

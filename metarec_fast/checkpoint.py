@@ -15,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from metarec_fast.catalogue import Catalogue
 from metarec_fast.feature_matrix import FeatureMatrix
 from metarec_fast.features import Features, columns_from, describe_columns
 from metarec_fast.models import DotRecommender
+from metarec_fast.module_recommender import ModuleRecommender
 
 if TYPE_CHECKING:
     from metarec_fast.learners import Learner
@@ -37,14 +39,14 @@ def save(learner: Learner, directory: str | os.PathLike[str]) -> None:
         TypeError: An id is neither an integer nor a string.
     """
     folder = Path(directory)
-    encoders = {"user": learner.model.user_encoder, "item": learner.model.item_encoder}
-    tables = {name: encoder.features for name, encoder in encoders.items() if encoder is not None}
+    tables = learner.model.feature_tables()
     description = {
         "format_version": FORMAT_VERSION,
         "class": type(learner).__name__,
         "hyperparameters": learner.hyperparameters,
         "model": learner.model.hyperparameters,
-        "dtype": str(learner.model.item_embedding.weight.dtype).removeprefix("torch."),
+        "module": learner.tasks is not None,
+        "dtype": str(learner.model.offset.dtype).removeprefix("torch."),
         "rating_range": None if learner.rating_range is None else list(learner.rating_range),
         "item_ids": None if learner.item_ids is None else _pack_ids("item_ids", learner.item_ids),
         "features": {
@@ -65,8 +67,12 @@ def save(learner: Learner, directory: str | os.PathLike[str]) -> None:
     replace_file(folder / DESCRIPTION, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def load(directory: str | os.PathLike[str]) -> Learner:
+def load(directory: str | os.PathLike[str], *, module: nn.Module | None = None) -> Learner:
     """Reads a learner that `learner.save(directory)` wrote, on the CPU.
+
+    Args:
+        module: A module like the one whose weights were saved, where the learner's model was one: its code is not in
+            the files. Its weights are replaced.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -88,7 +94,7 @@ def load(directory: str | os.PathLike[str]) -> Learner:
     try:
         cls = classes[description["class"]]
         tables = _read_features(folder, description.get("features", {}))
-        model = DotRecommender(**description["model"], **tables).to(getattr(torch, description["dtype"]))
+        model = _make_model(path, description, tables, module).to(getattr(torch, description["dtype"]))
         learner: Learner = cls(model, **description["hyperparameters"]).to(getattr(torch, description["dtype"]))
         ids, limits = description["item_ids"], description["rating_range"]
         learner.item_ids = None if ids is None else _unpack_ids(ids)
@@ -128,6 +134,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def _make_model(
+    path: Path, description: dict[str, Any], tables: dict[str, Any], module: nn.Module | None
+) -> DotRecommender | ModuleRecommender:
+    if not description.get("module"):
+        return DotRecommender(**description["model"], **tables)
+    if module is None:
+        raise ValueError("module: expected the nn.Module that this learner was saved with, got None")
+    return ModuleRecommender(module, **description["model"], **tables)
 
 
 def _read_features(folder: Path, described: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ gradients are given them directly: `meta_step` reads the table itself, and what 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from metarec_fast.data import Interactions
 from metarec_fast.feature_matrix import FeatureMatrix
 from metarec_fast.functional import Steps
 from metarec_fast.models import DotRecommender
+from metarec_fast.module_recommender import ModuleRecommender
+from metarec_fast.module_tasks import ModuleTasks
 from metarec_fast.negatives import draw_negatives
 from metarec_fast.optim import SparseAdam
 from metarec_fast.reference import entry_losses
@@ -59,21 +61,21 @@ class Learner(nn.Module):
 
     def __init__(
         self,
-        model: DotRecommender,
+        model: DotRecommender | nn.Module,
         *,
         inner_lr: float,
         inner_steps: Steps,
         first_order: bool,
-        adapt: str,
+        adapt: str | Sequence[str],
         outer_loss: OuterLoss | None,
         **extra: Any,
     ) -> None:
         super().__init__()
-        if not isinstance(model, DotRecommender):
-            raise TypeError(f"model: expected a DotRecommender, got {type(model).__name__}")
+        if not isinstance(model, (DotRecommender, ModuleRecommender)):
+            model = ModuleRecommender(model)
         if not (isinstance(inner_lr, (int, float)) and 0 < inner_lr < float("inf")):
             raise ValueError(f"inner_lr: expected a number > 0, got {inner_lr!r}")
-        self.model = model
+        self.model: Any = model
         self.inner_lr, self.inner_steps, self.first_order, self.adapted = inner_lr, inner_steps, first_order, adapt
         self.outer_loss = check_outer_loss(model.loss if outer_loss is None else outer_loss)
         self.hyperparameters: dict[str, Any] = {
@@ -86,6 +88,11 @@ class Learner(nn.Module):
         }
         self.rating_range: tuple[float, float] | None = None
         self._catalogue: Catalogue | None = None
+        self.tasks: ModuleTasks | None = None  # where the model is any module
+        if isinstance(model, ModuleRecommender):
+            if isinstance(inner_steps, bool) or not isinstance(inner_steps, int) or inner_steps < 0:
+                raise ValueError(f"inner_steps: a module needs a whole number ≥ 0, got {inner_steps!r}")
+            self.tasks = ModuleTasks(self, model, model.choose(adapt))
 
     def forward(self, batch: TaskBatch) -> Tensor:
         """The outer loss of a batch, a scalar: how well tasks that adapted on their support predict their query.
@@ -96,6 +103,8 @@ class Learner(nn.Module):
             ValueError: The batch has no query or no targets.
             IndexError: An item id lies outside the model's table.
         """
+        if self.tasks is not None:
+            return self._module_loss(batch, self.tasks)
         takes_rows = torch.is_grad_enabled() and self._takes_rows()
         batch = self._prepare(batch, query="targets", localized=not takes_rows)
         if takes_rows:
@@ -134,7 +143,8 @@ class Learner(nn.Module):
     def start_of(self, support: Entries, users: FeatureMatrix | None = None) -> tuple[Tensor, Tensor]:
         """Where tasks start before they adapt, given the features of their users [T, F] if these are known: user
         vectors, [D] or [T, D], and biases, a scalar or [T]."""
-        return self.model.start(users)
+        start: tuple[Tensor, Tensor] = self.model.start(users)
+        return start
 
     @torch.no_grad()
     def initialize(self, log: Interactions, seed: int = 0) -> None:
@@ -175,6 +185,8 @@ class Learner(nn.Module):
         """
         batch = self._prepare(batch, query="items")
         support = self.weigh(batch.support, batch.support.items)
+        if self.tasks is not None:
+            return self.tasks.predict(batch, support)
         batch = batch.with_entries(support, batch.query)
         table, item_bias = self.model.tables()
         return functional.adapt_and_score(
@@ -188,6 +200,8 @@ class Learner(nn.Module):
         Args:
             users: Features of the tasks' users, [T, F]; by default those found by `batch.user_ids`.
         """
+        if self.tasks is not None:
+            raise TypeError("fast_weights: the model is a module; fast_parameters has what adapts")
         batch = self._prepare(batch, query=None)
         support = self.weigh(batch.support, batch.support.items)
         table, item_bias = self.model.tables()
@@ -195,11 +209,29 @@ class Learner(nn.Module):
         return functional.adapt(item_table=table, item_bias=item_bias, support=support, **settings)
 
     @torch.no_grad()
+    def fast_parameters(self, batch: TaskBatch, users: Tensor | None = None) -> dict[str, Tensor]:
+        """What the parameters of a module that adapt become for each task, [T, ...] by name.
+
+        Args:
+            users: What the module gets of the tasks' users, [T, F]; by default found by `batch.user_ids`.
+
+        Raises:
+            TypeError: The model is no module but a `DotRecommender`, of which `fast_weights` are known.
+        """
+        if self.tasks is None:
+            raise TypeError("fast_parameters: the model is a DotRecommender; fast_weights has what adapts")
+        batch = self._prepare(batch, query=None)
+        return self.tasks.fast_parameters(batch, self.weigh(batch.support, batch.support.items), users)
+
+    @torch.no_grad()
     def score_catalogue(self, batch: TaskBatch) -> Tensor:
         """The scores of all items for each task of the batch, [T, N], after adapting on its support."""
+        if self.tasks is not None:
+            batch = self._prepare(batch, query=None)
+            return self.tasks.score_catalogue(batch, self.weigh(batch.support, batch.support.items))
         fast = self.fast_weights(batch)
         table, item_bias = self.model.tables()
-        scores = self.model.offset + item_bias + fast.bias[:, None] + fast.user @ table.T
+        scores: Tensor = self.model.offset + item_bias + fast.bias[:, None] + fast.user @ table.T
         if fast.items is not None:
             tasks, items = batch.support.task_ids().to(scores.device), batch.support.items.to(scores.device)
             own = fast.items.biases + (fast.user[tasks] * fast.items.rows).sum(1)
@@ -226,6 +258,15 @@ class Learner(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters.items())
+
+    def _module_loss(self, batch: TaskBatch, tasks: ModuleTasks) -> Tensor:
+        batch = self._prepare(batch, query="targets")
+        support = self.weigh(batch.support, batch.support.items)
+        if not torch.is_grad_enabled():
+            return tasks.outer_loss(batch, support)
+        loss, inputs, gradients = tasks.meta_gradients(batch, support)
+        known: Tensor = KnownGradients.apply("the outer loss", loss, gradients, *inputs)
+        return known
 
     def _takes_rows(self) -> bool:
         """Whether the gradients of both item tables may be deposited as rows, past the embeddings' forward."""
@@ -273,9 +314,16 @@ class Learner(nn.Module):
             raise TypeError(f"batch: expected a TaskBatch, got {type(batch).__name__}")
         if query is not None and batch.query is None:
             raise ValueError("batch.query: expected Entries, got None")
-        if self.model.item_encoder is not None and self._catalogue is None and len(batch.support):
+        if (
+            self.tasks is None
+            and self.model.item_encoder is not None
+            and self._catalogue is None
+            and len(batch.support)
+        ):
             raise ValueError("item_ids: features of items are found by them; fit sets them, or assign learner.item_ids")
-        item_bias, targets = self.model.item_bias.weight[:, 0], batch.support.targets
+        targets, item_bias = batch.support.targets, self.model.offset.expand(self.model.num_items)
+        if self.tasks is None:
+            item_bias = self.model.item_bias.weight[:, 0]
         if batch.support.items.device != item_bias.device or (targets is not None and targets.dtype != item_bias.dtype):
             if localized and item_bias.device.type != "cpu" and batch.support.items.device.type == "cpu":
                 batch.localize()  # before it leaves: here nobody waits for the number of distinct items
@@ -295,7 +343,7 @@ class Learner(nn.Module):
         """Raises now what the operators would say on the first batch; constructors end with it."""
         nothing = torch.empty(0, dtype=torch.int64, device="cpu")
         batch = TaskBatch(Entries(nothing, nothing.float(), nothing.new_zeros(1)))
-        self.fast_weights(batch)
+        self.fast_weights(batch) if self.tasks is None else self.fast_parameters(batch)
 
     def _split_groups(self, outer_lr: float | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """`parameter_groups`, apart for those with dense and those with sparse gradients."""
@@ -322,12 +370,13 @@ class MAML(Learner):
     predict his others best, by exact gradients through those steps.
 
     Args:
-        model: The meta-parameters.
+        model: The meta-parameters: a `DotRecommender`, or any nn.Module (`ModuleRecommender` says what it must do).
         inner_lr: Step size of the inner loop.
         inner_steps: K, how many steps.
         first_order: Leave out second derivatives; cheaper, and often as good (FOMAML).
         adapt: "user": user vector and bias adapt, items are shared (as in MeLU and ANIL). "all": the item vectors and
-            biases of a task's support adapt too, each task its own copy.
+            biases of a task's support adapt too, each task its own copy. Of a module, the names of the parameters that
+            adapt, or patterns of them: ["tower.*"].
         outer_loss: "squared", "logistic", "absolute", "bpr", "softmax", or the weight of each; by default the model's
             loss.
 
@@ -339,12 +388,12 @@ class MAML(Learner):
 
     def __init__(
         self,
-        model: DotRecommender,
+        model: DotRecommender | nn.Module,
         *,
         inner_lr: float = 0.1,
         inner_steps: Steps = 5,
         first_order: bool = False,
-        adapt: str = "user",
+        adapt: str | Sequence[str] = "user",
         outer_loss: OuterLoss | None = None,
     ) -> None:
         super().__init__(
@@ -361,11 +410,11 @@ class FOMAML(MAML):
 
     def __init__(
         self,
-        model: DotRecommender,
+        model: DotRecommender | nn.Module,
         *,
         inner_lr: float = 0.1,
         inner_steps: Steps = 5,
-        adapt: str = "user",
+        adapt: str | Sequence[str] = "user",
         outer_loss: OuterLoss | None = None,
     ) -> None:
         super().__init__(
@@ -385,32 +434,39 @@ class MetaSGD(Learner):
 
     def __init__(
         self,
-        model: DotRecommender,
+        model: DotRecommender | nn.Module,
         *,
         inner_lr: float = 0.1,
         inner_steps: Steps = 5,
         first_order: bool = False,
-        adapt: str = "user",
+        adapt: str | Sequence[str] = "user",
         outer_loss: OuterLoss | None = None,
     ) -> None:
         super().__init__(
             model, inner_lr=inner_lr, inner_steps=inner_steps, first_order=first_order, adapt=adapt,
             outer_loss=outer_loss,
         )  # fmt: skip
-        self.log_rates = nn.Parameter(model.user_init.new_full((model.dim + 1,), math.log(inner_lr)))
+        start = math.log(inner_lr)
+        if self.tasks is None:
+            self.log_rates: Any = nn.Parameter(self.model.user_init.new_full((self.model.dim + 1,), start))
+        else:
+            self.log_rates = nn.ParameterList(nn.Parameter(torch.full_like(p, start)) for p in self.tasks.parameters())
         self._check()
 
     @property
-    def rates(self) -> Tensor:
-        """The step size of each coordinate, the user bias last, [D + 1]."""
-        return self.log_rates.exp()
+    def rates(self) -> Any:
+        """The step size of each coordinate, the user bias last, [D + 1]; of a module, of each parameter by name."""
+        if self.tasks is None:
+            return self.log_rates.exp()
+        return {name: rate.exp() for name, rate in zip(self.tasks.names, self.log_rates, strict=True)}
 
     def inner_loop(self, sizes: Tensor) -> dict[str, Any]:
         return {**super().inner_loop(sizes), "inner_lr": 1.0, "preconditioner": self.rates}
 
     def parameter_groups(self, outer_lr: float | None = None) -> list[dict[str, Any]]:
         rate = self._outer_lr(outer_lr)
-        return [{"params": list(self.model.parameters()), "lr": rate}, {"params": [self.log_rates], "lr": 5 * rate}]
+        rates = [self.log_rates] if self.tasks is None else list(self.log_rates)
+        return [{"params": list(self.model.parameters()), "lr": rate}, {"params": rates, "lr": 5 * rate}]
 
 
 def mean_task_loss(

@@ -10,6 +10,7 @@ learned; K → ∞ would be the factor model's ridge.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ _FIRST_RATE = 0.2  # s_k A_j starts at this over the curvature of coordinate j
 _TYPICAL_SUPPORT = 30.0  # for which that curvature is taken
 _PULL = 1.0  # λ0 without a warm start
 _ENOUGH_STEPS = 600
+_MODULE_RATE = 3e-3  # the outer learning rate of a module, which has no warm start
 
 
 class MAMLR(Learner):
@@ -39,6 +41,7 @@ class MAMLR(Learner):
 
     Args:
         model: The meta-parameters.
+            On a module there is no warm start and there are no choices, and rates are one per adapted parameter.
         inner_lr: Where step sizes start if not warm-started; the step size if `learn_rates` is off.
         inner_steps: K, or "exact" for the limit of many steps, which needs neither rates nor momentum.
         first_order: Leave out second derivatives.
@@ -65,12 +68,12 @@ class MAMLR(Learner):
 
     def __init__(
         self,
-        model: DotRecommender,
+        model: DotRecommender | nn.Module,
         *,
         inner_lr: float = 0.1,
         inner_steps: Steps = 5,
         first_order: bool = False,
-        adapt: str = "user",
+        adapt: str | Sequence[str] = "user",
         outer_loss: OuterLoss | None = None,
         warm_start: bool | str = True,
         choices: bool = True,
@@ -90,7 +93,7 @@ class MAMLR(Learner):
             model, inner_lr=inner_lr, inner_steps=inner_steps, first_order=first_order, adapt=adapt,
             outer_loss=outer_loss, **settings,
         )  # fmt: skip
-        if outer_loss is None and model.loss == "squared":
+        if outer_loss is None and self.model.loss == "squared":
             self.outer_loss = {"squared": 0.5, "absolute": 0.5}
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum: must be in [0, 1), got {momentum}")
@@ -101,24 +104,29 @@ class MAMLR(Learner):
         if weigh_users not in ("equal", "ratings"):
             raise ValueError(f'weigh_users: expected "equal" or "ratings", got {weigh_users!r}')
         self.weigh_users, self.extra_count = weigh_users, extra_count
+        num_rates = self.model.dim + 1 if self.tasks is None else len(self.tasks.names)
+        if self.tasks is not None:
+            self.method, choices, self.default_outer_lr = False, False, _MODULE_RATE
 
         steps = inner_steps if isinstance(inner_steps, int) else 0
-        like = model.item_embedding.weight
+        base: Any = self.model
+        like = base.offset
+        sparse = self.tasks is None and base.sparse
         kind: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
         self.log_steps = self.log_rates = self.momentum = self.log_pull = self.log_weight = self.choice = None
         if learn_rates and steps > 0:
             self.log_steps = nn.Parameter(torch.zeros(steps, **kind))  # s [K]
-            self.log_rates = nn.Parameter(torch.full((model.dim + 1,), math.log(inner_lr), **kind))  # A [D + 1]
+            self.log_rates = nn.Parameter(torch.full((num_rates,), math.log(inner_lr), **kind))  # A
         if momentum > 0 and steps > 0:
             self.momentum = nn.Parameter(torch.full((steps,), float(momentum), **kind))  # β [K]
         if pull:
             self.log_pull = nn.Parameter(torch.tensor([_PULL, _PULL * _PULL_PER_RATING], **kind).log())  # λ0, λ1
         if weigh_items:
-            self.log_weight = nn.Embedding(model.num_items, 1, sparse=model.sparse, **kind)  # w [N, 1]
+            self.log_weight = nn.Embedding(base.num_items, 1, sparse=sparse, **kind)  # w [N, 1]
             nn.init.zeros_(self.log_weight.weight)
         if choices:
             self.choice = nn.EmbeddingBag(  # y [N, D + 1]
-                model.num_items, model.dim + 1, mode="sum", sparse=model.sparse, include_last_offset=True, **kind
+                base.num_items, base.dim + 1, mode="sum", sparse=sparse, include_last_offset=True, **kind
             )
             nn.init.zeros_(self.choice.weight)
         self._check()
@@ -142,6 +150,8 @@ class MAMLR(Learner):
         loop = {**super().inner_loop(sizes), "extra_count": self.extra_count}
         if self.log_steps is not None and self.log_rates is not None:
             loop["inner_lr"], loop["preconditioner"] = self.log_steps.exp(), self.log_rates.exp()
+            if self.tasks is not None:
+                loop["preconditioner"] = dict(zip(self.tasks.names, loop["preconditioner"], strict=True))
         if self.momentum is not None:
             loop["momentum"] = self.momentum
         if self.log_pull is not None:
@@ -228,8 +238,10 @@ class MAMLR(Learner):
 
     def parameter_groups(self, outer_lr: float | None = None) -> list[dict[str, Any]]:
         """Items and their features at `outer_lr`; offset, start and pull at 5 times that; weights, choices and features
-        of users at 15 times; steps at 10 times."""
+        of users at 15 times; steps at 10 times. With a module, everything at `outer_lr`."""
         rate = self._outer_lr(outer_lr)
+        if self.tasks is not None:
+            return [{"params": list(self.parameters()), "lr": rate}]
         model = self.model
         groups: list[tuple[float, list[Tensor | None]]] = [
             (1, [model.item_embedding.weight, model.item_bias.weight]),

@@ -98,7 +98,7 @@ class DotRecommender(nn.Module):
         counts = np.bincount(log.items, minlength=self.num_items)
         item_means = (sums + _DAMPING * mean) / (counts + _DAMPING)
         if self.loss == "logistic":
-            item_means, mean = _log_odds(item_means), float(_log_odds(np.array(mean)))
+            item_means, mean = log_odds(item_means), float(log_odds(np.array(mean)))
         self._set_biases(mean, item_means - mean)
 
     def _set_biases(self, offset: float, item_biases: np.ndarray[Any, Any]) -> None:
@@ -159,6 +159,11 @@ class DotRecommender(nn.Module):
         more = self.item_encoder(self.item_encoder.rows_of(item_ids))
         return vector + more[:, :-1], bias + more[:, -1]
 
+    def feature_tables(self) -> dict[str, Features]:
+        """The tables of features that there are, of "user" and "item"."""
+        encoders = {"user": self.user_encoder, "item": self.item_encoder}
+        return {name: encoder.features for name, encoder in encoders.items() if encoder is not None}
+
     def bind_items(self, item_ids: Any) -> None:
         """Finds the features of the items, given their original ids [N]; learners do it as their `item_ids` are set."""
         if self.item_encoder is not None:
@@ -187,7 +192,7 @@ def check_probabilities(name: str, targets: Any) -> None:
         )
 
 
-def _log_odds(probability: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def log_odds(probability: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     clipped = np.clip(probability, 1e-3, 1 - 1e-3)
     odds: np.ndarray[Any, Any] = np.log(clipped / (1 - clipped))
     return odds

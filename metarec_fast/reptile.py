@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from metarec_fast import functional
@@ -38,9 +40,14 @@ class Reptile(Learner):
     default_outer_lr = 0.5  # ε
 
     def __init__(
-        self, model: DotRecommender, *, inner_lr: float = 0.1, inner_steps: Steps = 5, adapt: str = "all"
+        self,
+        model: DotRecommender | nn.Module,
+        *,
+        inner_lr: float = 0.1,
+        inner_steps: Steps = 5,
+        adapt: str | Sequence[str] = "all",
     ) -> None:
-        if model.loss in PAIRWISE:
+        if getattr(model, "loss", None) in PAIRWISE:
             raise ValueError(f"model: Reptile adapts on a loss of single scores, got loss={model.loss!r}")
         super().__init__(
             model, inner_lr=inner_lr, inner_steps=inner_steps, first_order=True, adapt=adapt, outer_loss=None
@@ -56,7 +63,11 @@ class Reptile(Learner):
             ValueError: The support has no targets.
             IndexError: An item id lies outside the model's table.
         """
-        batch = self._prepare(batch, query=None, localized=True)
+        batch = self._prepare(batch, query=None, localized=self.tasks is None)
+        if self.tasks is not None:
+            with torch.no_grad():
+                found, moving, moves = self.tasks.reptile_gradients(batch, batch.support)
+            return KnownGradients.apply("Reptile", found, moves, *moving)  # type: ignore[no-any-return]
         unique, local = batch.localize()
         model, support = self.model, local.support
         rows, biases = model.lookup(unique)

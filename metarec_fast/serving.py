@@ -13,11 +13,13 @@ from torch import Tensor
 
 from metarec_fast import functional
 from metarec_fast._ids import as_column
+from metarec_fast.adapted_module import AdaptedModule
 from metarec_fast.models import check_probabilities
 from metarec_fast.results import AdaptedItems
 from metarec_fast.tasks import Entries, TaskBatch
 
 if TYPE_CHECKING:
+    from metarec_fast.encoder import FeatureEncoder
     from metarec_fast.feature_matrix import FeatureMatrix
     from metarec_fast.learners import Learner
 
@@ -92,7 +94,8 @@ class AdaptedUser:
         return learner.catalogue.ids[items[found].cpu().numpy()], scores[found].cpu().numpy()
 
     def _constant(self) -> Tensor:
-        return self._learner.model.offset + self.bias
+        constant: Tensor = self._learner.model.offset + self.bias
+        return constant
 
     def _seen_scores(self, adapted: AdaptedItems) -> Tensor:
         """Of the items adapted on, by their adapted rows, without the constant, [S]."""
@@ -104,7 +107,7 @@ class AdaptedUser:
 
 def adapt(
     learner: Learner, items: Any, ratings: Any, features: Mapping[str, Any] | None = None, *, user: Any = None
-) -> AdaptedUser:
+) -> AdaptedUser | AdaptedModule:
     """Adapts to a user who need not have been in training.
 
     Args:
@@ -145,18 +148,20 @@ def adapt(
             f"{int((~known).sum())} items that the learner does not know are ignored, the first is {first!r}",
             stacklevel=2,
         )
-    table = learner.model.item_embedding.weight
+    like = learner.model.offset
     support = Entries(
         torch.from_numpy(rows[known]),
-        torch.from_numpy(targets[known].astype(np.float64)).to(table.dtype),
+        torch.from_numpy(targets[known].astype(np.float64)).to(like.dtype),
         torch.tensor([0, int(known.sum())], device="cpu"),
-    ).to(table.device)
+    ).to(like.device)
+    if learner.tasks is not None:
+        return AdaptedModule(learner, support, features, user)
     return AdaptedUser(learner, support, _user_features(learner, features, user))
 
 
 def _user_features(learner: Learner, features: Mapping[str, Any] | None, user: Any) -> FeatureMatrix | None:
     """Features of one user, [1, F], from what is given of him or found under his id."""
-    encoder = learner.model.user_encoder
+    encoder: FeatureEncoder | None = learner.model.user_encoder
     if features is not None and user is not None:
         raise ValueError("features and user: expected one of them, got both")
     if features is not None:

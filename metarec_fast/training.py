@@ -112,7 +112,7 @@ def fit(
     if learner.item_ids is None:
         learner.model.check_log(train)
         learner.item_ids = train.item_ids
-    if learner.model.user_encoder is not None:
+    if getattr(learner.model, "user_encoder", None) is not None:
         learner.model.user_encoder.warn_if_unknown("user_features", train.user_ids)
     train = learner.catalogue.align(train)
     valid = None if valid is None else learner.catalogue.align(valid)
@@ -353,7 +353,8 @@ def _rate_factor(step: int, total: int) -> float:
 def _judge(learner: Learner) -> str:
     """The loss by which validation judges: the model's, that is what its scores mean; but the outer loss where the
     two are of different kinds, or several, and one of them compares items."""
-    inner, outer = learner.model.loss, [name for name, share in learner.outer_loss.items() if share]
+    inner: str = learner.model.loss
+    outer = [name for name, share in learner.outer_loss.items() if share]
     if inner not in PAIRWISE and not any(loss in PAIRWISE for loss in outer):
         return inner
     return outer[0] if len(outer) == 1 else "outer_loss"

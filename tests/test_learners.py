@@ -495,7 +495,7 @@ def test_empty_batches_have_a_loss_of_zero_and_no_gradient(algorithm):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: MAML("model"), TypeError, "model: expected a DotRecommender, got str"),
+        (lambda: MAML("model"), TypeError, "model: expected a DotRecommender or any nn.Module, got str"),
         (lambda: MAML(make_model(), inner_lr=0.0), ValueError, "inner_lr: expected a number > 0, got 0.0"),
         (lambda: MAML(make_model(), inner_steps=-1), ValueError, "inner_steps: must be ≥ 0, got -1"),
         (lambda: MAML(make_model(), inner_steps=2.5), TypeError, "inner_steps: expected an int or 'exact'"),

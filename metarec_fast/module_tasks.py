@@ -1,0 +1,281 @@
+"""Tasks on any module: each has its own copy of the parameters that adapt, through torch.func, a chunk at a time.
+
+    φ_{k+1} = φ_k − s_k A ∘ [∇L_S(φ_k) + ρ (φ_k − φ_0)] + β_k (φ_k − φ_{k−1})
+
+as on the dot-product model, with φ the parameters that adapt and A a rate for each of them. Tasks of a chunk are padded
+to its largest and run under vmap; entries that pad have weight 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+
+from metarec_fast._ragged import pad
+from metarec_fast.reference import entry_losses
+from metarec_fast.tasks import Entries, TaskBatch
+
+if TYPE_CHECKING:
+    from metarec_fast.learners import Learner
+    from metarec_fast.module_recommender import ModuleRecommender
+
+Parameters = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Entries of T tasks, or under vmap of one: without the first dimension."""
+
+    items: Tensor  # int64 [T, S]
+    weights: Tensor  # [T, S], 0 where there is no entry
+    targets: Tensor | None  # [T, S]
+    negatives: Tensor | None  # int64 [T, S, M]
+    log_q: Tensor | None  # [T, S, 1 + M]
+
+    @property
+    def candidates(self) -> Tensor:
+        """Each entry's item and its negatives, [..., S, 1 + M]."""
+        own = self.items[..., None]
+        return own if self.negatives is None else torch.cat([own, self.negatives], -1)
+
+    def parts(self) -> dict[str, Tensor]:
+        """What is there, for vmap to go through."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+class ModuleTasks:
+    """What a learner does with tasks on a `ModuleRecommender`.
+
+    Args:
+        learner: Whose inner loop, losses and parameters count.
+        model: Its model.
+        names: The parameters of the module that adapt.
+    """
+
+    def __init__(self, learner: Learner, model: ModuleRecommender, names: list[str]) -> None:
+        self.learner, self.model, self.names = learner, model, names
+
+    def meta_gradients(self, batch: TaskBatch, support: Entries) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+        """The outer loss, the learner's parameters and their gradients, chunk by chunk: only one chunk's graph is there
+        at a time."""
+        inputs = [parameter for parameter in self.learner.parameters() if parameter.requires_grad]
+        totals = [torch.zeros_like(value) for value in inputs]
+        loss = torch.zeros_like(self.model.offset)
+        for tasks, share in self._shares(batch):
+            with torch.enable_grad():
+                part = self._outer_losses(batch, support, tasks) @ share
+            loss += part.detach()
+            if part.requires_grad:
+                found = torch.autograd.grad(part, inputs, allow_unused=True, retain_graph=True)
+                for total, gradient in zip(totals, found, strict=True):
+                    if gradient is not None:
+                        total += gradient
+        return loss, inputs, totals
+
+    def outer_loss(self, batch: TaskBatch, support: Entries) -> Tensor:
+        """The outer loss without gradients."""
+        losses = [self._outer_losses(batch, support, tasks) @ share for tasks, share in self._shares(batch)]
+        return torch.stack(losses).sum() if losses else torch.zeros_like(self.model.offset)
+
+    def predict(self, batch: TaskBatch, support: Entries) -> Tensor:
+        """Scores of the query, [n], or [n, 1 + M] with negatives."""
+        assert batch.query is not None
+        scores = []
+        for tasks in self._chunks(batch.num_tasks):
+            query = _padded(batch.query, tasks)
+            found = self._run(batch, support, tasks, self._scores, query)
+            scores.append(found[query.weights > 0])
+        width = 1 if batch.query.negative_rows is None else 1 + batch.query.negative_rows.shape[1]
+        joined = torch.cat(scores) if scores else self.model.offset.new_zeros(0, width)
+        return joined if batch.query.negatives is not None else joined[:, 0]
+
+    def fast_parameters(self, batch: TaskBatch, support: Entries, users: Tensor | None = None) -> Parameters:
+        """The adapted parameters of each task, [T, ...]; features of the users [T, F] are found by `batch.user_ids`
+        unless they are given."""
+        chunks = [
+            self._run(batch, support, tasks, lambda fast, _, __: fast, None, users)
+            for tasks in self._chunks(batch.num_tasks)
+        ]
+        if not chunks:
+            return {name: value.new_zeros(0, *value.shape) for name, value in self._start().items()}
+        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in self.names}
+
+    def score_catalogue(self, batch: TaskBatch, support: Entries) -> Tensor:
+        """Scores of every item for each task, [T, N]."""
+        everything = torch.arange(self.model.num_items, device=support.items.device)
+        scores = [
+            self._run(batch, support, tasks, lambda fast, _, user: self._call(fast, everything, user), None)
+            for tasks in self._chunks(batch.num_tasks)
+        ]
+        return torch.cat(scores) if scores else self.model.offset.new_zeros(0, len(everything))
+
+    def reptile_gradients(
+        self, batch: TaskBatch, support: Entries
+    ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+        """The mean support loss after adaptation, the parameters that adapt, and φ_0 − Σ_t ω_t φ_K,t / Σ_t ω_t."""
+        start = self._start()
+        weights = self._task_weights(batch, torch.ones_like(batch.support.sizes(), dtype=torch.bool))
+        moves = {name: torch.zeros_like(value) for name, value in start.items()}
+        loss = torch.zeros_like(self.model.offset)
+        for tasks in self._chunks(batch.num_tasks):
+            padded = _padded(support, tasks)
+            fast = self._run(batch, support, tasks, lambda fast, _, __: fast, None)
+            found = self._run(batch, support, tasks, self._support_loss, padded)
+            loss += found @ weights[tasks]
+            for name, value in fast.items():
+                moves[name] += torch.tensordot(weights[tasks], start[name] - value, 1)
+        return loss, self.parameters(), list(moves.values())
+
+    def score(self, fast: Parameters, items: Tensor, user: Tensor | None) -> Tensor:
+        """Scores [n] of items for one user with parameters of his own and features x [F]."""
+        return self._call(fast, items.to(self.model.offset.device), user)
+
+    def parameters(self) -> list[Tensor]:
+        """Those that adapt."""
+        return list(self._start().values())
+
+    def _parameter(self, name: str) -> Tensor:
+        return self.model.module.get_parameter(name)
+
+    def _start(self) -> Parameters:
+        return {name: self._parameter(name) for name in self.names}
+
+    def _chunks(self, num_tasks: int) -> Iterator[slice]:
+        size = self.model.chunk_size
+        return (slice(begin, min(begin + size, num_tasks)) for begin in range(0, num_tasks, size))
+
+    def _shares(self, batch: TaskBatch) -> Iterator[tuple[slice, Tensor]]:
+        """Chunks, and the share of the outer loss that each of their tasks has."""
+        assert batch.query is not None
+        shares = self._task_weights(batch, batch.query.sizes() > 0)
+        return ((tasks, shares[tasks]) for tasks in self._chunks(batch.num_tasks))
+
+    def _task_weights(self, batch: TaskBatch, counted: Tensor) -> Tensor:
+        """ω_t / Σ ω_t of the tasks that count, 0 for others, [T]."""
+        weights = counted.to(self.model.offset)
+        if batch.weights is not None:
+            weights = weights * batch.weights.to(weights)
+        return weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+
+    def _outer_losses(self, batch: TaskBatch, support: Entries, tasks: slice) -> Tensor:
+        """The mean query loss of each task, [t]."""
+        assert batch.query is not None
+        losses: Tensor = self._run(batch, support, tasks, self._query_loss, _padded(batch.query, tasks))
+        return losses
+
+    def _run(
+        self,
+        batch: TaskBatch,
+        support: Entries,
+        tasks: slice,
+        then: Callable[..., Any],
+        given: Padded | None,
+        users: Tensor | None = None,
+    ) -> Any:
+        """Adapts each task of a chunk, and does something with its parameters: `then(fast, given, user)`."""
+        loop = self.learner.inner_loop(support.sizes())
+        if users is None:
+            ids = None if batch.user_ids is None else batch.user_ids[tasks]
+            users = self.model.users(ids, tasks.stop - tasks.start)
+        known = _padded(support, tasks)
+        pull = loop.get("prior_pull", 0.0)
+        pulls = pull[tasks] if isinstance(pull, Tensor) and pull.dim() else None
+        mapped = {
+            "known": known.parts(), "given": {} if given is None else given.parts(),
+            **({} if users is None else {"user": users}), **({} if pulls is None else {"pull": pulls}),
+        }  # fmt: skip
+
+        def one(start: Parameters, task: dict[str, Any]) -> Any:
+            user = task.get("user")
+            fast = self._adapt(start, _task(task["known"]), user, {**loop, "prior_pull": task.get("pull", pull)})
+            return then(fast, _task(task["given"]) if given is not None else None, user)
+
+        try:
+            return vmap(one, in_dims=(None, 0), randomness="different")(self._start(), mapped)
+        except RuntimeError as error:
+            if "vmap" in str(error) or "functorch" in str(error):
+                kind = type(self.model.module).__name__
+                raise RuntimeError(f"{kind} cannot run for many users at once (torch.func.vmap): {error}") from error
+            raise
+
+    def _adapt(self, start: Parameters, support: Padded, user: Tensor | None, loop: Mapping[str, Any]) -> Parameters:
+        """φ_K of one task."""
+        rate, momentum, scales = loop["inner_lr"], loop.get("momentum"), loop.get("preconditioner")
+        extra, pull = loop.get("extra_count", 0.0), loop["prior_pull"]
+        now = before = start
+        for step in range(loop["inner_steps"]):
+            slopes = grad(self._inner_loss)(now, support, user, extra)
+            moved = {}
+            for name, value in now.items():
+                slope = slopes[name].detach() if loop["first_order"] else slopes[name]
+                if not isinstance(pull, float) or pull:
+                    slope = slope + pull * (value - start[name])
+                scale = 1.0 if scales is None else scales[name]
+                moved[name] = value - _at(rate, step) * scale * slope
+                if momentum is not None:
+                    moved[name] = moved[name] + _at(momentum, step) * (value - before[name])
+            now, before = moved, now
+        return now
+
+    def _inner_loss(self, fast: Parameters, support: Padded, user: Tensor | None, extra: float) -> Tensor:
+        losses = entry_losses(self.model.loss, self._scores(fast, support, user), support)  # type: ignore[arg-type]
+        count = (support.weights > 0).sum() + extra
+        total: Tensor = (support.weights * losses).sum() / count.clamp(min=1)
+        return total
+
+    def _support_loss(self, fast: Parameters, support: Padded, user: Tensor | None) -> Tensor:
+        return self._mean_loss({self.model.loss: 1.0}, fast, support, user)
+
+    def _query_loss(self, fast: Parameters, query: Padded, user: Tensor | None) -> Tensor:
+        return self._mean_loss(self.learner.outer_loss, fast, query, user)
+
+    def _mean_loss(self, losses: Mapping[str, float], fast: Parameters, entries: Padded, user: Tensor | None) -> Tensor:
+        scores = self._scores(fast, entries, user)
+        errors = torch.zeros_like(scores[:, 0])
+        for name, share in losses.items():
+            errors = errors + share * entry_losses(name, scores, entries)  # type: ignore[arg-type]
+        tiny = torch.finfo(scores.dtype).tiny
+        mean: Tensor = (entries.weights * errors).sum() / entries.weights.sum().clamp(min=tiny)
+        return mean
+
+    def _scores(self, fast: Parameters, entries: Padded, user: Tensor | None) -> Tensor:
+        """Scores [S, 1 + M] of each entry's item and its negatives."""
+        candidates = entries.candidates
+        return self._call(fast, candidates.reshape(-1), user).view(candidates.shape)
+
+    def _call(self, fast: Parameters, items: Tensor, user: Tensor | None) -> Tensor:
+        own = {f"module.{name}": value for name, value in fast.items()}
+        scores: Tensor = functional_call(self.model, own, (items,) if user is None else (items, user))
+        return scores
+
+
+def _at(values: Any, step: int) -> Any:
+    """The value of a step, of a number or of one for each."""
+    return values[step] if isinstance(values, Tensor) and values.dim() else values
+
+
+def _task(parts: Mapping[str, Tensor]) -> Padded:
+    return Padded(**{field.name: parts.get(field.name) for field in fields(Padded)})  # type: ignore[arg-type]
+
+
+def _padded(entries: Entries, tasks: slice) -> Padded:
+    """The entries of some tasks, padded with item 0 of weight 0."""
+    offsets = entries.offsets[tasks.start : tasks.stop + 1]
+    rows = slice(int(offsets[0]), int(offsets[-1]))
+    offsets = offsets - offsets[0]
+
+    def padded(values: Tensor | None) -> Tensor | None:
+        return None if values is None else pad(values[rows], offsets)
+
+    kind = next((v for v in (entries.targets, entries.weights, entries.log_q) if v is not None), None)
+    ones = torch.ones(len(entries), dtype=None if kind is None else kind.dtype, device=entries.items.device)
+    items, weights = padded(entries.items), padded(ones if entries.weights is None else entries.weights)
+    assert items is not None
+    assert weights is not None
+    return Padded(items, weights, padded(entries.targets), padded(entries.negative_rows), padded(entries.log_q))
