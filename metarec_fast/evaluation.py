@@ -28,7 +28,7 @@ def evaluate(
     query: Size = "rest",
     order: Literal["random", "time"] = "random",
     seed: int = 0,
-    k: int | Sequence[int] = (1, 5, 10),
+    k: int | Sequence[int] | None = None,
     baselines: Interactions | Mapping[str, Predictor] | None = None,
     catalogue: bool = True,
     batch_size: int = 256,
@@ -36,6 +36,7 @@ def evaluate(
     relevant_from: float | None = None,
     draws: int = 1,
     support_from: Interactions | None = None,
+    protocol: Literal["metarec"] | None = None,
 ) -> Report:
     """Adapts to some ratings of each user in the log and judges the predictions of others, beside baselines.
 
@@ -48,7 +49,7 @@ def evaluate(
         learner: What is to be judged; None to see the baselines alone.
         log: Ratings of users that were not in training.
         support, query, order, seed: Which ratings of a user to adapt on and which to predict, as in `TaskSampler`.
-        k: Lengths of the ranked lists. A list longer than the catalogue is the whole catalogue.
+        k: Lengths of the ranked lists, (1, 5, 10) unless given. A list longer than the catalogue is the whole of it.
         baselines: The training log, on which all baselines are fitted, or fitted predictors by name: baselines, or
             other learners to compare with.
         catalogue: Whether to rank the whole catalogue too.
@@ -60,6 +61,8 @@ def evaluate(
         support_from: Ratings of the same users to adapt on, none of which is in `log`, all of whose ratings are then
             there to be predicted (`query` of them). A user counts who has ratings in both. Everything that is in
             `support_from` is left out where the catalogue is ranked, drawn or not.
+        protocol: "metarec" for what papers after MeLU (Lee et al. 2019) report: errors, and nDCG within the query set
+            for lists of 1, 3 and 5; no catalogue is ranked. The table tells so.
 
     Returns:
         Figures by predictor and metric.
@@ -70,7 +73,10 @@ def evaluate(
             that are not finite.
     """
     draws = _check_draws(draws, order)
-    lengths = _check_lengths(k)
+    if protocol not in (None, "metarec"):
+        raise ValueError(f'protocol: expected "metarec" or None, got {protocol!r}')
+    lengths = _check_lengths(k if k is not None else (1, 5, 10) if protocol is None else (1, 3, 5))
+    catalogue = catalogue and protocol is None
     item_ids = item_ids_of(learner, baselines)
     train = baselines if isinstance(baselines, Interactions) else None
     aligned = _align({"log": log, "support_from": support_from, "baselines": train}, item_ids)
@@ -109,7 +115,7 @@ def evaluate(
             "support": support, "query": query, "order": order, "seed": int(seed), "k": lengths,
             "relevant_from": relevant_from, "rating_range": rating_range, "users": query_sizes.shape[1],
             "ratings": int(query_sizes.sum()), "draws": draws,
-            "support_from": known is not None,
+            "support_from": known is not None, "protocol": protocol,
         },
         spread={name: judge.spread(query_sizes) for name, judge in judges.items()} if draws > 1 else {},
     )  # fmt: skip

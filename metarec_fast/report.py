@@ -16,6 +16,10 @@ from metarec_fast._bootstrap import Comparison, paired_bootstrap
 from metarec_fast._columns import as_int
 
 _LOWER_IS_BETTER = ("rmse", "mae", "mae_user")
+_METAREC = (
+    "Protocol metarec, as in papers after MeLU: a user's query items are ranked among themselves, not in a catalogue.\n"
+    "The user chose and rated all of them, so that ranking them at random (chance) already gets most of the gain."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,15 +50,15 @@ class Report:
         """The results as text: a row for each predictor, a column for each metric, the best marked by a star.
 
         Args:
-            metrics: The columns; by default errors, and ranking metrics for the longest list.
+            metrics: The columns; by default errors, and ranking metrics for the longest list, in the protocol for all.
 
         Raises:
             ValueError: There is no such metric.
         """
         known = known_metrics([self])
         check_metrics(metrics or (), known)
-        longest = f"@{max(self.settings['k'])}"
-        columns = metrics or [name for name in known if "@" not in name or name.endswith(longest)]
+        shown = "" if self.settings.get("protocol") else f"@{max(self.settings['k'])}"
+        columns = metrics or [name for name in known if "@" not in name or name.endswith(shown)]
         rows = self.results | ({"chance": self.chance} if self.chance else {})
 
         body = [["", *(name.removeprefix("catalogue_") for name in columns)]]
@@ -127,7 +131,8 @@ class Report:
     def _caption(self) -> str:
         told = ", ".join(f"{name} {self.settings[name]}" for name in ("support", "query", "order", "seed"))
         draws = f"; mean ± standard deviation over {self.settings['draws']} draws of the support" if self.spread else ""
-        return f"{len(self.user_ids)} users, {int(self.query_sizes.sum())} ratings to predict; {told}{draws}"
+        caption = f"{len(self.user_ids)} users, {int(self.query_sizes.sum())} ratings to predict; {told}{draws}"
+        return f"{caption}\n{_METAREC}" if self.settings.get("protocol") == "metarec" else caption
 
 
 def known_metrics(reports: Iterable[Report]) -> list[str]:
