@@ -20,6 +20,10 @@ _METAREC = (
     "Protocol metarec, as in papers after MeLU: a user's query items are ranked among themselves, not in a catalogue.\n"
     "The user chose and rated all of them, so that ranking them at random (chance) already gets most of the gain."
 )
+_SAMPLED = (
+    "sampled_…: a relevant item among itself and {} unrated ones drawn at random, not among the catalogue.\n"
+    "Such figures are biased, and may order predictors otherwise than the catalogue does (Krichene and Rendle 2020)."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +136,10 @@ class Report:
         told = ", ".join(f"{name} {self.settings[name]}" for name in ("support", "query", "order", "seed"))
         draws = f"; mean ± standard deviation over {self.settings['draws']} draws of the support" if self.spread else ""
         caption = f"{len(self.user_ids)} users, {int(self.query_sizes.sum())} ratings to predict; {told}{draws}"
-        return f"{caption}\n{_METAREC}" if self.settings.get("protocol") == "metarec" else caption
+        notes = [_METAREC] if self.settings.get("protocol") == "metarec" else []
+        if self.settings.get("sampled_negatives"):
+            notes.append(_SAMPLED.format(self.settings["sampled_negatives"]))
+        return "\n".join([caption, *notes])
 
 
 def known_metrics(reports: Iterable[Report]) -> list[str]:
@@ -166,4 +173,4 @@ def _headings(columns: Sequence[str], widths: Sequence[int]) -> list[str]:
     ranked = next((i for i in range(first) if columns[i].startswith("ndcg")), first)
     begin, middle = (sum(widths[: i + 1]) + 2 * (i + 1) for i in (ranked, first))
     line = " " * begin + ("ranking the query set" if ranked < first else "")
-    return [line.ljust(middle) + "ranking the catalogue"]
+    return [line.ljust(middle - 2) + "  ranking the catalogue"]

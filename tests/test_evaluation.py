@@ -323,6 +323,8 @@ def test_the_protocol_of_papers_ranks_the_query_set_alone_and_says_how_far_chanc
 def test_a_table_can_be_asked_for_single_metrics(split):
     report = evaluate(None, split.test, support=3, baselines=split.train)
     assert report.table(["rmse", "ndcg@1"]).splitlines()[0].split() == ["rmse", "ndcg@1"]
+    heading = report.table(["rmse", "ndcg@1", "catalogue_ndcg@1"]).splitlines()[0]
+    assert heading.strip() == "ranking the query set  ranking the catalogue"
     with pytest.raises(ValueError, match=r"metrics: expected some of rmse, .*, got 'auc'"):
         report.table(["auc"])
 
