@@ -97,9 +97,12 @@ def test_sampled_figures_do_not_depend_on_batches_and_change_with_draws(log):
     assert not [name for name in one.results["table"] if name.startswith("catalogue")]
 
 
-def test_known_ratings_from_another_log_are_not_drawn(log):
+def test_known_ratings_from_another_log_are_not_drawn_and_every_draw_has_its_own(log):
     chosen = np.random.default_rng(3).random(len(log)) < 0.5
     known, queries = log.select_rows(chosen), log.select_rows(~chosen)
+    spread = evaluate(Table(log.item_ids), queries, 3, support_from=known, sampled_negatives=5, draws=2).spread["table"]
+    assert spread["ndcg@5"] == 0  # the queries are the same in every draw
+    assert spread["sampled_ndcg@5"] > 0  # what they are ranked among is not
     fewest = 40 - log.sizes().max()
     evaluate(Table(log.item_ids), queries, 3, support_from=known, sampled_negatives=int(fewest))
     message = rf"items that user \d+ has not rated, got {fewest + 1}, there are {fewest}$"
