@@ -7,8 +7,11 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from metarec_fast import _random
 from metarec_fast._ids import plain
+from metarec_fast._sampled_ranks import draw_unrated
 from metarec_fast.data import Interactions
 from metarec_fast.sampler import Size, TaskSampler, size_range
 from metarec_fast.tasks import Entries, TaskBatch
@@ -24,7 +27,7 @@ class JudgedTasks:
         known: Where supports are drawn from, in the same numbering of items; the log then gives queries only.
 
     Attributes:
-        user_ids: Original ids of the users at the positions that batches name.
+        log, known: The logs, with the users at the positions that batches name.
 
     Raises:
         ValueError: Nobody has ratings in both logs, or somebody has the same item in both.
@@ -51,7 +54,7 @@ class JudgedTasks:
                 size_range(name, size, 1)
             log, self.known = _of_the_same_users(log, known)
             self.samplers = [sampler(self.known, support, None), sampler(log, query, None)]
-        self.user_ids = log.user_ids
+        self.log = log
 
     def __iter__(self) -> Iterator[tuple[TaskBatch, Entries]]:
         if self.known is None:
@@ -63,6 +66,15 @@ class JudgedTasks:
             rated = self.known.select_users(batch.users.numpy())
             items = Entries(torch.from_numpy(rated.items).long(), None, torch.from_numpy(rated.offsets))
             yield batch.with_entries(batch.support, predicted.support), items
+
+    def draw_unrated(self, batch: TaskBatch, count: int | None, draw: int) -> Tensor | None:
+        """Items that the users of a batch have rated nowhere, [T, count]; None for None."""
+        if count is None:
+            return None
+        assert batch.users is not None
+        logs = [self.log] if self.known is None else [self.log, self.known]
+        key = _random.key_of(self.samplers[0].seed, draw, _random.UNRATED)
+        return draw_unrated(logs, batch.users.numpy(), count, key)
 
 
 def _of_the_same_users(log: Interactions, known: Interactions) -> tuple[Interactions, Interactions]:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from metarec_fast._sampled_ranks import sampled_ranks
 from metarec_fast.metrics import (
     CatalogueRanks,
     average_draws,
@@ -56,20 +57,25 @@ class Judge:
         self.metrics.append({})
         self.missed.append({})
 
-    def add(self, batch: TaskBatch, rated: Entries, lengths: Sequence[int], catalogue: bool) -> None:
-        """Judges a batch, ranking all items but those `rated`."""
+    def add(
+        self, batch: TaskBatch, rated: Entries, negatives: Tensor | None, lengths: Sequence[int], catalogue: bool
+    ) -> None:
+        """Judges a batch: the query set; the catalogue but for what is `rated`; the query among `negatives` [T, M]."""
         assert batch.query is not None
         scores = self._check("predict", self.predictor.predict(batch), (len(batch.query),))
         results = query_ndcg(scores, batch.query, lengths)
         if _predicts_ratings(self.predictor):
             results = rating_errors(scores, batch.query, **self.range) | results
-        if catalogue:
+        if catalogue or negatives is not None:
             shape = (batch.num_tasks, len(self.predictor.item_ids))
             scores = self._check("score_catalogue", self.predictor.score_catalogue(batch), shape)
+        if catalogue:
             ranks = CatalogueRanks(scores, rated, batch.query, self.relevant_from)
             results |= ranks.metrics(lengths)
             for length in lengths:
                 self.missed[-1][length] = ranks.missed(length, self.missed[-1].get(length))
+        if negatives is not None:
+            results |= sampled_ranks(scores, batch.query, negatives, lengths, self.relevant_from)
         for name, values in results.items():
             self.metrics[-1].setdefault(name, []).append(values)
 

@@ -10,6 +10,7 @@ A path is walked by using one output as the next key. The sampler's paths, with 
             QUERY      at(k, user)                    the size of a user's query set
             ROWS       at(at(k, user), j)             the j-th swap of the partial Fisher–Yates shuffle of a user's rows
             NEGATIVES  at(at(at(k, user), j), tries)  the j-th negative of a user, support entries first
+            UNRATED    at(at(k, user), item)          what `evaluate` samples of a user's unrated items, in draw "epoch"
 
 and others, with k = at(seed, purpose):
 
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ORDER, SUPPORT, QUERY, ROWS, NEGATIVES, SPLIT, RESAMPLES, ITEMS, HELD_OUT = range(9)
+ORDER, SUPPORT, QUERY, ROWS, NEGATIVES, SPLIT, RESAMPLES, ITEMS, HELD_OUT, UNRATED = range(10)
 
 _GAMMA = 0x9E3779B97F4A7C15
 _WORD = (1 << 64) - 1

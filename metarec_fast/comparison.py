@@ -178,7 +178,7 @@ def format_table(
     rows = [["", *metrics]]
     for name, figures in {**results, **({"chance": chance} if chance else {})}.items():
         rows.append([name, *(cell(name, figures, metric) for metric in rows[0][1:])])
-    return "\n".join(align(rows)[0])
+    return "\n".join(map(str.rstrip, align(rows)[0]))
 
 
 def plot_learning_curves(histories: Mapping[str, History], path: Path) -> None:

@@ -28,7 +28,7 @@ def evaluate(
     query: Size = "rest",
     order: Literal["random", "time"] = "random",
     seed: int = 0,
-    k: int | Sequence[int] = (1, 5, 10),
+    k: int | Sequence[int] | None = None,
     baselines: Interactions | Mapping[str, Predictor] | None = None,
     catalogue: bool = True,
     batch_size: int = 256,
@@ -36,6 +36,8 @@ def evaluate(
     relevant_from: float | None = None,
     draws: int = 1,
     support_from: Interactions | None = None,
+    protocol: Literal["metarec"] | None = None,
+    sampled_negatives: int | None = None,
 ) -> Report:
     """Adapts to some ratings of each user in the log and judges the predictions of others, beside baselines.
 
@@ -48,7 +50,7 @@ def evaluate(
         learner: What is to be judged; None to see the baselines alone.
         log: Ratings of users that were not in training.
         support, query, order, seed: Which ratings of a user to adapt on and which to predict, as in `TaskSampler`.
-        k: Lengths of the ranked lists. A list longer than the catalogue is the whole catalogue.
+        k: Lengths of the ranked lists, (1, 5, 10) unless given. A list longer than the catalogue is the whole of it.
         baselines: The training log, on which all baselines are fitted, or fitted predictors by name: baselines, or
             other learners to compare with.
         catalogue: Whether to rank the whole catalogue too.
@@ -60,17 +62,27 @@ def evaluate(
         support_from: Ratings of the same users to adapt on, none of which is in `log`, all of whose ratings are then
             there to be predicted (`query` of them). A user counts who has ratings in both. Everything that is in
             `support_from` is left out where the catalogue is ranked, drawn or not.
+        protocol: "metarec" for what papers after MeLU (Lee et al. 2019) report: errors, and nDCG within the query set
+            for lists of 1, 3 and 5; no catalogue is ranked. The table tells so.
+        sampled_negatives: M ≥ 1 for `sampled_ndcg@k` and `sampled_hr@k` too: each relevant item is ranked among itself
+            and M items that the user has not rated, drawn by seed, user and draw. Such figures are biased (Krichene and
+            Rendle 2020), and serve to compare with papers that report them.
 
     Returns:
         Figures by predictor and metric.
 
     Raises:
         ValueError: There is nothing to judge, item ids do not fit, no user has enough ratings, `draws` is above 1 with
-            order="time", a rating is in `log` and in `support_from`, or a predictor gives scores of another shape or
-            that are not finite.
+            order="time", a rating is in `log` and in `support_from`, a user has fewer unrated items than are to be
+            sampled, or a predictor gives scores of another shape or that are not finite.
     """
     draws = _check_draws(draws, order)
-    lengths = _check_lengths(k)
+    if protocol not in (None, "metarec"):
+        raise ValueError(f'protocol: expected "metarec" or None, got {protocol!r}')
+    lengths = _check_lengths(k if k is not None else (1, 5, 10) if protocol is None else (1, 3, 5))
+    catalogue = catalogue and protocol is None
+    if sampled_negatives is not None and as_int("sampled_negatives", sampled_negatives) < 1:
+        raise ValueError(f"sampled_negatives: must be ≥ 1, got {sampled_negatives}")
     item_ids = item_ids_of(learner, baselines)
     train = baselines if isinstance(baselines, Interactions) else None
     aligned = align_logs({"log": log, "support_from": support_from, "baselines": train}, item_ids)
@@ -78,7 +90,7 @@ def evaluate(
     with torch.device("cpu"):  # where metrics and baselines are, whatever the default
         predictors = predictors_of(learner, baselines if train is None else train, item_ids, seed)
     rating_range = _rating_range(learner, predictors, train)
-    if catalogue:
+    if catalogue or sampled_negatives is not None:
         batch_size = min(batch_size, max(1, _LARGEST_SCORES // max(1, len(item_ids))))
 
     judges = {name: Judge(name, predictor, rating_range, relevant_from) for name, predictor in predictors.items()}
@@ -87,14 +99,15 @@ def evaluate(
     users: list[NDArray[np.int64]] = []
     sizes: list[NDArray[np.int64]] = []
     with torch.no_grad(), torch.device("cpu"), evaluation_mode(predictors.values()):
-        for _ in range(draws):
+        for draw in range(draws):
             for judge in (*judges.values(), chance):
                 judge.begin_draw()
             for batch, rated in tasks:
                 assert batch.users is not None
                 assert batch.query is not None
+                negatives = tasks.draw_unrated(batch, sampled_negatives, draw)
                 for judge in (*judges.values(), chance):
-                    judge.add(batch, rated, lengths, catalogue)
+                    judge.add(batch, rated, negatives, lengths, catalogue)
                 users.append(batch.users.numpy())
                 sizes.append(batch.query.sizes().numpy())
 
@@ -103,13 +116,14 @@ def evaluate(
         results={name: judge.figures(query_sizes) for name, judge in judges.items()},
         chance=chance.figures(query_sizes),
         per_user={name: judge.per_user(query_sizes) for name, judge in judges.items()},
-        user_ids=tasks.user_ids[np.concatenate(users)[: query_sizes.shape[1]]],
+        user_ids=tasks.log.user_ids[np.concatenate(users)[: query_sizes.shape[1]]],
         query_sizes=query_sizes.sum(0),
         settings={
             "support": support, "query": query, "order": order, "seed": int(seed), "k": lengths,
             "relevant_from": relevant_from, "rating_range": rating_range, "users": query_sizes.shape[1],
             "ratings": int(query_sizes.sum()), "draws": draws,
-            "support_from": known is not None,
+            "support_from": known is not None, "protocol": protocol,
+            "sampled_negatives": sampled_negatives,
         },
         spread={name: judge.spread(query_sizes) for name, judge in judges.items()} if draws > 1 else {},
     )  # fmt: skip

@@ -59,7 +59,7 @@ def query_ndcg(scores: Tensor, query: Entries, k: Sequence[int]) -> dict[str, Te
     for name, gains in (("ndcg", exponential), ("ndcg_linear", targets)):
         for length in k:
             dcg, ideal = (
-                sum_by_task(gains.clamp(min=0) * _expected_discount(places, length), tasks, query.num_tasks)
+                sum_by_task(gains.clamp(min=0) * expected_discount(places, length), tasks, query.num_tasks)
                 for places in (by_score, by_target)
             )
             results[f"{name}@{length}"] = dcg / ideal
@@ -83,7 +83,7 @@ class CatalogueRanks:
         seen = torch.zeros(scores.shape, dtype=torch.bool)
         seen[support.task_ids(), support.items] = True
         relevant = torch.zeros_like(seen)
-        chosen = slice(None) if relevant_from is None else _targets(query) >= relevant_from
+        chosen = is_relevant(query, relevant_from)
         relevant[query.task_ids()[chosen], query.items[chosen]] = True
         relevant &= ~seen
 
@@ -104,11 +104,11 @@ class CatalogueRanks:
         results = {}
         for length in k:
             ideal = _cumulative_discounts(length)[self.counts.clamp(max=length)]
-            results[f"catalogue_ndcg@{length}"] = self._sum(_expected_discount(self.places, length)) / ideal
+            results[f"catalogue_ndcg@{length}"] = self._sum(expected_discount(self.places, length)) / ideal
         for length in k:
             results[f"catalogue_hr@{length}"] = torch.where(self.counts > 0, self._hit_probability(length), torch.nan)
         for length in k:
-            found = self._sum(_probability_in_first(self.places, length))
+            found = self._sum(probability_in_first(self.places, length))
             results[f"catalogue_recall@{length}"] = found / self.counts
         results["catalogue_mrr"] = self._reciprocal_rank()
         return results
@@ -125,7 +125,7 @@ class CatalogueRanks:
         counted = self.counts > 0
         scores, ascending = self.scores[counted], self.ascending[counted]
         last = ascending[:, max(self.num_items - k, 0), None]  # [T, 1], the lowest score within the first k
-        share = _probability_in_first(_places(ascending, last), k)
+        share = probability_in_first(_places(ascending, last), k)
         included = torch.where(scores == last, share, (scores > last).double())
         excluded = 1 - included.masked_fill(scores == -torch.inf, 0)
         missed = torch.ones(self.num_items, dtype=torch.float64) if missed is None else missed
@@ -240,14 +240,15 @@ def _places_within_tasks(values: Tensor, offsets: Tensor) -> Places:
     return Places(*(unpad(part, offsets) for part in _places(padded.sort(1).values, padded)))
 
 
-def _expected_discount(places: Places, k: int) -> Tensor:
+def expected_discount(places: Places, k: int) -> Tensor:
     """Mean of 1/log2(rank + 1), 0 beyond rank k, over the ranks that an entry may have."""
     total = _cumulative_discounts(k)
     first, last = places.above.clamp(max=k), (places.above + places.tied).clamp(max=k)
     return (total[last] - total[first]) / places.tied
 
 
-def _probability_in_first(places: Places, k: int) -> Tensor:
+def probability_in_first(places: Places, k: int) -> Tensor:
+    """The probability with which an entry has one of the first k ranks."""
     return ((k - places.above) / places.tied.double()).clamp(0, 1)
 
 
@@ -258,6 +259,13 @@ def _cumulative_discounts(k: int) -> Tensor:
 
 def _log_choose(n: Tensor, k: Tensor) -> Tensor:
     return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+
+
+def is_relevant(query: Entries, relevant_from: float | None) -> Tensor:
+    """Which query entries are to be found, [n]: all, or those rated so or better."""
+    if relevant_from is None:
+        return torch.ones(len(query), dtype=torch.bool)
+    return _targets(query) >= relevant_from
 
 
 def _targets(query: Entries) -> Tensor:

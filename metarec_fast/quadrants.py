@@ -16,7 +16,7 @@ from metarec_fast._judging import Predictor
 from metarec_fast.baselines import fit_baselines
 from metarec_fast.data import Interactions, UserSplit, split_users
 from metarec_fast.evaluation import evaluate, item_ids_of
-from metarec_fast.report import Report, align, check_metrics, known_metrics
+from metarec_fast.report import Report, align, check_metrics, format_deviation, known_metrics
 
 QUADRANTS = ("warm", "user-cold", "item-cold", "both-cold")
 
@@ -159,10 +159,10 @@ class QuadrantReports(dict[str, Report]):
         for metric in metrics or ("rmse", f"ndcg@{max(first.settings['k'])}"):
             rows = [[metric, *self]]
             for name in (*first.results, "chance"):
-                figures = [report.results.get(name, report.chance).get(metric) for report in self.values()]
-                if name != "chance" or any(figure is not None for figure in figures):
-                    rows.append([name, *("–" if figure is None else f"{figure:.4f}" for figure in figures)])
-            blocks.append("\n".join(align(rows)[0]))
+                cells = [_cell(report, name, metric) for report in self.values()]
+                if name != "chance" or set(cells) != {"–"}:
+                    rows.append([name, *cells])
+            blocks.append("\n".join(map(str.rstrip, align(rows)[0])))
         judged = (
             f"{name} {len(report.user_ids)} users, {report.query_sizes.sum()} ratings" for name, report in self.items()
         )
@@ -201,6 +201,13 @@ def evaluate_quadrants(
     for name, (support, query) in split.quadrants.items():
         reports[name] = evaluate(learner, query, support_from=support, baselines=baselines, seed=seed, **settings)
     return reports
+
+
+def _cell(report: Report, name: str, metric: str) -> str:
+    figure = report.results.get(name, report.chance).get(metric)
+    if figure is None:
+        return "–"
+    return f"{figure:.4f}" + (format_deviation(report.spread.get(name, {}).get(metric)) if report.spread else "")
 
 
 def _new_items(log: Interactions, items: Any, order: str, seed: int) -> NDArray[np.int64]:

@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from metarec_fast.history import History
 
 LOWER_IS_BETTER = ("rmse", "mae", "mae_user")
+_METAREC = (
+    "Protocol metarec, as in papers after MeLU: a user's query items are ranked among themselves, not in a catalogue.\n"
+    "The user chose and rated all of them, so that ranking them at random (chance) already gets most of the gain."
+)
+_SAMPLED = (
+    "sampled_…: a relevant item among itself and {} unrated ones drawn at random, not among the catalogue.\n"
+    "Such figures are biased, and may order predictors otherwise than the catalogue does (Krichene and Rendle 2020)."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +58,7 @@ class Report:
         """The results as text: a row for each predictor, a column for each metric, the best marked by a star.
 
         Args:
-            metrics: The columns; by default errors, and ranking metrics for the longest list.
+            metrics: The columns; by default errors, and ranking metrics for the longest list, in the protocol for all.
 
         Raises:
             ValueError: There is no such metric.
@@ -131,8 +139,8 @@ class Report:
         """The metrics that a table shows: those asked for, or those that `table` shows by default."""
         known = known_metrics([self])
         check_metrics(metrics or (), known)
-        longest = f"@{max(self.settings['k'])}"
-        return list(metrics or (name for name in known if "@" not in name or name.endswith(longest)))
+        shown = "" if self.settings.get("protocol") else f"@{max(self.settings['k'])}"
+        return list(metrics or (name for name in known if "@" not in name or name.endswith(shown)))
 
     def cell(self, label: str, figures: Mapping[str, float], metric: str) -> str:
         """A figure as text, "*" behind the best of its column, else " "; "– " where there is none."""
@@ -149,7 +157,11 @@ class Report:
         """What was judged, and how, in a line."""
         told = ", ".join(f"{name} {self.settings[name]}" for name in ("support", "query", "order", "seed"))
         draws = f"; mean ± standard deviation over {self.settings['draws']} draws of the support" if self.spread else ""
-        return f"{len(self.user_ids)} users, {int(self.query_sizes.sum())} ratings to predict; {told}{draws}"
+        caption = f"{len(self.user_ids)} users, {int(self.query_sizes.sum())} ratings to predict; {told}{draws}"
+        notes = [_METAREC] if self.settings.get("protocol") == "metarec" else []
+        if self.settings.get("sampled_negatives"):
+            notes.append(_SAMPLED.format(self.settings["sampled_negatives"]))
+        return "\n".join([caption, *notes])
 
 
 def known_metrics(reports: Iterable[Report]) -> list[str]:
@@ -183,4 +195,4 @@ def _headings(columns: Sequence[str], widths: Sequence[int]) -> list[str]:
     ranked = next((i for i in range(first) if columns[i].startswith("ndcg")), first)
     begin, middle = (sum(widths[: i + 1]) + 2 * (i + 1) for i in (ranked, first))
     line = " " * begin + ("ranking the query set" if ranked < first else "")
-    return [line.ljust(middle) + "ranking the catalogue"]
+    return [line.ljust(middle - 2) + "  ranking the catalogue"]

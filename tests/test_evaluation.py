@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -294,9 +295,36 @@ def test_printing_a_report_gives_a_table_with_the_best_marked(split):
     )
 
 
+def test_the_protocol_of_papers_ranks_the_query_set_alone_and_says_how_far_chance_gets(split):
+    learner = Table(np.linspace(1, 5, 30), split.train.item_ids, score_catalogue=None)  # no catalogue is scored
+    report = evaluate(learner, split.test, support="rest", query=4, protocol="metarec")
+    assert report.results == evaluate(learner, split.test, "rest", 4, k=(1, 3, 5), catalogue=False).results
+    ranking = [f"{name}@{k}" for name in ("ndcg", "ndcg_linear") for k in (1, 3, 5)]
+    assert list(report.results["table"]) == ["rmse", "mae", "mae_user", *ranking]
+
+    chance = {name: [] for name in ranking}
+    for batch in TaskSampler(split.test, "rest", 4, batch_size=1, shuffle=False):
+        targets = batch.query.targets.double().numpy()
+        for name, gains in (("ndcg", 2**targets - 1), ("ndcg_linear", targets)):
+            for k in (1, 3, 5):
+                discount = 1 / np.log2(np.arange(min(k, len(gains))) + 2)
+                reached = [np.array(order[:k]) @ discount for order in itertools.permutations(gains)]
+                chance[f"{name}@{k}"].append(np.mean(reached) / np.max(reached))
+    assert report.chance == pytest.approx({name: np.mean(values) for name, values in chance.items()})
+
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["rmse", "mae", "mae_user", *ranking]
+    assert lines[2].split()[0] == "chance"
+    assert lines[-2].startswith("Protocol metarec, as in papers after MeLU: ")
+    assert "(chance)" in lines[-1]
+    assert evaluate(learner, split.test, support=3, k=2, protocol="metarec").settings["k"] == [2]
+
+
 def test_a_table_can_be_asked_for_single_metrics(split):
     report = evaluate(None, split.test, support=3, baselines=split.train)
     assert report.table(["rmse", "ndcg@1"]).splitlines()[0].split() == ["rmse", "ndcg@1"]
+    heading = report.table(["rmse", "ndcg@1", "catalogue_ndcg@1"]).splitlines()[0]
+    assert heading.strip() == "ranking the query set  ranking the catalogue"
     with pytest.raises(ValueError, match=r"metrics: expected some of rmse, .*, got 'auc'"):
         report.table(["auc"])
 
@@ -328,6 +356,7 @@ def test_bad_arguments_are_refused_by_name(split):
     refused(split, r"k: expected at least one list length, got none", table, k=())
     refused(split, r"batch_size: ", table, batch_size=0)
     refused(split, r"order: ", table, order="alphabetical")
+    refused(split, r'protocol: expected "metarec" or None, got .melu.', table, protocol="melu")
     refused(split, r"draws: must be ≥ 1, got 0", table, draws=0)
     refused(split, r"draws: expected an int, got float 2\.0", table, draws=2.0)
     refused(split, r'draws: order="time" gives the same tasks every time, .*, got 2', table, draws=2, order="time")
