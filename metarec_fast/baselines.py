@@ -19,7 +19,7 @@ from torch import Tensor
 
 from metarec_fast import warm_start
 from metarec_fast._neighbours import EASE, ItemKNN
-from metarec_fast._simple_baselines import Baseline, Bias, GlobalMean, ItemMean, Popularity, Random
+from metarec_fast._simple_baselines import Baseline, Bias, Factors, GlobalMean, ItemMean, Popularity, Random
 from metarec_fast.factor_model import FactorModel
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from metarec_fast.tasks import TaskBatch
 
 
-class FoldIn(Baseline):
+class FoldIn(Factors):
     """Ridge fold-in of the user on a factor model. Subclasses say which, with defaults of `metarec_fast.warm_start`.
 
     Args:
@@ -45,20 +45,12 @@ class FoldIn(Baseline):
 
     def _fit(self, log: Interactions) -> NDArray[np.float64]:
         self.model = type(self).method(log, dim=self.dim, sweeps=self.sweeps, seed=self.seed)
+        self.item_table = self.model.item_table
         scores: NDArray[np.float64] = (self.model.offset + self.model.item_bias).double().numpy()
         return scores
 
-    def predict(self, batch: TaskBatch) -> Tensor:
-        query = self._query(batch)
-        user, bias = self.model.fold_in(batch)
-        tasks = query.task_ids()
-        products = (user[tasks] * self.model.item_table[query.items]).sum(1)
-        return self.item_scores[query.items] + bias[tasks] + products
-
-    def score_catalogue(self, batch: TaskBatch) -> Tensor:
-        self._check(batch)
-        user, bias = self.model.fold_in(batch)
-        return self.item_scores + bias[:, None] + user @ self.model.item_table.T
+    def _fold_in(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
+        return self.model.fold_in(batch)
 
 
 class VariationalFoldIn(FoldIn):
