@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import cycle
 from typing import Any
 
-from metarec_fast.baselines import BASELINES
+from metarec_fast.baselines import is_baseline
 
 _STRONG = ("#000000", "#c1121f", "#1d3fbb", "#0f7b3f", "#7b2cbf")
 _PALE = (
@@ -17,7 +17,7 @@ _PALE = (
 def colours(names: Iterable[str]) -> dict[str, str]:
     """A colour for each predictor: strong ones for learners, paler ones for baselines."""
     strong, pale = cycle(_STRONG), cycle(_PALE)
-    return {name: next(pale if name in BASELINES else strong) for name in names}
+    return {name: next(pale if is_baseline(name) else strong) for name in names}
 
 
 def pyplot() -> Any:

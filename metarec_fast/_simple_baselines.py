@@ -86,6 +86,28 @@ class Baseline(ABC):
         return batch.query
 
 
+class Factors(Baseline):
+    """A predictor whose score is `item_scores[i] + c + u·e_i`, (u, c) folded in from the support entries."""
+
+    item_table: Tensor  # e [N, D]
+
+    def predict(self, batch: TaskBatch) -> Tensor:
+        query = self._query(batch)
+        user, bias = self._fold_in(batch)
+        tasks = query.task_ids()
+        products = (user[tasks] * self.item_table[query.items]).sum(1)
+        return self.item_scores[query.items] + bias[tasks] + products
+
+    def score_catalogue(self, batch: TaskBatch) -> Tensor:
+        self._check(batch)
+        user, bias = self._fold_in(batch)
+        return self.item_scores + bias[:, None] + user @ self.item_table.T
+
+    @abstractmethod
+    def _fold_in(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
+        """The user vectors u [T, D] and biases c [T]."""
+
+
 class GlobalMean(Baseline):
     """The mean rating, for every user and item."""
 
@@ -146,9 +168,7 @@ class Bias(Baseline):
         return self._user_bias(batch.support)
 
     def _user_bias(self, support: Entries) -> Tensor:
-        if support.targets is None:
-            raise ValueError("support.targets: expected ratings to adapt to, got None")
-        residuals = support.targets.double() - self.item_scores[support.items]
+        residuals = ratings_of(support).double() - self.item_scores[support.items]
         sums = sum_by_task(residuals, support.task_ids(), support.num_tasks)
         return (sums / (support.sizes() + self.user_damping).clamp(min=1e-9)).float()
 
@@ -187,6 +207,17 @@ class Random(Baseline):
     def _scores(self, keys: NDArray[np.uint64], items: NDArray[np.int64]) -> Tensor:
         bits = _random.at(keys, items) >> np.uint64(40)
         return torch.from_numpy(bits.astype(np.float32) * np.float32(2**-24))
+
+
+def ratings_of(support: Entries) -> Tensor:
+    """The ratings to adapt to, [n].
+
+    Raises:
+        ValueError: There are none.
+    """
+    if support.targets is None:
+        raise ValueError("support.targets: expected ratings to adapt to, got None")
+    return support.targets
 
 
 def _centred(log: Interactions) -> tuple[float, NDArray[np.float64]]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from metarec_fast import _plots
 from metarec_fast._columns import as_int
 from metarec_fast._judging import Predictor
-from metarec_fast.baselines import BASELINES
+from metarec_fast.baselines import is_baseline
 from metarec_fast.data import Interactions
 from metarec_fast.evaluation import align_logs, evaluate, item_ids_of, predictors_of
 from metarec_fast.report import LOWER_IS_BETTER, align
@@ -58,7 +58,7 @@ class ColdStartCurve:
         figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
         positions, colours = np.log1p(self.sizes), _plots.colours(self.values)
         for name in self.by_last_value():
-            mine = name not in BASELINES
+            mine = not is_baseline(name)
             axes.plot(
                 positions, self.values[name], marker="o", markersize=4 if mine else 3, label=name, color=colours[name],
                 linewidth=2.5 if mine else 1.2, zorder=3 if mine else 2,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from metarec_fast import _plots
 from metarec_fast._svg import Line, line_chart, ticks
-from metarec_fast.baselines import BASELINES
+from metarec_fast.baselines import is_baseline
 from metarec_fast.cold_start import ColdStartCurve, describe
 from metarec_fast.history import History
 from metarec_fast.report import Report
@@ -81,7 +81,7 @@ def _table(report: Report) -> str:
     names = "".join(f"<th>{escape(name.removeprefix('catalogue_'))}</th>" for name in columns)
     rows = []
     for label, figures in (*report.results.items(), ("chance", report.chance)):
-        kind = "chance" if label not in report.results else "" if label in BASELINES else "learner"
+        kind = "chance" if label not in report.results else "" if is_baseline(label) else "learner"
         cells = "".join(_cell(report.cell(label, figures, name)) for name in columns)
         rows.append(f'<tr class="{kind}"><th>{escape(label)}</th>{cells}</tr>')
     lines = "\n".join(rows)
@@ -108,7 +108,7 @@ def _group(metric: str) -> str:
 def _cold_start(curve: ColdStartCurve) -> str:
     colours, at = _plots.colours(curve.values), [math.log1p(size) for size in curve.sizes]
     lines = [
-        Line(name, list(zip(at, curve.values[name], strict=True)), colours[name], thick=name not in BASELINES)
+        Line(name, list(zip(at, curve.values[name], strict=True)), colours[name], thick=not is_baseline(name))
         for name in curve.by_last_value()
     ]
     if curve.chance is not None:

@@ -9,6 +9,7 @@ import torch
 from metarec_fast.baselines import (
     BASELINES,
     EASE,
+    LIBRARY_BASELINES,
     Bias,
     GlobalMean,
     ItemKNN,
@@ -23,6 +24,11 @@ from metarec_fast.data import Interactions
 from metarec_fast.tasks import Entries, TaskBatch
 
 NAMES = list(BASELINES)
+INSTALLED = [  # and those of other libraries, where they are
+    pytest.param(name, marks=pytest.mark.skipif(not made.installed(), reason=f"needs {made.library}"))
+    for name, made in LIBRARY_BASELINES.items()
+]
+KNOWN = {**BASELINES, **LIBRARY_BASELINES}
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +62,9 @@ def test_there_is_a_baseline_of_every_name(log):
     assert list(fit_baselines(log, ["bias"])) == ["bias"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *INSTALLED])
 def test_predictions_are_the_catalogue_scores_of_the_query_items(name, log, batch):
-    baseline = BASELINES[name]().fit(log)
+    baseline = KNOWN[name]().fit(log)
     scores = baseline.score_catalogue(batch)
     assert scores.shape == (3, 27)
     assert scores.dtype == torch.float32
@@ -67,24 +73,25 @@ def test_predictions_are_the_catalogue_scores_of_the_query_items(name, log, batc
     assert baseline.predict(batch).isfinite().all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *INSTALLED])
 def test_what_a_task_is_told_does_not_depend_on_the_rest_of_the_batch(name, log, batch):
-    baseline = BASELINES[name]().fit(log)
+    baseline = KNOWN[name]().fit(log)
     alone = TaskBatch(entries([3], [1.0], [1]), entries([5, 0, 7], None, [3]), users=torch.tensor([5]))
     torch.testing.assert_close(baseline.predict(alone), baseline.predict(batch)[3:])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *INSTALLED])
 def test_every_baseline_knows_its_items_and_the_rating_scale(name, log):
-    baseline = BASELINES[name]().fit(log)
+    baseline = KNOWN[name]().fit(log)
     assert baseline.item_ids is log.item_ids
     assert baseline.rating_range == (log.ratings.min(), log.ratings.max())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore:Ratings seem to have the same value")  # says LensKit
+@pytest.mark.parametrize("name", [*NAMES, *INSTALLED])
 def test_one_rating_is_enough_to_fit(name):
     log = Interactions.from_arrays(["a"], ["x"], [4.0])
-    baseline = BASELINES[name]().fit(log)
+    baseline = KNOWN[name]().fit(log)
     task = TaskBatch(entries([], [], [0]), entries([0], None, [1]))
     prediction = baseline.predict(task)
     assert prediction.isfinite().all()
@@ -214,17 +221,19 @@ def test_the_seed_reaches_what_is_random(log):
 
 
 def test_an_unknown_name_is_refused_with_those_that_exist(log):
-    with pytest.raises(ValueError, match=r"names: expected some of global-mean, item-mean, .*, got 'knn'"):
+    with pytest.raises(
+        ValueError, match=r"names: expected some of global-mean, item-mean, .*, implicit-als, .*, got 'knn'"
+    ):
         fit_baselines(log, ["bias", "knn"])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *INSTALLED])
 def test_bad_input_is_refused_by_name(name, log, batch):
     with pytest.raises(ValueError, match="log: expected at least one rating"):
-        BASELINES[name]().fit(Interactions.from_arrays([], [], []))
+        KNOWN[name]().fit(Interactions.from_arrays([], [], []))
     with pytest.raises(RuntimeError, match=f"{name}: call fit before predicting"):
-        BASELINES[name]().predict(batch)
-    fitted = BASELINES[name]().fit(log)
+        KNOWN[name]().predict(batch)
+    fitted = KNOWN[name]().fit(log)
     with pytest.raises(ValueError, match="query: expected the entries to predict, got None"):
         fitted.predict(TaskBatch(batch.support))
     with pytest.raises(IndexError, match=r"query\.items: ids must be in \[0, 27\), got 27 at position 1"):
@@ -233,10 +242,10 @@ def test_bad_input_is_refused_by_name(name, log, batch):
         fitted.score_catalogue(TaskBatch(entries([99], [1.0], [1])))
 
 
-@pytest.mark.parametrize("name", ["bias", "item-knn", "ease", "vb-fold-in"])
+@pytest.mark.parametrize("name", ["bias", "item-knn", "ease", "vb-fold-in", *INSTALLED[1:]])
 def test_a_support_without_ratings_is_refused_where_it_is_needed(name, log):
     with pytest.raises(ValueError, match=r"support\.targets: expected ratings"):
-        BASELINES[name]().fit(log).score_catalogue(TaskBatch(entries([1], None, [1])))
+        KNOWN[name]().fit(log).score_catalogue(TaskBatch(entries([1], None, [1])))
 
 
 @pytest.mark.parametrize(
