@@ -12,6 +12,7 @@ from metarec_fast.features import Features
 from metarec_fast.history import History, Trial
 from metarec_fast.learners import FOMAML, MAML, Learner, MetaSGD
 from metarec_fast.maml_r import MAMLR
+from metarec_fast.mlp_recommender import MLPRecommender
 from metarec_fast.models import DotRecommender
 from metarec_fast.module_recommender import ModuleRecommender
 from metarec_fast.optim import SparseAdagrad, SparseAdam, SparseSGD
@@ -26,10 +27,44 @@ from metarec_fast.tasks import Entries, TaskBatch
 __version__ = "0.1.0"
 
 __all__ = [
-    "BASELINES", "FOMAML", "MAML", "MAMLR", "AdaptedUser", "ColdStartCurve", "Comparison", "DotRecommender", "Entries",
-    "FactorModel", "FastWeights", "Features", "History", "Interactions", "Learner", "MetaSGD", "MetaStep",
+    "BASELINES",
+    "FOMAML",
+    "MAML",
+    "MAMLR",
+    "AdaptedUser",
+    "ColdStartCurve",
+    "Comparison",
+    "DotRecommender",
+    "Entries",
+    "FactorModel",
+    "FastWeights",
+    "Features",
+    "History",
+    "Interactions",
+    "Learner",
+    "MLPRecommender",
+    "MetaSGD",
+    "MetaStep",
     "ModuleRecommender",
-    "QuadrantSplit", "Report", "Reptile", "SparseAdagrad", "SparseAdam", "SparseRows", "SparseSGD", "TaskBatch",
-    "TaskSampler", "TopK", "Trial", "UserSplit", "cold_start_curve", "evaluate", "evaluate_quadrants", "functional",
-    "load", "load_movielens_small", "split_quadrants", "split_users", "warm_start",
+    "QuadrantSplit",
+    "Report",
+    "Reptile",
+    "SparseAdagrad",
+    "SparseAdam",
+    "SparseRows",
+    "SparseSGD",
+    "TaskBatch",
+    "TaskSampler",
+    "TopK",
+    "Trial",
+    "UserSplit",
+    "cold_start_curve",
+    "evaluate",
+    "evaluate_quadrants",
+    "functional",
+    "load",
+    "load_movielens_small",
+    "split_quadrants",
+    "split_users",
+    "warm_start",
 ]  # fmt: skip

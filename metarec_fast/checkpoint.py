@@ -20,6 +20,7 @@ from torch import nn
 from metarec_fast.catalogue import Catalogue
 from metarec_fast.feature_matrix import FeatureMatrix
 from metarec_fast.features import Features, columns_from, describe_columns
+from metarec_fast.mlp_recommender import MLPRecommender
 from metarec_fast.models import DotRecommender
 from metarec_fast.module_recommender import ModuleRecommender
 
@@ -141,9 +142,14 @@ def _make_model(
 ) -> DotRecommender | ModuleRecommender:
     if not description.get("module"):
         return DotRecommender(**description["model"], **tables)
+    arguments = dict(description["model"])
+    mlp = arguments.pop("mlp", None)
+    if mlp is not None:
+        return ModuleRecommender(MLPRecommender(**mlp, **tables), **arguments)
     if module is None:
         raise ValueError("module: expected the nn.Module that this learner was saved with, got None")
-    return ModuleRecommender(module, **description["model"], **tables)
+    tables.pop("item_features", None)  # the module has its own
+    return ModuleRecommender(module, **arguments, **tables)
 
 
 def _read_features(folder: Path, described: dict[str, Any]) -> dict[str, Any]:

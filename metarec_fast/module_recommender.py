@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from metarec_fast._arguments import INNER_LOSSES, PAIRWISE
 from metarec_fast._columns import as_int
 from metarec_fast.features import Features
+from metarec_fast.mlp_recommender import MLPRecommender
 from metarec_fast.models import check_probabilities, log_odds
 
 if TYPE_CHECKING:
@@ -75,8 +76,9 @@ class ModuleRecommender(nn.Module):
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """The constructor's arguments, module and features apart."""
-        return {"num_items": self.num_items, "loss": self.loss, "chunk_size": self.chunk_size}
+        """The constructor's arguments, features apart; of modules, only an `MLPRecommender` can be made anew."""
+        mlp = {"mlp": self.module.hyperparameters} if isinstance(self.module, MLPRecommender) else {}
+        return {"num_items": self.num_items, "loss": self.loss, "chunk_size": self.chunk_size, **mlp}
 
     def forward(self, items: Tensor, user: Tensor | None = None) -> Tensor:
         """Scores [n] of items [n] for the user with features x [F]."""
@@ -86,13 +88,18 @@ class ModuleRecommender(nn.Module):
         return self.offset + scores
 
     def choose(self, adapt: str | Sequence[str]) -> list[str]:
-        """The names of the module's parameters that names or patterns ("tower.*") stand for; "all" for all of them.
+        """The names of the module's parameters that names or patterns ("tower.*") stand for; "all" for all of them,
+        "user" for those that the module itself names in `adapts`.
 
         Raises:
             ValueError: A pattern stands for none; those that there are are listed.
         """
         names = [name for name, _ in self.module.named_parameters()]
-        patterns = ["*"] if adapt == "all" else [adapt] if isinstance(adapt, str) else list(adapt)
+        patterns = [adapt] if isinstance(adapt, str) else list(adapt)
+        if adapt == "all":
+            patterns = ["*"]
+        elif adapt == "user":
+            patterns = list(getattr(self.module, "adapts", patterns))
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(
@@ -145,8 +152,9 @@ class ModuleRecommender(nn.Module):
             check_probabilities("log.ratings", log.ratings)
 
     def feature_tables(self) -> dict[str, Features]:
-        """The table of features of users, if there is one, by the name "user"."""
-        return {} if self.user_features is None else {"user": self.user_features}
+        """The tables of features that there are, of "user" and "item"."""
+        tables = {"user": self.user_features, "item": getattr(self.module, "item_features", None)}
+        return {name: table for name, table in tables.items() if isinstance(table, Features)}
 
     def bind_items(self, item_ids: Any) -> None:
         """Tells the module the original ids of its items, if it has a method `bind_items`."""

@@ -236,6 +236,57 @@ def test_a_module_gets_what_is_known_of_the_user():
     assert not torch.allclose(learner.predict(batch), learner.predict(nobody))
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_a_tower_is_a_tower_on_the_parts_of_user_and_item(activation):
+    torch.manual_seed(0)
+    log, users = make_log(), mf.Features.from_frame({"id": np.arange(60), "age": np.arange(60) + 0.5})
+    items = mf.Features.from_frame({"id": [f"i{item:02}" for item in range(NUM_ITEMS)], "genre": list("abc" * 4)})
+    model = mf.MLPRecommender(NUM_ITEMS, 2, (5, 3), activation, user_features=users, item_features=items)
+    for weight in (model.user_init, model.user_weight, model.item_weight):
+        nn.init.normal_(weight)
+    learner = mf.MAML(model, inner_steps=0)
+    assert learner.tasks.names == [name for name, _ in model.named_parameters() if name.startswith("tower")]
+    learner.item_ids = log.item_ids
+    batch = mf.TaskSampler(log, support=2, query=3, batch_size=4, shuffle=False).batch(0)
+    scores = learner.predict(batch)
+    act = torch.relu if activation == "relu" else nn.functional.gelu
+    for place, (item, task) in enumerate(zip(batch.query.items.tolist(), batch.query.task_ids().tolist(), strict=True)):
+        z = (items.matrix @ torch.eye(3))[item]
+        x = (users.matrix @ torch.eye(1))[int(batch.users[task])]
+        hidden = torch.cat(
+            [model.user_init + x @ model.user_weight, model.item_embedding.weight[item] + z @ model.item_weight]
+        )
+        for layer in (model.tower[0], model.tower[2]):
+            hidden = act(layer.weight @ hidden + layer.bias)
+        expected = model.tower[4].weight[0] @ hidden + model.tower[4].bias[0]
+        torch.testing.assert_close(scores[place], expected.detach())
+
+
+def test_a_tower_comes_back_from_the_disk_by_itself(tmp_path):
+    log = make_log()
+    items = mf.Features.from_frame({"id": [f"i{item:02}" for item in range(NUM_ITEMS)], "genre": list("abc" * 4)})
+    learner = mf.MAML(mf.MLPRecommender(NUM_ITEMS, 2, (4,), "gelu", item_features=items))
+    learner.fit(log, epochs=1, progress=False)
+    learner.save(tmp_path)
+    loaded = mf.load(tmp_path)
+    assert loaded.model.hyperparameters == learner.model.hyperparameters
+    assert np.allclose(loaded.adapt(["i01"], [5]).predict(["i02"]), learner.adapt(["i01"], [5]).predict(["i02"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dim": 0}, "dim: must be ≥ 1, got 0"),
+        ({"hidden": (4, 0)}, "hidden: must be ≥ 1, got 0"),
+        ({"activation": "sine"}, "activation: expected one of relu, gelu, got 'sine'"),
+        ({"loss": "hinge"}, "loss: expected one of squared, logistic, bpr, softmax, got 'hinge'"),
+    ],
+)
+def test_arguments_of_a_tower_are_checked(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        mf.MLPRecommender(**{"num_items": 3, "dim": 2, **arguments})
+
+
 def test_what_a_module_cannot_do_is_refused_by_name():
     class Normalised(Tower):
         def __init__(self):
