@@ -1,4 +1,4 @@
-"""A tower on a user's and an item's vector, as in MeLU (Lee et al. 2019): score = tower([user ; item]).
+"""A tower on a user's and an item's vector, as in MeLU (Lee et al. 2019): score = item average + tower([user ; item]).
 
     user part  u + W x      the same start for all, moved by features
     item part  e_i + W z_i  a vector of its own, moved by features
@@ -9,7 +9,7 @@ The weights of the tower adapt to each user; vectors and W are shared.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,10 @@ from torch import Tensor, nn
 from metarec_fast._arguments import INNER_LOSSES
 from metarec_fast._columns import as_int
 from metarec_fast.features import Features
+from metarec_fast.models import averages
+
+if TYPE_CHECKING:
+    from metarec_fast.data import Interactions
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 _TABLE_SCALE = 0.1  # standard deviation of a new item vector's coordinates
@@ -42,6 +46,7 @@ class MLPRecommender(nn.Module):
 
     adapts = ("tower.*",)
     item_inputs: Tensor  # [N, F], features of the items written out
+    item_average: Tensor  # [N], around the mean; what the tower need not find out
 
     def __init__(
         self,
@@ -65,6 +70,7 @@ class MLPRecommender(nn.Module):
         self.hidden = tuple(widths)
         self.user_features, self.item_features = user_features, item_features
 
+        self.register_buffer("item_average", torch.zeros(self.num_items))
         self.item_embedding = nn.Embedding(self.num_items, self.dim)  # e
         nn.init.normal_(self.item_embedding.weight, std=_TABLE_SCALE)
         self.user_init = nn.Parameter(torch.zeros(self.dim))  # u
@@ -99,8 +105,14 @@ class MLPRecommender(nn.Module):
         if user is not None and self.user_weight is not None:
             user_part = user_part + user @ self.user_weight
         inputs = torch.cat([user_part.expand(item_part.shape), item_part], -1)
-        scores: Tensor = self.tower(inputs).squeeze(-1)
+        scores: Tensor = self.item_average[items] + self.tower(inputs).squeeze(-1)
         return scores
+
+    @torch.no_grad()
+    def initialize(self, log: Interactions) -> None:
+        """Takes the damped averages of the items from the log."""
+        _, item_biases = averages(log, self.loss)
+        self.item_average.copy_(torch.from_numpy(item_biases))
 
     @torch.no_grad()
     def bind_items(self, item_ids: Any) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from metarec_fast._arguments import INNER_LOSSES, PAIRWISE
@@ -88,20 +89,7 @@ class DotRecommender(nn.Module):
             ValueError: The log has no ratings, another number of items, or targets that do not fit the loss.
         """
         self.check_log(log)
-        if self.loss in PAIRWISE:
-            popularity = np.log(np.bincount(log.items, minlength=self.num_items) + 1.0)
-            self._set_biases(0.0, popularity - popularity.mean())
-            return
-        ratings = log.ratings.astype(np.float64)
-        mean = float(ratings.mean())
-        sums = np.bincount(log.items, ratings, minlength=self.num_items)
-        counts = np.bincount(log.items, minlength=self.num_items)
-        item_means = (sums + _DAMPING * mean) / (counts + _DAMPING)
-        if self.loss == "logistic":
-            item_means, mean = log_odds(item_means), float(log_odds(np.array(mean)))
-        self._set_biases(mean, item_means - mean)
-
-    def _set_biases(self, offset: float, item_biases: np.ndarray[Any, Any]) -> None:
+        offset, item_biases = averages(log, self.loss)
         self.offset.fill_(offset)
         self.item_bias.weight.copy_(torch.from_numpy(item_biases)[:, None])
         self.initialized.fill_(True)
@@ -190,6 +178,23 @@ def check_probabilities(name: str, targets: Any) -> None:
         raise ValueError(
             f"{name}: the logistic loss needs targets in [0, 1], got {values[outside[0]]} at position {outside[0]}"
         )
+
+
+def averages(log: Interactions, loss: str) -> tuple[float, NDArray[np.float64]]:
+    """What scores are where users do not differ: the mean, and by how much each item's damped mean differs, [N]; of
+    ratings, or for "logistic" of their log-odds. For losses that compare items, logarithms of how often items were
+    chosen, centred, and 0."""
+    if loss in PAIRWISE:
+        popularity = np.log(np.bincount(log.items, minlength=log.num_items) + 1.0)
+        return 0.0, popularity - popularity.mean()
+    ratings = log.ratings.astype(np.float64)
+    mean = float(ratings.mean())
+    sums = np.bincount(log.items, ratings, minlength=log.num_items)
+    counts = np.bincount(log.items, minlength=log.num_items)
+    item_means = (sums + _DAMPING * mean) / (counts + _DAMPING)
+    if loss == "logistic":
+        item_means, mean = log_odds(item_means), float(log_odds(np.array(mean)))
+    return mean, item_means - mean
 
 
 def log_odds(probability: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
