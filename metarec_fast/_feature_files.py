@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from metarec_fast._feature_columns import parse_text
+from metarec_fast._feature_values import parse_text
 from metarec_fast.readers import existing_file, polars_or_none
 
 Table = dict[str, list[Any]]

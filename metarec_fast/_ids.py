@@ -72,6 +72,13 @@ def plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def first_missing(ids: NDArray[Any]) -> int | None:
+    """The first position of None, NaN or NaT."""
+    if ids.dtype.kind not in "fOM":
+        return None
+    return next((position for position, value in enumerate(ids.tolist()) if _is_missing(value)), None)
+
+
 def find_ids(catalogue: NDArray[Any], ids: Any) -> NDArray[np.int64]:
     """The position of each of `ids` in `catalogue`, −1 where it is not there."""
     column = as_column("ids", ids)

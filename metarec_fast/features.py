@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,16 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metarec_fast import _feature_files
-from metarec_fast._feature_columns import (
-    KINDS,
-    Column,
-    dense_values,
-    learn_column,
-    plain_values,
-    sparse_values,
-)
+from metarec_fast._columns import as_int
+from metarec_fast._feature_columns import KINDS, Column, as_learned, dense_values, learn_column, sparse_values
+from metarec_fast._feature_values import is_categorical, plain_values
 from metarec_fast.catalogue import Catalogue
-from metarec_fast.feature_matrix import FeatureMatrix
+from metarec_fast.feature_matrix import FeatureMatrix, below, beside
 
 _MIN_COUNT = 5
 _FEW_ROWS = 100
@@ -71,15 +67,16 @@ class Features:
             max_values: The most values of a column that count, the most frequent ones.
 
         Raises:
-            ValueError: A column is missing (those that are there are listed), an id comes twice, lengths differ.
+            ValueError: A column is missing (those that are there are listed) or comes twice, an id is missing or comes
+                twice, lengths differ, a number is not finite.
             TypeError: The values of a column are of no kind; it is named.
         """
-        names = list(frame.columns if hasattr(frame, "columns") else frame.keys())
-        for argument, wanted in (("id", [id]), ("columns", columns or ()), ("kinds", kinds or ())):
-            for name in wanted:
-                if name not in names:
-                    listed = ", ".join(map(repr, names))
-                    raise ValueError(f"{argument}: the frame has no column {name!r}; its columns are {listed}")
+        names = _names_of(frame)
+        if isinstance(columns, str):
+            raise TypeError(f"columns: expected several names, got the string {columns!r}")
+        _check_names("id", [id], names)
+        _check_names("columns", columns or (), names)
+        _check_names("kinds", kinds or (), names)
         for name, kind in (kinds or {}).items():
             if kind not in KINDS:
                 raise ValueError(f"kinds[{name!r}]: expected one of {', '.join(KINDS)}, got {kind!r}")
@@ -87,13 +84,14 @@ class Features:
         catalogue = Catalogue(ids, len(ids), name=id)
         if min_count is None:
             min_count = _MIN_COUNT if len(ids) >= _FEW_ROWS else 1
-        table = {
-            name: plain_values(name, frame[name])
-            for name in (names if columns is None else columns)
-            if name != id
-        }  # fmt: skip
+        for name, value in (("min_count", min_count), ("max_values", max_values)):
+            if as_int(name, value) < 1:
+                raise ValueError(f"{name}: must be ≥ 1, got {value}")
+        wanted = [name for name in dict.fromkeys(names if columns is None else columns) if name != id]
+        kinds = {name: "category" for name in wanted if is_categorical(frame[name])} | dict(kinds or {})
+        table = {name: plain_values(name, frame[name]) for name in wanted}
         learned = tuple(
-            learn_column(name, values, (kinds or {}).get(name), min_count, max_values) for name, values in table.items()
+            learn_column(name, values, kinds.get(name), min_count, max_values) for name, values in table.items()
         )
         return cls(catalogue, learned, _encode(learned, table, len(ids), None))
 
@@ -182,15 +180,17 @@ class Features:
 
         Raises:
             ValueError: There is no such column; those that are there are listed.
+            TypeError: A value is not of its column's kind, or `features` is no mapping.
         """
+        if not isinstance(features, Mapping):
+            raise TypeError(f"features: expected values by column, got {type(features).__name__}")
         names = [column.name for column in self.columns]
         for name in features:
             if name not in names:
                 raise ValueError(
                     f"features: there is no column {name!r}; the columns are {', '.join(map(repr, names))}"
                 )
-        table = {name: plain_values(name, [features.get(name)]) for name in names}
-        return _encode(self.columns, table, 1, self.matrix)
+        return self._encode_further({name: [value] for name, value in features.items()}, 1)
 
     def extended(self, frame: Any, *, id: str = "id") -> Features:
         """The table with further rows from the same columns, their values and scales as learned before; a row whose id
@@ -199,18 +199,17 @@ class Features:
             learner.model.user_encoder.features = features.extended(newcomers)
 
         Raises:
-            ValueError: An id comes twice in the frame, or lengths differ.
+            ValueError: There is no column of ids, an id is missing or comes twice in the frame, or lengths differ.
+            TypeError: A value is not of its column's kind.
         """
-        names = list(frame.columns if hasattr(frame, "columns") else frame.keys())
+        names = _names_of(frame)
+        _check_names("id", [id], names)
         count = len(frame[id])
         further = Catalogue(frame[id], count, name=id)
-        table = {
-            column.name: plain_values(column.name, frame[column.name]) if column.name in names else [None] * count
-            for column in self.columns
-        }
-        rows = _encode(self.columns, table, count, self.matrix)
+        there = [column.name for column in self.columns if column.name in names]
+        rows = self._encode_further({name: frame[name] for name in there}, count)
         ids = list(dict.fromkeys([*self.ids.tolist(), *further.ids.tolist()]))
-        both = _below(self.matrix, rows)
+        both = below(self.matrix, rows)
         old, new = self.find(ids), torch.from_numpy(further.find(ids))
         return replace(
             self, catalogue=Catalogue(ids, len(ids)), matrix=both.select(torch.where(new >= 0, new + len(self), old))
@@ -228,8 +227,21 @@ class Features:
         further = [position for position, found in enumerate(self.catalogue.find(other.ids)) if found < 0]
         ids = [*self.ids.tolist(), *(other.ids[position] for position in further)]
         catalogue = Catalogue(ids, len(ids))
-        matrix = _beside(*(table.matrix.select(table.find(ids)) for table in (self, other)))
+        matrix = beside(*(table.matrix.select(table.find(ids)) for table in (self, other)))
         return replace(self, catalogue=catalogue, columns=self.columns + other.columns, matrix=matrix)
+
+    def _encode_further(self, table: Mapping[str, Any], num_rows: int) -> FeatureMatrix:
+        """The matrix of further rows; columns that are not in the table are missing."""
+        values = {
+            column.name: as_learned(column, plain_values(column.name, table[column.name]))
+            if column.name in table
+            else [None] * num_rows
+            for column in self.columns
+        }
+        return _encode(self.columns, values, num_rows, self.matrix)
+
+    def __deepcopy__(self, memo: Any) -> Features:
+        return self  # nothing of it changes
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -253,6 +265,24 @@ def columns_from(described: Sequence[Mapping[str, Any]]) -> tuple[Column, ...]:
     )
 
 
+def _names_of(frame: Any) -> list[Any]:
+    """The names of the columns of a frame, or of a dict of columns."""
+    if not hasattr(frame, "columns") and not hasattr(frame, "keys"):
+        raise TypeError(f"frame: expected a pandas or Polars frame or a dict of columns, got {type(frame).__name__}")
+    names = list(frame.columns if hasattr(frame, "columns") else frame.keys())
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"frame: each column must come once, {', '.join(map(repr, twice))} comes more often")
+    return names
+
+
+def _check_names(argument: str, wanted: Iterable[Any], names: Sequence[Any]) -> None:
+    for name in wanted:
+        if name not in names:
+            listed = ", ".join(map(repr, names))
+            raise ValueError(f"{argument}: the frame has no column {name!r}; its columns are {listed}")
+
+
 def _encode(
     columns: Sequence[Column], table: Mapping[str, Sequence[Any]], num_rows: int, like: FeatureMatrix | None
 ) -> FeatureMatrix:
@@ -273,8 +303,9 @@ def _encode(
     order = np.argsort(_joined(rows, np.int64), kind="stable")
     value, weight = _joined(values, np.int64)[order], _joined(weights, np.float32)[order]
     offsets = np.concatenate([[0], np.bincount(_joined(rows, np.int64), minlength=num_rows).cumsum()])
-    known = np.array([[v is not None for v in table[column.name]] for column in sparse], np.float32)
-    known = known.reshape(len(sparse), num_rows).T
+    known = np.empty((num_rows, len(sparse)), np.float32)
+    for place, column in enumerate(sparse):
+        known[:, place] = np.fromiter((value is not None for value in table[column.name]), bool, num_rows)
 
     column_of = np.repeat(np.arange(len(sparse)), [column.size for column in sparse]).astype(np.int64)
     if like is None:
@@ -284,7 +315,7 @@ def _encode(
         means = like.means
     return FeatureMatrix(
         torch.from_numpy(value), torch.from_numpy(weight), torch.from_numpy(offsets.astype(np.int64)),
-        torch.from_numpy(np.ascontiguousarray(known)),
+        torch.from_numpy(known),
         torch.from_numpy(np.concatenate(dense, 1)) if dense else torch.zeros(num_rows, 0),
         torch.from_numpy(column_of), means,
     )  # fmt: skip
@@ -292,27 +323,3 @@ def _encode(
 
 def _joined(parts: Sequence[NDArray[Any]], kind: Any) -> NDArray[Any]:
     return np.concatenate([*parts, np.empty(0, kind)]).astype(kind)
-
-
-def _below(upper: FeatureMatrix, lower: FeatureMatrix) -> FeatureMatrix:
-    """The rows of both, of the same columns."""
-    return replace(
-        upper,
-        values=torch.cat([upper.values, lower.values]),
-        weights=torch.cat([upper.weights, lower.weights]),
-        offsets=torch.cat([upper.offsets, upper.offsets[-1] + lower.offsets[1:]]),
-        known=torch.cat([upper.known, lower.known]),
-        dense=torch.cat([upper.dense, lower.dense]),
-    )
-
-
-def _beside(left: FeatureMatrix, right: FeatureMatrix) -> FeatureMatrix:
-    """[left, right]: values of the left matrix, then those of the right one, then the numbers of both."""
-    rows = torch.cat([torch.arange(part.num_rows).repeat_interleave(part.offsets.diff()) for part in (left, right)])
-    order = rows.argsort(stable=True)
-    first, columns = left.means.numel(), left.known.shape[1]
-    return FeatureMatrix(
-        torch.cat([left.values, right.values + first])[order], torch.cat([left.weights, right.weights])[order],
-        left.offsets + right.offsets, torch.cat([left.known, right.known], 1), torch.cat([left.dense, right.dense], 1),
-        torch.cat([left.column_of, right.column_of + columns]), torch.cat([left.means, right.means]),
-    )  # fmt: skip

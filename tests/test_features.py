@@ -1,6 +1,7 @@
 """Features: what columns become, as a matrix and against its rows written out, and the files that they come from."""
 
 import datetime
+import decimal
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import metarec_fast as mf
-from metarec_fast._feature_columns import parse_text
+from metarec_fast._feature_values import parse_text
 from metarec_fast.feature_matrix import FeatureMatrix, only_numbers
 
 FRAME = {
@@ -103,6 +104,70 @@ def test_dates_are_days_and_arrays_are_vectors():
     assert [column.kind for column in features.columns] == ["number", "vector"]
     expected = torch.tensor([-1.0, 0, 1]) * math.sqrt(1.5)
     torch.testing.assert_close(features.matrix.dense, expected[:, None].expand(3, 3).contiguous())
+
+
+def test_times_are_days_whatever_they_are_kept_in():
+    days = ["2000-01-01", "NaT", "2000-01-03"]
+    expected = mf.Features.from_frame({"id": [1, 2, 3], "day": np.array(days, "datetime64[D]")}).matrix.dense
+    torch.testing.assert_close(expected[:, 0], torch.tensor([-1.0, 0, 1]))
+    for column in (
+        np.array(days, "datetime64[ns]"),
+        pandas.Series(pandas.to_datetime(days)),
+        pandas.Series(pandas.to_datetime(days, utc=True)),
+        polars.Series([datetime.date(2000, 1, 1), None, datetime.date(2000, 1, 3)]),
+        [datetime.date(2000, 1, 1), None, datetime.datetime(2000, 1, 3)],
+    ):
+        features = mf.Features.from_frame({"id": [1, 2, 3], "day": column})
+        assert torch.equal(features.matrix.dense, expected)
+        for time in (datetime.date(2000, 1, 2), np.datetime64("2000-01-02T00", "ns"), pandas.Timestamp("2000-01-02")):
+            assert not features.encode({"day": time}).dense.any()
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "values"),
+    [
+        (pandas.Series([1, None, 2], dtype="Int64"), "category", (1, 2)),
+        (pandas.Series([True, None, False], dtype="boolean"), "category", (False, True)),
+        (pandas.Series(["a", None, "b"], dtype="category"), "category", ("a", "b")),
+        (polars.Series([["a", "b"], None, ["a", None]]), "bag", ("a", "b")),
+        ([["a", None], [None], ["a", math.nan, np.str_("b")]], "bag", ("a", "b")),
+        ([[np.int64(3)], [4, 3], []], "bag", (3, 4)),
+        ([[np.float32(1), np.float32(2)], None, [0.5, 1]], "vector", ()),
+        ([decimal.Decimal("1.5"), None, decimal.Decimal(2)], "number", ()),
+        ([None, None, math.nan], "category", ()),
+    ],
+)
+def test_what_is_missing_has_no_value_in_columns_of_any_type(column, kind, values):
+    features = mf.Features.from_frame({"id": [1, 2, 3], "x": column})
+    assert [(column.kind, column.values) for column in features.columns] == [(kind, values)]
+
+
+def test_columns_that_a_frame_calls_categories_are_categories():
+    frame = pandas.DataFrame({"id": range(120), "shop": pandas.Categorical(list(range(60)) * 2)})
+    assert repr(mf.Features.from_frame(frame, min_count=1)) == "Features(120 rows; shop: category of 60)"
+
+
+def test_columns_that_do_not_vary_say_nothing_and_columns_without_values_are_left_out():
+    features = mf.Features.from_frame({"id": [1, 2, 3], "price": [0.1] * 3, "x": [None] * 3}, kinds={"x": "vector"})
+    assert features.matrix.dense.abs().max() < 1e-6
+    assert repr(features) == "Features(3 rows; price: number; left out: x)"
+
+
+def test_tables_may_be_empty():
+    nobody = mf.Features.from_frame({"id": [], "gender": []})
+    assert (len(nobody), nobody.width) == (0, 0)
+    assert nobody.matrix.select(nobody.find([7, 8])).num_rows == 2
+    nothing = mf.Features.from_frame({"id": [1, 2]})
+    joined = nothing.join(mf.Features.from_frame({"id": [2, 3], "x": ["a", "b"]}))
+    assert joined.matrix.select(torch.tensor([0])).values.numel() == 0
+
+
+def test_codes_of_further_rows_are_found_as_text_too():
+    features = mf.Features.from_frame({"id": [1, 2, 3], "age": ["18", "18-24", "25"], "tags": [[1], [2, 1], [1]]})
+    row = mf.Features.from_frame({"id": [4], "age": [25]})
+    assert row.columns[0].values == (25,)
+    assert features.encode({"age": 25}).values.tolist() == features.encode({"age": "25"}).values.tolist()
+    assert features.encode({"tags": ["2"]}).values.tolist() == features.encode({"tags": [2]}).values.tolist()
 
 
 def test_values_of_few_rows_are_left_out_unless_the_table_is_small():
@@ -238,6 +303,10 @@ def test_tables_of_movielens_are_read(tmp_path, name, text, expected):
         ({"columns": ["height"]}, ValueError, r"columns: the frame has no column 'height'"),
         ({"kinds": {"age": "wave"}}, ValueError, r"kinds\['age'\]: expected one of category, bag, .*, got 'wave'"),
         ({"kinds": {"gender": "number"}}, TypeError, r"gender: expected numbers, got 'f'"),
+        ({"kinds": {"text": "category"}}, TypeError, r"text: expected strings, numbers or truth values .* got list"),
+        ({"columns": "age"}, TypeError, "columns: expected several names, got the string 'age'"),
+        ({"min_count": 0}, ValueError, "min_count: must be ≥ 1, got 0"),
+        ({"max_values": 2.5}, TypeError, "max_values: expected an int, got float 2.5"),
     ],
 )  # fmt: skip
 def test_arguments_that_do_not_fit_are_refused_by_name(arguments, error, message):
@@ -249,6 +318,13 @@ def test_arguments_that_do_not_fit_are_refused_by_name(arguments, error, message
     ("frame", "error", "message"),
     [
         ({"id": [1, 1], "x": [1, 2]}, ValueError, "id: each id must come once, got 1 different ones among 2"),
+        ({"id": [1, None], "x": [1, 2]}, ValueError, "id: an id is missing, got None at row 1"),
+        ({"id": pandas.Series([1, None], dtype="Int64")}, ValueError, "id: an id is missing, got nan at row 1"),
+        (pandas.DataFrame([[1, 2, 3]], columns=["id", "x", "x"]), ValueError, "frame: .* once, 'x' comes more often"),
+        ([1, 2], TypeError, "frame: expected a pandas or Polars frame or a dict of columns, got list"),
+        ({"id": [1, 2], "x": [[["a"]], ["b"]]}, TypeError, r"x: expected strings, .* or bag, got list"),
+        ({"id": range(60), "x": [10**400 + i for i in range(60)]}, ValueError, "x: expected numbers that fit float64"),
+        ({"id": [1, 2], "x": [1e300, -1.5]}, ValueError, r"x: expected numbers of finite variance, got 1e\+300"),
         ({"id": [1, 2], "x": [1]}, ValueError, "x: expected 2 rows, one per id, got 1"),
         ({"id": [1, 2], "x": [1.5, math.inf]}, ValueError, "x: expected finite numbers, got inf"),
         ({"id": [1, 2], "x": [{"a": 1}, {}]}, TypeError, "x: expected strings, numbers, dates or lists .*, got dict"),
@@ -266,6 +342,12 @@ def test_vectors_of_other_lengths_and_unknown_columns_are_refused():
         features.encode({"text": [1.0, 2.0, 3.0]})
     with pytest.raises(ValueError, match=r"features: there is no column 'height'; the columns are 'gender', 'age'"):
         features.encode({"height": 3})
+    with pytest.raises(TypeError, match="features: expected values by column, got list"):
+        features.encode(["gender"])
+    with pytest.raises(TypeError, match=r"gender: expected strings, .* got list \['f'\]"):
+        features.encode({"gender": ["f"]})
+    with pytest.raises(ValueError, match="id: the frame has no column 'id'; its columns are 'who'"):
+        features.extended({"who": ["z"]})
     with pytest.raises(ValueError, match="text: expected vectors of one length, got 1, 2"):
         mf.Features.from_frame({"id": [1, 2], "text": [[1.0], [1.0, 2.0]]}, kinds={"text": "vector"})
 
