@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,17 +157,21 @@ def _count(name: str, values: Sequence[Any], kind: str) -> Counter[Any]:
 
 def _distinct_bags(name: str, values: Sequence[Any]) -> tuple[list[list[Any]], NDArray[np.int64]]:
     """The bags that occur, each value in them once, and the number of each row's bag, [R]."""
-    bags = [tuple(value) if isinstance(value, list) else () if value is None else (value,) for value in values]
-    _check_values(name, {type(part): part for bag in bags for part in bag}.values())
-    numbers: dict[tuple[Any, ...], int] = {}
-    number = np.fromiter((numbers.setdefault(bag, len(numbers)) for bag in bags), np.int64, len(bags))
+    bags = [tuple(value) if type(value) is list else () if value is None else (value,) for value in values]
+    try:
+        numbers = {bag: number for number, bag in enumerate(dict.fromkeys(bags))}
+    except TypeError:  # something in them is not hashable
+        numbers = {}
+    _check_values(name, [part for bag in numbers or bags for part in bag])
+    number = np.fromiter(map(numbers.__getitem__, bags), np.int64, len(bags))
     return [[value for value in dict.fromkeys(bag) if value == value] for bag in numbers], number
 
 
-def _check_values(name: str, values: Iterable[Any]) -> None:
+def _check_values(name: str, values: Sequence[Any]) -> None:
     """Raises unless they can be values of a category or a bag, which are written down as JSON."""
-    for kind, value in {type(value): value for value in values}.items():
+    for kind in set(map(type, values)):
         if not issubclass(kind, (str, int, float, type(None))):
+            value = next(value for value in values if type(value) is kind)
             raise TypeError(
                 f"{name}: expected strings, numbers or truth values in a category or bag, got {kind.__name__} {value!r}"
             )
