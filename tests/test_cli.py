@@ -120,7 +120,7 @@ def test_features_of_users_and_items_are_learned_from_and_kept(ratings, tmp_path
     assert repr(learner.model.item_encoder.features) == "Features(33 rows; genres: bag of 3)"
     assert set(learner.item_ids.tolist()) == {f"i{item}" for item in range(33)}  # three of them nobody rated
 
-    (tmp_path / "more.csv").write_text("\n".join(["user,gender,age", *users[35:]]) + "\n")
+    (tmp_path / "more.csv").write_text("\n".join(["id,gender,age", *users[35:]]) + "\n")  # where ids are called so
     capsys.readouterr()
     assert cli.main(["evaluate", "--ratings", str(ratings), "--users", "more.csv"]) == 0
     assert "maml-r" in capsys.readouterr().out

@@ -255,6 +255,8 @@ def test_text_becomes_numbers_bags_or_strings():
     assert parse_text(["02460", "94043"], "|") == ["02460", "94043"]
     assert parse_text(["a|b", "", "c"], "|") == [["a", "b"], None, ["c"]]
     assert parse_text(["a|b", "c"], None) == ["a|b", "c"]
+    assert parse_text(["3", "NA", "null"], "|") == [3, None, None]  # as other programs write into numbers
+    assert parse_text(["DE", "NA"], "|") == ["DE", "NA"]
 
 
 def test_a_csv_file_gives_ids_of_the_kind_that_a_log_has(tmp_path):
@@ -263,6 +265,15 @@ def test_a_csv_file_gives_ids_of_the_kind_that_a_log_has(tmp_path):
     features = mf.Features.from_csv(path, id="item")
     assert features.ids.tolist() == [10, 2]
     assert repr(features) == "Features(2 rows; genres: bag of 3, year: category of 1)"
+
+
+def test_a_csv_file_may_come_from_other_programs(tmp_path):
+    path = tmp_path / "items.csv"
+    path.write_bytes(b'\xef\xbb\xbf,item, about,year\r\n0,a,"Two\r\nlines; ""quoted"", both",1995\r\n1,b,x,\r\n\r\n')
+    features = mf.Features.from_csv(path, id="item")
+    assert features.ids.tolist() == ["a", "b"]
+    assert [column.name for column in features.columns] == ["about", "year"]  # not the row numbers of pandas
+    assert features.columns[0].values == ('Two\r\nlines; "quoted", both', "x")
 
 
 def test_a_parquet_file_keeps_its_types(tmp_path):
@@ -291,6 +302,15 @@ def test_tables_of_movielens_are_read(tmp_path, name, text, expected):
         assert genres.kind == "bag"
         assert set(genres.values) <= {"Animation", "Comedy", "Action", "Crime", "Western"}
         assert genres.values
+
+
+def test_letters_that_are_line_ends_elsewhere_do_not_divide_a_film(tmp_path):
+    (tmp_path / "movies.dat").write_bytes(b"1::Wait\x85 (1995)::Drama\r\n\r\n2::Heat (1995)::Action|Crime\r\n")
+    features = mf.Features.from_movielens(tmp_path / "movies.dat")
+    assert features.ids.tolist() == [1, 2]
+    assert repr(features) == "Features(2 rows; year: category of 1, genres: bag of 3)"
+    (tmp_path / "ratings.dat").write_text("1::1::5::0\n1::2::4::1\n")
+    assert mf.Interactions.from_movielens(tmp_path).item_titles == {1: "Wait\x85 (1995)", 2: "Heat (1995)"}
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------------
@@ -356,7 +376,11 @@ def test_vectors_of_other_lengths_and_unknown_columns_are_refused():
     ("text", "message"),
     [
         ("", "the file is empty"),
-        ("item,genres\n1\n", "expected 2 fields in row 1, got 1"),
+        ("item,genres\n1,a\n\n2\n", r"items\.csv:4: expected 2 fields, got 1"),
+        ('item,about\n1,"a\nb"\n2,"c\nd"\n3\n', r"items\.csv:6: expected 2 fields, got 1"),
+        ("item,genres\n1,a\n,b\n", r"items\.csv:3: expected an id, got none"),
+        ("item;genres\n1;a\n", "expected fields separated by ',', got the header 'item;genres'"),
+        ("item,x,x\n1,2,3\n", "each column must come once, 'x' comes more often"),
         ("film,genres\n1,a\n", "id: .* has no column 'item'; its columns are 'film', 'genres'"),
     ],
 )
@@ -370,3 +394,13 @@ def test_broken_files_are_named(tmp_path, text, message):
         mf.Features.from_csv(tmp_path / "nothing.csv")
     with pytest.raises(ValueError, match=r"expected the name of a MovieLens table"):
         mf.Features.from_movielens(path)
+    with pytest.raises(ValueError, match="sep: expected one character, got '::'"):
+        mf.Features.from_csv(path, sep="::")
+    (tmp_path / "users.dat").write_text("1::M::24::10::48067\n2::F::56\n")
+    with pytest.raises(ValueError, match=r"users\.dat:2: expected 5 fields separated by '::', got 3"):
+        mf.Features.from_movielens(tmp_path / "users.dat")
+    (tmp_path / "movies.csv").write_text("movieId,title\n1,Heat\n")
+    with pytest.raises(
+        ValueError, match=r"movies\.csv: expected the columns movieId, title, genres, got movieId, title"
+    ):
+        mf.Features.from_movielens(tmp_path / "movies.csv")
