@@ -42,7 +42,11 @@ class FeatureMatrix:
         return self.means.numel() + self.dense.shape[1]
 
     def __matmul__(self, weight: Tensor) -> Tensor:
-        """X times a weight [F, K]: [R, K]."""
+        """X times a weight [F, K]: [R, K], in the weight's precision under autocast too."""
+        with torch.autocast(weight.device.type, enabled=False):
+            return self._times(weight)
+
+    def _times(self, weight: Tensor) -> Tensor:
         of_values, of_numbers = weight.split([self.means.numel(), self.dense.shape[1]])
         kind = weight.dtype
         product: Tensor = self.dense.to(kind) @ of_numbers

@@ -230,6 +230,10 @@ class Features:
         matrix = beside(*(table.matrix.select(table.find(ids)) for table in (self, other)))
         return replace(self, catalogue=catalogue, columns=self.columns + other.columns, matrix=matrix)
 
+    def has_columns_of(self, other: Features) -> bool:
+        """Whether a row of the one table means what it means in the other: same columns, values, scales and means."""
+        return describe_columns(self) == describe_columns(other) and torch.equal(self.matrix.means, other.matrix.means)
+
     def _encode_further(self, table: Mapping[str, Any], num_rows: int) -> FeatureMatrix:
         """The matrix of further rows; columns that are not in the table are missing."""
         values = {
