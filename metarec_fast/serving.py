@@ -48,15 +48,15 @@ class AdaptedUser:
         """
         model = self._learner.model
         rows = self._learner.catalogue.find(items)
-        table, item_bias = model.tables()
-        wanted = torch.from_numpy(np.maximum(rows, 0)).to(table.device)
-        scores = item_bias[wanted] + table[wanted] @ self.vector
+        wanted = torch.from_numpy(np.maximum(rows, 0)).to(self.vector.device)
+        vectors, biases = model.lookup(wanted)
+        scores = biases + vectors @ self.vector
         if self._adapted is not None:
             for row, score in zip(self.seen.tolist(), self._seen_scores(self._adapted), strict=True):
                 scores[wanted == row] = score
         if (rows < 0).any():
             vectors, biases = model.unknown_items(items)
-            scores = torch.where(torch.from_numpy(rows < 0).to(table.device), biases + vectors @ self.vector, scores)
+            scores = torch.where(torch.from_numpy(rows < 0).to(scores.device), biases + vectors @ self.vector, scores)
         result: NDArray[Any] = (scores + self._constant()).cpu().numpy()
         return result
 

@@ -1,6 +1,9 @@
 """Learners that know features: their gradients, where they start from, items and users that are new, the disk."""
 
 import copy
+import dataclasses
+import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -211,6 +214,149 @@ def test_newcomers_can_be_added_to_the_table_of_users():
     assert torch.equal(learner.adapt([], [], user=5).vector, learner.adapt([], [], {"gender": "m"}).vector)
     with pytest.raises(ValueError, match="features: expected 2 numbers a row, got 3"):
         encoder.features = items
+
+
+def test_a_table_of_items_can_be_extended_too_and_must_mean_the_same():
+    log, users, _, _ = make_world(num_users=60)
+    letters = ["a", "b"] * 20
+    ids = [f"i{item:02}" for item in range(NUM_ITEMS)]
+    half = mf.Features.from_frame({"id": ids[:20], "letter": letters[:20]})
+    learner = make_learner(mf.MAML, users, half, log)
+    learner.model.item_encoder.features = half.extended({"id": ids[20:], "letter": letters[20:]})
+    whole = make_learner(mf.MAML, users, mf.Features.from_frame({"id": ids, "letter": letters}), log)
+    assert torch.equal(learner.predict(a_batch(log)), whole.predict(a_batch(log)))
+    assert torch.equal(learner.score_catalogue(a_batch(log)), whole.score_catalogue(a_batch(log)))
+    for other in ({"size": letters}, {"letter": ["a", "b", "b", "b"] * 10}):  # other columns, other means
+        with pytest.raises(ValueError, match="features: expected the columns, values and scales of the present table"):
+            learner.model.item_encoder.features = mf.Features.from_frame({"id": ids, **other})
+
+
+def test_tables_are_made_anew_when_anything_in_them_has_changed():
+    log, users, items, _ = make_world(num_users=60)
+    learner = make_learner(mf.MAML, users, items, log)
+    model = learner.model
+
+    @torch.no_grad()
+    def changed():
+        """Whether the tables are other ones than last time; they are right in any case."""
+        more = model.of_features()
+        expected = model.item_embedding.weight + more[:, :-1], model.item_bias.weight[:, 0] + more[:, -1]
+        now, before[0] = model.tables(), before[0]
+        assert all(map(torch.equal, now, expected))
+        was, before[0] = before[0], now
+        return was is None or was[0] is not now[0]
+
+    before = [None]
+    assert changed()
+    assert not changed()
+    optimizer = torch.optim.Adam(learner.parameters(), fused=True)  # which counts no versions
+    learner(a_batch(log)).backward()
+    optimizer.step()
+    assert changed()
+    assert not changed()
+    for parameter in (model.item_encoder.weight, model.item_embedding.weight, model.item_bias.weight):
+        parameter.data[0, 0] += 1
+        assert changed()
+    learner.item_ids = log.item_ids[::-1]
+    assert changed()
+    model.item_encoder.features = items.extended({"id": ["i00"], "genres": [["b"]]})
+    assert changed()
+    before[0][0].add_(1)  # not what one should do
+    assert changed()
+    learner.float()
+    assert changed()
+    assert model.tables()[0].requires_grad
+    with torch.inference_mode():
+        model.item_encoder.weight.data[0, 0] += 1
+        model.tables()
+    assert changed()
+    assert torch.equal(copy.deepcopy(learner).score_catalogue(a_batch(log)), learner.score_catalogue(a_batch(log)))
+    assert len(pickle.dumps(model._kept_tables)) < 100
+
+
+def test_only_the_items_of_a_batch_get_their_features_added():
+    log, users, items, _ = make_world(num_users=60)
+    learner = make_learner(mf.MAML, users, items, log)
+    batch, nobody = a_batch(log), learner.adapt([], [])
+    learner.model.tables = learner.model.of_features = None
+    assert learner.predict(batch).isfinite().all()
+    assert learner.adapt(["i00"], [5.0]).predict(["i03"]).shape == nobody.predict(["i03"]).shape
+
+
+def test_every_parameter_gets_a_gradient_whatever_is_in_a_batch():
+    """DistributedDataParallel waits for all of them in each process."""
+    log, users, items, _ = make_world(num_users=60)
+    batch = a_batch(log)
+    for algorithm in ALGORITHMS:
+        learner = make_learner(algorithm, users, items, log).float()
+        for tasks in (
+            mf.TaskBatch(batch.support, batch.query),
+            mf.TaskBatch(batch.support, batch.query, user_ids=[0] * 6),
+        ):
+            learner.zero_grad(set_to_none=True)
+            learner(tasks).backward()
+            missing = [name for name, each in learner.named_parameters() if each.grad is None]
+            assert not missing, algorithm.name
+            assert not learner.model.user_encoder.weight.grad.any()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("loss", ["squared", "logistic", "softmax"])
+def test_tables_without_any_column_or_row_change_nothing(algorithm, loss, tmp_path):
+    if algorithm is mf.Reptile and loss == "softmax":
+        return
+    log, _, items, _ = make_world(num_users=60)
+    if loss == "logistic":
+        log = dataclasses.replace(log, ratings=(log.ratings > 3).astype(np.float32))
+    split = mf.split_users(log, seed=0)
+    nobody = mf.Features.from_frame({"id": [], "gender": []})
+    empty = mf.Features.from_frame({"id": items.ids, "genres": [None] * len(items)})
+    scores = []
+    for given in ({}, {"user_features": nobody, "item_features": empty}):
+        torch.manual_seed(0)
+        learner = algorithm(mf.DotRecommender(log.num_items, 3, loss, **given))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # nothing is known of any user
+            learner.fit(split.train, split.valid, epochs=1, progress=False)
+            learner.save(tmp_path)
+            learner = mf.load(tmp_path)
+        torch.manual_seed(0)
+        batch = next(iter(mf.TaskSampler(split.test, support=5, shuffle=False)))
+        scores.append(learner.score_catalogue(batch))
+        learner.adapt(["i01"], [1.0], user=1000).recommend(3)
+    torch.testing.assert_close(*scores)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does it
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # and this
+def test_a_compiled_learner_gives_the_same_losses():
+    log, users, items, _ = make_world(num_users=60)
+    torch.compiler.reset()
+    learner = make_learner(mf.MAML, users, items, log)
+    compiled = torch.compile(learner, backend="aot_eager")
+    for batch in mf.TaskSampler(log, support=(3, 8), query=5, batch_size=20):
+        batch = batch.to("cpu", torch.float64)
+        losses = []
+        for run in (learner, compiled):
+            learner.zero_grad(set_to_none=True)
+            loss = run(batch)
+            loss.backward()
+            losses += [loss.detach(), learner.model.item_encoder.weight.grad.clone()]
+        torch.testing.assert_close(losses[:2], losses[2:])
+
+
+def test_features_keep_their_precision_under_autocast_and_beside_narrow_tables():
+    log, users, items, _ = make_world(num_users=60)
+    learner = make_learner(mf.MAML, users, items, log).float()
+    batch = a_batch(log)
+    expected = learner.predict(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(learner.predict(batch), expected)
+    learner.model.item_embedding.bfloat16()
+    learner(batch).backward()
+    assert learner.model.item_encoder.weight.grad.dtype is torch.float32
+    # Vectors of about 0.1 rounded to 8 bits, in products of a few of them with a user of about 1.
+    torch.testing.assert_close(learner.predict(batch), expected, rtol=0, atol=5e-3)
 
 
 def test_users_without_features_and_batches_without_users_count_as_average():
