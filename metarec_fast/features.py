@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -267,6 +268,14 @@ def columns_from(described: Sequence[Mapping[str, Any]]) -> tuple[Column, ...]:
         Column(str(c["name"]), str(c["kind"]), tuple(c["values"]), tuple(c["mean"]), tuple(c["deviation"]))
         for c in described
     )
+
+
+def fingerprint(features: Features) -> str:
+    """What tells tables apart: how large one is, and a checksum of its ids, columns and numbers."""
+    check = zlib.crc32(repr((features.ids.tolist(), describe_columns(features))).encode())
+    for part in vars(features.matrix).values():
+        check = zlib.crc32(part.numpy(), check)
+    return f"{len(features)} rows of {features.width} numbers, {check:08x}"
 
 
 def _names_of(frame: Any) -> list[Any]:

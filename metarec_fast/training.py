@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from metarec_fast import _known_gradients, tuning
 from metarec_fast._arguments import PAIRWISE
 from metarec_fast.checkpoint import replace_file
+from metarec_fast.features import fingerprint
 from metarec_fast.history import Epoch, History
 from metarec_fast.optim import clip_grad_norm_
 from metarec_fast.reference import pointwise_loss
@@ -26,6 +27,7 @@ from metarec_fast.sampler import Size, TaskSampler
 
 if TYPE_CHECKING:
     from metarec_fast.data import Interactions
+    from metarec_fast.encoder import FeatureEncoder
     from metarec_fast.learners import Learner
     from metarec_fast.tasks import TaskBatch
 
@@ -409,9 +411,15 @@ def _describe(learner: Learner, train: Interactions, valid: Interactions | None)
         "learner": type(learner).__name__,
         "hyperparameters": repr(learner.hyperparameters),
         "model": repr(learner.model.hyperparameters),
+        "user_features": _describe_features(learner.model.user_encoder),
+        "item_features": _describe_features(learner.model.item_encoder),
         "train": _fingerprint(train),
         "valid": None if valid is None else _fingerprint(valid),
     }
+
+
+def _describe_features(encoder: FeatureEncoder | None) -> str | None:
+    return None if encoder is None else fingerprint(encoder.features)
 
 
 def _fingerprint(log: Interactions) -> str:

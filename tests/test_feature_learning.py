@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import datetime
 import pickle
+import shutil
 import warnings
 
 import numpy as np
@@ -126,6 +128,51 @@ def test_learners_with_features_train_and_come_back_from_the_disk(algorithm, tmp
     (tmp_path / "features.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="features.safetensors"):
         mf.load(tmp_path)
+
+
+def test_files_of_another_learner_are_refused(tmp_path):
+    log, users, items, _ = make_world(num_users=60)
+    others = mf.Features.from_frame({"id": users.ids, "gender": ["f", "m"] * 30})
+    folders = [tmp_path / "one", tmp_path / "other", tmp_path / "none"]
+    for folder, table in zip(folders, (users, others, None), strict=True):
+        make_learner(mf.MAML, table, items, log).save(folder)
+    for folder, message in (
+        ("other", "the user features of this learner: expected 60 rows"),
+        ("none", "'user.values'"),
+    ):
+        shutil.copy(tmp_path / folder / "features.safetensors", folders[0])
+        with pytest.raises(ValueError, match=f"one/features.safetensors: does not hold .*{message}"):
+            mf.load(folders[0])
+
+
+def test_training_goes_on_only_with_the_same_features(tmp_path):
+    log, users, items, _ = make_world(num_users=60)
+    split = mf.split_users(log, seed=0)
+
+    def train(users, items, **arguments):
+        torch.manual_seed(0)
+        learner = mf.MAML(mf.DotRecommender(log.num_items, 3, user_features=users, item_features=items))
+        history = learner.fit(split.train, split.valid, epochs=2, patience=None, progress=False, **arguments)
+        return history.epochs[-1].train_loss
+
+    expected = train(users, items, checkpoint=tmp_path)
+    assert train(users, items, checkpoint=tmp_path, resume=True) == expected
+    others = mf.Features.from_frame({"id": users.ids, "gender": ["f", "m"] * 30})
+    for name, tables in {"user_features": [others, items], "item_features": [users, None]}.items():
+        with pytest.raises(ValueError, match=f"{name}: the checkpoint .* was made with '[46]0 rows of [23] numbers"):
+            train(*tables, checkpoint=tmp_path, resume=True)
+
+
+def test_every_value_of_a_column_comes_back_from_the_disk(tmp_path):
+    log, users, _, _ = make_world(num_users=60)
+    frame = {"id": users.ids, "on": [True, None] * 30, "size": [1.0, 2.0, None] * 20, "tags": [["ä", 3], [2.5]] * 30}
+    frame["day"] = np.array(["2000-01-01", "NaT", "2001-01-01"] * 20, "datetime64[ns]")
+    learner = make_learner(mf.MAML, mf.Features.from_frame(frame), None, log)
+    learner.save(tmp_path)
+    for value in ({"on": False}, {"size": 2}, {"tags": [3, "ä"]}, {"day": datetime.date(2000, 5, 1)}):
+        expected = learner.adapt([], [], value).vector
+        assert torch.equal(mf.load(tmp_path).adapt([], [], value).vector, expected)
+        assert not torch.equal(expected, learner.adapt([], []).vector)
 
 
 def test_the_warm_start_learns_what_features_say():
