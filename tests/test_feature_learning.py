@@ -106,9 +106,26 @@ def test_reptile_moves_features_too():
     torch.testing.assert_close(
         model.user_encoder.weight.grad, x.T @ torch.cat([moves["user_init"], moves["user_bias_init"][:, None]], 1)
     )
-    # A row moves by its mean over the tasks that hold it, and W by all rows.
+    # A row moves by its mean over the tasks that hold it, and W by the mean over the rows that move: by their sum, an
+    # item would move as often as others have its values.
     rows = functional.sum_rows(moves["item_table"], NUM_ITEMS)
-    torch.testing.assert_close(model.item_encoder.weight.grad[:, :-1], z.T @ rows)
+    torch.testing.assert_close(model.item_embedding.weight.grad, rows)
+    count = len(batch.support.items.unique())
+    torch.testing.assert_close(model.item_encoder.weight.grad[:, :-1], z.T @ rows / count)
+
+
+def test_reptile_does_not_diverge_where_many_items_are_alike():
+    rng = np.random.default_rng(0)
+    users, items = (
+        np.repeat(np.arange(60), 100),
+        np.concatenate([rng.choice(2000, 100, replace=False) for _ in range(60)]),
+    )
+    log = mf.Interactions.from_arrays(users, items, rng.integers(1, 6, len(items)) + 0.0)
+    alike = mf.Features.from_frame({"id": range(2000), "letter": ["a", "b"] * 1000, "size": rng.normal(size=2000)})
+    split = mf.split_users(log, seed=0)
+    learner = mf.Reptile(mf.DotRecommender(log.num_items, 3, item_features=alike))
+    history = learner.fit(split.train, split.valid, epochs=10, patience=None, progress=False)
+    assert history.epochs[-1].valid < 1.1 * history.epochs[0].valid
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
