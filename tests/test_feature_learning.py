@@ -234,6 +234,19 @@ def test_the_start_is_the_factor_model_with_its_features():
     torch.testing.assert_close(learner.predict(batch), expected, rtol=0, atol=0.02)
 
 
+def test_a_factor_model_of_other_features_is_refused():
+    log, users, items, _ = make_world(num_users=60)
+    learner = mf.MAMLR(mf.DotRecommender(log.num_items, 3, user_features=users, item_features=items))
+    for given, name in (({"user_features": items}, "user"), ({"item_features": users}, "item")):
+        factors = warm_start.variational(log, dim=3, sweeps=1, **given)
+        with pytest.raises(
+            ValueError, match=rf"factors.{name}_weights: expected shape \[F, D \+ 1\] = \([23], 4\), as"
+        ):
+            learner.start_from(factors, log)
+    learner.start_from(warm_start.variational(log, dim=3, sweeps=1), log)  # without any they start at 0
+    assert not learner.model.user_encoder.weight.any()
+
+
 def test_an_item_that_nobody_rated_gets_what_its_features_say():
     log, _, items, scores = make_world()
     hidden = ["i00", "i01", "i02", "i03", "i04", "i05"]
