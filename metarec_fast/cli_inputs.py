@@ -86,8 +86,12 @@ def read_item_features(options: argparse.Namespace) -> Features | None:
 
 
 def with_unrated_items(log: Interactions, features: Features) -> Interactions:
-    """The log with the items behind its own of which only features are known, so that they can be recommended."""
-    unrated = features.ids[log.item_index(features.ids) < 0].tolist()
+    """The log with the items behind its own of which only features are known, so that they can be recommended.
+
+    Not where features and ratings have no item in common: then their ids are of different kinds.
+    """
+    found = log.item_index(features.ids)
+    unrated = features.ids[found < 0].tolist() if (found >= 0).any() else []
     return log.align_items([*log.item_ids.tolist(), *unrated])[0] if unrated else log
 
 
