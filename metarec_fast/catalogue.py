@@ -49,9 +49,9 @@ class Catalogue:
                 f"{Counter(self.ids.tolist()).most_common(1)[0][0]!r} comes again"
             )
 
-    def find(self, ids: Any) -> NDArray[np.int64]:
+    def find(self, ids: Any, name: str = "items") -> NDArray[np.int64]:
         """Row numbers of original ids, −1 for those unknown."""
-        column = as_column("items", ids)
+        column = as_column(name, ids)
         if len(column) == 0:
             return np.empty(0, np.int64)
         if self._integers is not None:

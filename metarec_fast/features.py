@@ -174,7 +174,7 @@ class Features:
 
     def find(self, ids: Any) -> Tensor:
         """Positions of original ids, int64 [n], −1 for those of whom nothing is known."""
-        return torch.from_numpy(self.catalogue.find(ids))
+        return torch.from_numpy(self.catalogue.find(ids, "ids"))
 
     def encode(self, features: Mapping[str, Any]) -> FeatureMatrix:
         """The matrix of one further row, [1, F], from its values by column; columns that are left out are missing.

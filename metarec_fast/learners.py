@@ -86,6 +86,10 @@ class Learner(nn.Module):
         }
         self.rating_range: tuple[float, float] | None = None
         self._catalogue: Catalogue | None = None
+        # Tables of features, which DistributedDataParallel would send around before every step.
+        self._ddp_params_and_buffers_to_ignore = [
+            f"model.{name}" for name, _ in model.named_buffers() if "_encoder." in name
+        ]
 
     def forward(self, batch: TaskBatch) -> Tensor:
         """The outer loss of a batch, a scalar: how well tasks that adapted on their support predict their query.

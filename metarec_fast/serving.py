@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -163,6 +163,8 @@ def _user_features(learner: Learner, features: Mapping[str, Any] | None, user: A
         if encoder is None:
             raise ValueError("features: the learner's model has no user features")
         return encoder.features.encode(features).to(encoder.weight.device)
+    if user is not None and not isinstance(user, Hashable):
+        raise TypeError(f"user: expected an id, got {type(user).__name__}")
     return None if encoder is None or user is None else encoder.rows_of([user])
 
 

@@ -447,6 +447,11 @@ def test_users_without_features_and_batches_without_users_count_as_average():
     assert not torch.allclose(learner.predict(batch), average)
     with pytest.raises(ValueError, match="user_ids: expected 6, one per task, got 2"):
         mf.TaskBatch(batch.support, batch.query, user_ids=[1, 2])
+    for wrong in ("abcdef", 3):
+        with pytest.raises(TypeError, match="user_ids: expected an array, list or column, got"):
+            mf.TaskBatch(batch.support, user_ids=wrong)
+    with pytest.raises(TypeError, match="user: expected an id, got list"):
+        learner.adapt([], [], user=[1000])
 
 
 def test_ids_of_another_kind_are_told():
