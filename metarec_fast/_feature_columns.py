@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import datetime
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,19 @@ class Column:
         if self.kind == "number":
             return f"{self.name}: number"
         return f"{self.name}: {self.kind} of {self.size}"
+
+
+def describe_columns(columns: Sequence[Column]) -> list[dict[str, Any]]:
+    """The columns as JSON takes them."""
+    return [asdict(column) for column in columns]
+
+
+def columns_from(described: Sequence[Mapping[str, Any]]) -> tuple[Column, ...]:
+    """The columns that `describe_columns` wrote down."""
+    return tuple(
+        Column(str(c["name"]), str(c["kind"]), tuple(c["values"]), tuple(c["mean"]), tuple(c["deviation"]))
+        for c in described
+    )
 
 
 def learn_column(name: str, values: Sequence[Any], kind: str | None, min_count: int, max_values: int) -> Column:

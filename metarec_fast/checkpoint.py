@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from metarec_fast._feature_columns import columns_from, describe_columns
 from metarec_fast.catalogue import Catalogue
 from metarec_fast.feature_matrix import FeatureMatrix
-from metarec_fast.features import Features, columns_from, describe_columns, fingerprint
+from metarec_fast.features import Features, fingerprint
 from metarec_fast.models import DotRecommender
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def save(learner: Learner, directory: str | os.PathLike[str]) -> None:
         "features": {
             name: {
                 "ids": _pack_ids(f"{name} features", table.ids),
-                "columns": describe_columns(table),
+                "columns": describe_columns(table.columns),
                 "fingerprint": fingerprint(table),
             }
             for name, table in tables.items()

@@ -6,17 +6,17 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from metarec_fast import _feature_files
 from metarec_fast._columns import as_int
-from metarec_fast._feature_columns import KINDS, Column, as_learned, dense_values, learn_column, sparse_values
+from metarec_fast._feature_columns import KINDS, Column, as_learned, describe_columns, learn_column
+from metarec_fast._feature_encoding import encode_rows
 from metarec_fast._feature_values import is_categorical, plain_values
 from metarec_fast.catalogue import Catalogue
 from metarec_fast.feature_matrix import FeatureMatrix, below, beside
@@ -94,7 +94,7 @@ class Features:
         learned = tuple(
             learn_column(name, values, kinds.get(name), min_count, max_values) for name, values in table.items()
         )
-        return cls(catalogue, learned, _encode(learned, table, len(ids), None))
+        return cls(catalogue, learned, encode_rows(learned, table, len(ids), None))
 
     @classmethod
     def from_csv(
@@ -233,7 +233,9 @@ class Features:
 
     def has_columns_of(self, other: Features) -> bool:
         """Whether a row of the one table means what it means in the other: same columns, values, scales and means."""
-        return describe_columns(self) == describe_columns(other) and torch.equal(self.matrix.means, other.matrix.means)
+        return describe_columns(self.columns) == describe_columns(other.columns) and torch.equal(
+            self.matrix.means, other.matrix.means
+        )
 
     def _encode_further(self, table: Mapping[str, Any], num_rows: int) -> FeatureMatrix:
         """The matrix of further rows; columns that are not in the table are missing."""
@@ -243,7 +245,7 @@ class Features:
             else [None] * num_rows
             for column in self.columns
         }
-        return _encode(self.columns, values, num_rows, self.matrix)
+        return encode_rows(self.columns, values, num_rows, self.matrix)
 
     def __deepcopy__(self, memo: Any) -> Features:
         return self  # nothing of it changes
@@ -257,22 +259,9 @@ class Features:
         return f"Features({len(self)} rows; {used or 'no columns'}{'; left out: ' if left_out else ''}{left_out})"
 
 
-def describe_columns(features: Features) -> list[dict[str, Any]]:
-    """The columns as JSON takes them."""
-    return [asdict(column) for column in features.columns]
-
-
-def columns_from(described: Sequence[Mapping[str, Any]]) -> tuple[Column, ...]:
-    """The columns that `describe_columns` wrote down."""
-    return tuple(
-        Column(str(c["name"]), str(c["kind"]), tuple(c["values"]), tuple(c["mean"]), tuple(c["deviation"]))
-        for c in described
-    )
-
-
 def fingerprint(features: Features) -> str:
     """What tells tables apart: how large one is, and a checksum of its ids, columns and numbers."""
-    check = zlib.crc32(repr((features.ids.tolist(), describe_columns(features))).encode())
+    check = zlib.crc32(repr((features.ids.tolist(), describe_columns(features.columns))).encode())
     for part in vars(features.matrix).values():
         check = zlib.crc32(part.numpy(), check)
     return f"{len(features)} rows of {features.width} numbers, {check:08x}"
@@ -294,45 +283,3 @@ def _check_names(argument: str, wanted: Iterable[Any], names: Sequence[Any]) -> 
         if name not in names:
             listed = ", ".join(map(repr, names))
             raise ValueError(f"{argument}: the frame has no column {name!r}; its columns are {listed}")
-
-
-def _encode(
-    columns: Sequence[Column], table: Mapping[str, Sequence[Any]], num_rows: int, like: FeatureMatrix | None
-) -> FeatureMatrix:
-    """The matrix of a table, with means of its own or those of another one."""
-    for column in columns:
-        if len(table[column.name]) != num_rows:
-            raise ValueError(f"{column.name}: expected {num_rows} rows, one per id, got {len(table[column.name])}")
-    sparse = [column for column in columns if column.is_sparse and column.size]
-    dense = [dense_values(column, table[column.name]) for column in columns if not column.is_sparse]
-
-    values, rows, weights, first = [], [], [], 0
-    for column in sparse:
-        found, sizes = sparse_values(column, table[column.name])
-        values.append(found + first)
-        rows.append(np.repeat(np.arange(num_rows), sizes))
-        weights.append(1 / np.sqrt(np.repeat(sizes, sizes)))
-        first += column.size
-    order = np.argsort(_joined(rows, np.int64), kind="stable")
-    value, weight = _joined(values, np.int64)[order], _joined(weights, np.float32)[order]
-    offsets = np.concatenate([[0], np.bincount(_joined(rows, np.int64), minlength=num_rows).cumsum()])
-    known = np.empty((num_rows, len(sparse)), np.float32)
-    for place, column in enumerate(sparse):
-        known[:, place] = np.fromiter((value is not None for value in table[column.name]), bool, num_rows)
-
-    column_of = np.repeat(np.arange(len(sparse)), [column.size for column in sparse]).astype(np.int64)
-    if like is None:
-        totals = np.bincount(value, weight, first)
-        means = torch.from_numpy((totals / np.maximum(known.sum(0), 1)[column_of]).astype(np.float32))
-    else:
-        means = like.means
-    return FeatureMatrix(
-        torch.from_numpy(value), torch.from_numpy(weight), torch.from_numpy(offsets.astype(np.int64)),
-        torch.from_numpy(known),
-        torch.from_numpy(np.concatenate(dense, 1)) if dense else torch.zeros(num_rows, 0),
-        torch.from_numpy(column_of), means,
-    )  # fmt: skip
-
-
-def _joined(parts: Sequence[NDArray[Any]], kind: Any) -> NDArray[Any]:
-    return np.concatenate([*parts, np.empty(0, kind)]).astype(kind)
