@@ -89,6 +89,32 @@ def encoders(model):
     return {"users": model.user_encoder, "items": model.item_encoder}
 
 
+@pytest.mark.parametrize(("adapt", "loss"), [("user", "squared"), ("all", "squared"), ("user", "bpr")])
+def test_what_is_served_is_what_tables_with_features_in_them_would_give(adapt, loss):
+    log, _, items, _ = make_world(num_users=60)
+    learner = make_learner(lambda model: mf.MAML(model, adapt=adapt), None, items, log, loss=loss)
+    plain = make_learner(lambda model: mf.MAML(model, adapt=adapt), None, None, log, loss=loss)
+    weights = learner.state_dict()
+    del weights["model.item_encoder.weight"]
+    plain.load_state_dict(weights)
+    with torch.no_grad():
+        table, bias = learner.model.tables()
+        plain.model.item_embedding.weight.copy_(table)
+        plain.model.item_bias.weight.copy_(bias[:, None])
+    batch = a_batch(log, negatives=2 if loss == "bpr" else 0).to("cpu", torch.float64)
+    for call in (lambda learner: learner.predict(batch), lambda learner: learner.score_catalogue(batch)):
+        torch.testing.assert_close(call(learner), call(plain))
+    users = []
+    for each in (learner, plain):
+        torch.manual_seed(0)  # of the negatives
+        users.append(each.adapt(["i03", "i07", "i03"], [5, 1, 4]))
+    np.testing.assert_allclose(*(user.predict(["i07", "i09", "i03"]) for user in users))
+    for exclude in (False, True):
+        (ids, scores), (expected_ids, expected) = (user.recommend(40, exclude_seen=exclude) for user in users)
+        assert ids.tolist() == expected_ids.tolist()
+        np.testing.assert_allclose(scores, expected)
+
+
 def test_reptile_moves_features_too():
     log, users, items, _ = make_world()
     learner = make_learner(mf.Reptile, users, items, log)
