@@ -139,6 +139,8 @@ def _kind_of(name: str, values: Sequence[Any]) -> str:
     kinds = set(map(type, values))
     if not kinds or kinds <= {str, bool}:
         return "category"
+    if kinds == {np.ndarray}:  # of floats
+        return "vector" if len(set(map(len, values))) == 1 else "bag"
     if kinds == {list}:
         parts = {type(part) for row in values for part in row}
         lengths = set(map(len, values))
@@ -170,6 +172,7 @@ def _count(name: str, values: Sequence[Any], kind: str) -> Counter[Any]:
 
 def _distinct_bags(name: str, values: Sequence[Any]) -> tuple[list[list[Any]], NDArray[np.int64]]:
     """The bags that occur, each value in them once, and the number of each row's bag, [R]."""
+    values = [value.tolist() if isinstance(value, np.ndarray) else value for value in values]
     bags = [tuple(value) if type(value) is list else () if value is None else (value,) for value in values]
     try:
         numbers = {bag: number for number, bag in enumerate(dict.fromkeys(bags))}
@@ -192,7 +195,9 @@ def _check_values(name: str, values: Sequence[Any]) -> None:
 
 def _as_rows(name: str, values: Sequence[Any]) -> NDArray[np.float64]:
     """Numbers [R, 1] or vectors [R, width] that are there, at least one row."""
-    if not set(map(type, values)) <= {int, float, bool}:
+    kinds = set(map(type, values))
+    if not (kinds <= {int, float, bool} or (kinds == {np.ndarray} and len(set(map(len, values))) == 1)):
+        values = [value.tolist() if isinstance(value, np.ndarray) else value for value in values]
         values = [value if isinstance(value, list) else [value] for value in values]
         lengths = sorted(set(map(len, values)))
         if len(lengths) > 1:

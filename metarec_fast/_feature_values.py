@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
+import numpy as np
+
 _POSTCODE = re.compile(r"[+-]?0\d")  # or a telephone number, which would lose its zeros as a number
 _NOTHING = ("na", "n/a", "nan", "null", "none", r"\n")  # what other programs write into columns of numbers
 
@@ -24,6 +26,13 @@ def plain_values(name: str, column: Any) -> PlainList:
     """
     if isinstance(column, PlainList):
         return column
+    if getattr(getattr(column, "dtype", None), "kind", "") == "M":
+        column = np.asarray(column, "datetime64[us]")
+    if hasattr(column, "detach"):
+        column = column.detach().cpu()  # a tensor; NumPy has no bfloat16
+        column = column.double().numpy() if column.is_floating_point() else column.numpy()
+    if _is_matrix(column):
+        return PlainList(map(_plain_vector, column))
     if hasattr(column, "to_list"):
         values = column.to_list()  # pandas, Polars
     elif hasattr(column, "tolist"):
@@ -39,7 +48,11 @@ def plain_values(name: str, column: Any) -> PlainList:
         return PlainList([value if value != "" else None for value in values] if str in kinds else values)
     if kinds <= {float, int, bool, type(None)}:
         return PlainList(value if value == value else None for value in values)
-    return PlainList(map(_plain, values))
+    plain = PlainList(map(_plain, values))
+    kinds = set(map(type, plain))
+    if np.ndarray in kinds and not kinds <= {np.ndarray, type(None)}:
+        return PlainList(value.tolist() if isinstance(value, np.ndarray) else value for value in plain)
+    return plain
 
 
 def parse_text(values: Sequence[str], bag_sep: str | None) -> PlainList:
@@ -66,12 +79,24 @@ def _parser(there: Sequence[str], bag_sep: str | None) -> Callable[[str], Any]:
     return lambda value: value
 
 
+def _is_matrix(column: Any) -> bool:
+    """Whether it is rows of floats, which need not become lists."""
+    return isinstance(column, np.ndarray) and column.dtype.kind == "f" and column.ndim == 2
+
+
+def _plain_vector(vector: Any) -> Any:
+    """Floats as they are; None where all are missing."""
+    return None if len(vector) and vector[0] != vector[0] and np.isnan(vector).all() else vector
+
+
 def _of_array(array: Any) -> Any:
     """The elements of an array or tensor; nanoseconds, which Python's times do not have, would become integers."""
     return array.astype("datetime64[us]").tolist() if getattr(array.dtype, "kind", "") == "M" else array.tolist()
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind == "f":
+        return _plain_vector(value)
     if hasattr(value, "tolist"):
         value = _of_array(value)
     if hasattr(value, "to_list"):
@@ -89,6 +114,11 @@ def _plain(value: Any) -> Any:
 
 def _plain_parts(parts: Sequence[Any]) -> list[Any] | None:
     """A bag without what is missing in it; a vector keeps its length. None where nothing but missing is in it."""
+    kinds = set(map(type, parts))
+    if kinds == {float} and parts[0] == parts[0]:  # the most usual vector
+        return list(parts)
+    if kinds == {str} and "" not in parts:  # the most usual bag
+        return list(parts)
     plain = [_plain(part) for part in parts]
     there = [part for part in plain if part is not None]
     if parts and not there:

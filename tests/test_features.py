@@ -142,6 +142,25 @@ def test_what_is_missing_has_no_value_in_columns_of_any_type(column, kind, value
     assert [(column.kind, column.values) for column in features.columns] == [(kind, values)]
 
 
+def test_vectors_may_be_arrays_tensors_or_lists_and_missing_where_all_of_them_is():
+    rows = np.array([[1.0, 2.0], [np.nan, np.nan], [3.0, 0.0]])
+    lists = [[1.0, 2.0], None, [3.0, 0.0]]
+    expected = mf.Features.from_frame({"id": [1, 2, 3], "text": lists}).matrix.dense
+    assert not expected[1].any()
+    columns = [rows, torch.from_numpy(rows).bfloat16(), list(rows), [rows[0], None, [3.0, 0]], rows.astype(np.float32)]
+    columns += [pandas.Series(list(rows)), polars.Series(lists)]
+    columns += [polars.Series(lists, dtype=polars.Array(polars.Float32, 2))]
+    for column in columns:
+        features = mf.Features.from_frame({"id": [1, 2, 3], "text": column})
+        assert [column.kind for column in features.columns] == ["vector"]
+        assert torch.equal(features.matrix.dense, expected)
+        assert torch.equal(features.encode({"text": rows[0]}).dense, expected[:1])
+    bags = mf.Features.from_frame({"id": [1, 2, 3], "tags": rows}, kinds={"tags": "bag"})
+    assert bags.columns[0].values == (0, 1, 2, 3)
+    with pytest.raises(ValueError, match="text: expected finite numbers, got nan"):
+        mf.Features.from_frame({"id": [1, 2], "text": np.array([[1.0, np.nan], [1.0, 2.0]])})
+
+
 def test_columns_that_a_frame_calls_categories_are_categories():
     frame = pandas.DataFrame({"id": range(120), "shop": pandas.Categorical(list(range(60)) * 2)})
     assert repr(mf.Features.from_frame(frame, min_count=1)) == "Features(120 rows; shop: category of 60)"
