@@ -202,7 +202,9 @@ def _as_rows(name: str, values: Sequence[Any]) -> NDArray[np.float64]:
         lengths = sorted(set(map(len, values)))
         if len(lengths) > 1:
             raise ValueError(f"{name}: expected vectors of one length, got {', '.join(map(str, lengths))}")
-        values = [[_as_number(name, part) for part in vector] for vector in values]
+        parts = {type(part) for vector in values for part in vector}
+        if not parts <= {int, float, bool}:
+            values = [[_as_number(name, part) for part in vector] for vector in values]
     try:
         rows = np.array(values, np.float64)
     except OverflowError:

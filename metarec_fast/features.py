@@ -33,11 +33,11 @@ class Features:
     The types of a column's values decide what it is, unless `kinds` does:
 
         strings, truth values, whole numbers of at most 50 values    "category"
-        other numbers, dates                                         "number"
+        other numbers, dates, times                                  "number"
         lists, tuples, sets                                          "bag"
         lists of floats, all of one length; arrays [R, width]        "vector"
 
-    A value may be missing (None, NaN, ""): then the row counts as average in that column. Values of a category or bag
+    A column that pandas calls a category is one. A value may be missing (None, NaN, ""): then the row counts as average in that column. Values of a category or bag
     that few rows have say nothing and are left out, so that titles and postcodes do no harm.
     """
 
