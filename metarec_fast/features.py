@@ -37,8 +37,9 @@ class Features:
         lists, tuples, sets                                          "bag"
         lists of floats, all of one length; arrays [R, width]        "vector"
 
-    A column that pandas calls a category is one. A value may be missing (None, NaN, ""): then the row counts as average in that column. Values of a category or bag
-    that few rows have say nothing and are left out, so that titles and postcodes do no harm.
+    A column that pandas calls a category is one. A value may be missing (None, NaN, ""): then the row counts as average
+    in that column. Values of a category or bag that few rows have say nothing and are left out, so that titles and
+    postcodes do no harm.
     """
 
     catalogue: Catalogue  # the original ids of the rows, [R]
