@@ -72,12 +72,19 @@ def plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def first_missing(ids: NDArray[Any]) -> int | None:
+    """The first position of None, NaN or NaT."""
+    if ids.dtype.kind not in "fOM":
+        return None
+    return next((position for position, value in enumerate(ids.tolist()) if _is_missing(value)), None)
+
+
 def find_ids(catalogue: NDArray[Any], ids: Any) -> NDArray[np.int64]:
     """The position of each of `ids` in `catalogue`, −1 where it is not there."""
     column = as_column("ids", ids)
     wanted = column if isinstance(column, np.ndarray) else faithful_array(column)
-    if _is_integer(catalogue) and _is_integer(wanted):
-        return _find_integers(catalogue, wanted)
+    if is_integer(catalogue) and is_integer(wanted):
+        return SortedIntegers(catalogue).find(wanted)
     positions = {value: position for position, value in enumerate(catalogue.tolist())}
     return np.fromiter((positions.get(value, -1) for value in wanted.tolist()), np.int64, len(wanted))
 
@@ -87,19 +94,29 @@ def chunks(n: int) -> Iterator[slice]:
     return (slice(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK))
 
 
-def _is_integer(array: NDArray[Any]) -> bool:
+def is_integer(array: NDArray[Any]) -> bool:
     # uint64 beside int64 would be compared as float64, which merges neighbours beyond 2^53.
     return array.dtype.kind in "iu" and array.dtype != np.uint64
 
 
-def _find_integers(catalogue: NDArray[Any], wanted: NDArray[Any]) -> NDArray[np.int64]:
-    if len(catalogue) == 0:
-        return np.full(len(wanted), -1, np.int64)
-    ascending = bool((catalogue[1:] > catalogue[:-1]).all())
-    order = np.arange(len(catalogue)) if ascending else np.argsort(catalogue, kind="stable")
-    values = catalogue if ascending else catalogue[order]
-    place = np.minimum(np.searchsorted(values, wanted), len(values) - 1)
-    return np.where(values[place] == wanted, order[place], -1)
+class SortedIntegers:
+    """Integers [N], in order for bisection."""
+
+    def __init__(self, catalogue: NDArray[Any]) -> None:
+        self._order = None if bool((catalogue[1:] > catalogue[:-1]).all()) else np.argsort(catalogue, kind="stable")
+        self._values = catalogue if self._order is None else catalogue[self._order]
+
+    @property
+    def num_distinct(self) -> int:
+        return min(len(self._values), 1) + int((self._values[1:] != self._values[:-1]).sum())
+
+    def find(self, wanted: NDArray[Any]) -> NDArray[np.int64]:
+        """The position of each of `wanted`, −1 where it is not there."""
+        if len(self._values) == 0:
+            return np.full(len(wanted), -1, np.int64)
+        place = np.minimum(np.searchsorted(self._values, wanted), len(self._values) - 1)
+        position = place if self._order is None else self._order[place]
+        return np.where(self._values[place] == wanted, position, -1)
 
 
 def _encode_integers(values: NDArray[Any]) -> EncodedIds:

@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from metarec_fast._feature_columns import columns_from, describe_columns
 from metarec_fast.catalogue import Catalogue
 from metarec_fast.feature_matrix import FeatureMatrix
-from metarec_fast.features import Features, columns_from, describe_columns
+from metarec_fast.features import Features, fingerprint
 from metarec_fast.mlp_recommender import MLPRecommender
 from metarec_fast.models import DotRecommender
 from metarec_fast.module_recommender import ModuleRecommender
@@ -51,7 +52,11 @@ def save(learner: Learner, directory: str | os.PathLike[str]) -> None:
         "rating_range": None if learner.rating_range is None else list(learner.rating_range),
         "item_ids": None if learner.item_ids is None else _pack_ids("item_ids", learner.item_ids),
         "features": {
-            name: {"ids": _pack_ids(f"{name} features", table.ids), "columns": describe_columns(table)}
+            name: {
+                "ids": _pack_ids(f"{name} features", table.ids),
+                "columns": describe_columns(table.columns),
+                "fingerprint": fingerprint(table),
+            }
             for name, table in tables.items()
         },
     }
@@ -77,7 +82,7 @@ def load(directory: str | os.PathLike[str], *, module: nn.Module | None = None) 
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: A file is broken, or of a newer format, or the two do not belong together; it is named.
+        ValueError: A file is broken, or of a newer format, or the files do not belong together; it is named.
     """
     import torch
 
@@ -92,9 +97,9 @@ def load(directory: str | os.PathLike[str], *, module: nn.Module | None = None) 
     version = description.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}")
+    tables = _read_features(folder, description.get("features", {}))
     try:
         cls = classes[description["class"]]
-        tables = _read_features(folder, description.get("features", {}))
         model = _make_model(path, description, tables, module).to(getattr(torch, description["dtype"]))
         learner: Learner = cls(model, **description["hyperparameters"]).to(getattr(torch, description["dtype"]))
         ids, limits = description["item_ids"], description["rating_range"]
@@ -161,16 +166,23 @@ def _read_features(folder: Path, described: dict[str, Any]) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: does not hold features: {error}") from error
-    return {
-        f"{name}_features": Features(
-            Catalogue(_unpack_ids(table["ids"]), len(table["ids"]["values"]), name=f"{name} features"),
-            columns_from(table["columns"]),
-            FeatureMatrix(*(tensors[f"{name}.{part.name}"] for part in fields(FeatureMatrix))),
-        )
-        for name, table in described.items()
-    }
+        tables = {
+            name: Features(
+                Catalogue(_unpack_ids(table["ids"]), len(table["ids"]["values"]), name=f"{name} features"),
+                columns_from(table["columns"]),
+                FeatureMatrix(*(tensors[f"{name}.{part.name}"] for part in fields(FeatureMatrix))),
+            )
+            for name, table in described.items()
+        }
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: does not hold the features of this learner: {error}") from error
+    for name, table in tables.items():
+        expected, found = described[name].get("fingerprint"), fingerprint(table)
+        if found != expected:
+            raise ValueError(
+                f"{path}: does not hold the {name} features of this learner: expected {expected}, got {found}"
+            )
+    return {f"{name}_features": table for name, table in tables.items()}
 
 
 def _pack_ids(name: str, ids: NDArray[Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def read_titles(options: argparse.Namespace, item_ids: Any) -> dict[Any, str]:
     if _feature_files.is_movielens(path):
         named = {str(item): title for item, title in (readers.movielens_titles(path) or {}).items()}
     else:
-        table = _read_table(path, options.item_column, bag_sep=None)
+        table, id_column = _read_table(path, options.item_column, bag_sep=None)
         column = options.title_column or _TITLE
         if column not in table:
             if options.title_column is None:
@@ -58,7 +58,7 @@ def read_titles(options: argparse.Namespace, item_ids: Any) -> dict[Any, str]:
             raise ValueError(f"--title-column: {path} has no column {column!r}; its columns are {found}")
         named = {
             str(item): str(title)
-            for item, title in zip(table[options.item_column], table[column], strict=True)
+            for item, title in zip(table[id_column], table[column], strict=True)
             if title is not None
         }
     return {item: named[str(item)] for item in item_ids.tolist() if named.get(str(item))}
@@ -86,8 +86,12 @@ def read_item_features(options: argparse.Namespace) -> Features | None:
 
 
 def with_unrated_items(log: Interactions, features: Features) -> Interactions:
-    """The log with the items behind its own of which only features are known, so that they can be recommended."""
-    unrated = features.ids[log.item_index(features.ids) < 0].tolist()
+    """The log with the items behind its own of which only features are known, so that they can be recommended.
+
+    Not where features and ratings have no item in common: then their ids are of different kinds.
+    """
+    found = log.item_index(features.ids)
+    unrated = features.ids[found < 0].tolist() if (found >= 0).any() else []
     return log.align_items([*log.item_ids.tolist(), *unrated])[0] if unrated else log
 
 
@@ -95,18 +99,20 @@ def _table_of_features(path: Path, option: str, id_column: str) -> tuple[dict[st
     path = _existing(option, path)
     if _feature_files.is_movielens(path):
         return _feature_files.read_movielens(path), "id"
-    return _read_table(path, id_column, bag_sep="|"), id_column
+    return _read_table(path, id_column, bag_sep="|")
 
 
-def _read_table(path: Path, id_column: str, bag_sep: str | None) -> dict[str, Any]:
-    if path.suffix == ".parquet":
-        frame = _feature_files.read_parquet(path)
-        table = {name: frame[name] for name in frame.columns}
-        if id_column not in table:
-            found = ", ".join(map(repr, table))
-            raise ValueError(f"{path} has no column {id_column!r}; its columns are {found}")
-        return table
-    return _feature_files.read_csv(path, ",", id_column, bag_sep)
+def _read_table(path: Path, id_column: str, bag_sep: str | None) -> tuple[dict[str, Any], str]:
+    """The columns by name, and the name of that of the ids: as in the ratings, or else `id`."""
+    frame = _feature_files.read_parquet(path) if path.suffix == ".parquet" else None
+    names = _feature_files.csv_header(path) if frame is None else frame.columns
+    if id_column not in names and "id" in names:
+        id_column = "id"
+    if frame is None:
+        return _feature_files.read_csv(path, ",", id_column, bag_sep), id_column
+    if id_column not in names:
+        raise ValueError(f"id: {path} has no column {id_column!r}; its columns are {', '.join(map(repr, names))}")
+    return {name: frame[name] for name in names}, id_column
 
 
 def _existing(option: str, path: Path) -> Path:

@@ -42,7 +42,11 @@ class FeatureMatrix:
         return self.means.numel() + self.dense.shape[1]
 
     def __matmul__(self, weight: Tensor) -> Tensor:
-        """X times a weight [F, K]: [R, K]."""
+        """X times a weight [F, K]: [R, K], in the weight's precision under autocast too."""
+        with torch.autocast(weight.device.type, enabled=False):
+            return self._times(weight)
+
+    def _times(self, weight: Tensor) -> Tensor:
         of_values, of_numbers = weight.split([self.means.numel(), self.dense.shape[1]])
         kind = weight.dtype
         product: Tensor = self.dense.to(kind) @ of_numbers
@@ -75,6 +79,8 @@ class FeatureMatrix:
 
     def select(self, rows: Tensor) -> FeatureMatrix:
         """The rows at positions [n]; a row of zeros for −1."""
+        if self.num_rows == 0:  # there is nothing to point at
+            return self.nothing(len(rows))
         here = rows >= 0
         rows = rows.clamp(min=0)
         begins = self.offsets[rows]
@@ -85,6 +91,14 @@ class FeatureMatrix:
         return replace(
             self, values=self.values[places], weights=self.weights[places], offsets=offsets,
             known=self.known[rows] * scale, dense=self.dense[rows] * scale,
+        )  # fmt: skip
+
+    def nothing(self, num_rows: int) -> FeatureMatrix:
+        """Rows [n, F] of the same columns of which nothing is known: zeros."""
+        return replace(
+            self, values=self.values[:0], weights=self.weights[:0], offsets=self.offsets.new_zeros(num_rows + 1),
+            known=self.known.new_zeros(num_rows, self.known.shape[1]),
+            dense=self.dense.new_zeros(num_rows, self.dense.shape[1]),
         )  # fmt: skip
 
     def to(self, device: torch.device) -> FeatureMatrix:
@@ -103,3 +117,27 @@ def only_numbers(dense: Tensor) -> FeatureMatrix:
     return FeatureMatrix(
         nothing, nothing.float(), offsets, dense.new_zeros(len(dense), 0), dense, nothing, nothing.float()
     )
+
+
+def below(upper: FeatureMatrix, lower: FeatureMatrix) -> FeatureMatrix:
+    """The rows of both, of the same columns."""
+    return replace(
+        upper,
+        values=torch.cat([upper.values, lower.values]),
+        weights=torch.cat([upper.weights, lower.weights]),
+        offsets=torch.cat([upper.offsets, upper.offsets[-1] + lower.offsets[1:]]),
+        known=torch.cat([upper.known, lower.known]),
+        dense=torch.cat([upper.dense, lower.dense]),
+    )
+
+
+def beside(left: FeatureMatrix, right: FeatureMatrix) -> FeatureMatrix:
+    """[left, right]: values of the left matrix, then those of the right one, then the numbers of both."""
+    rows = torch.cat([torch.arange(part.num_rows).repeat_interleave(part.offsets.diff()) for part in (left, right)])
+    order = rows.argsort(stable=True)
+    first, columns = left.means.numel(), left.known.shape[1]
+    return FeatureMatrix(
+        torch.cat([left.values, right.values + first])[order], torch.cat([left.weights, right.weights])[order],
+        left.offsets + right.offsets, torch.cat([left.known, right.known], 1), torch.cat([left.dense, right.dense], 1),
+        torch.cat([left.column_of, right.column_of + columns]), torch.cat([left.means, right.means]),
+    )  # fmt: skip

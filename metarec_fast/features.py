@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from metarec_fast import _feature_files
-from metarec_fast._feature_columns import (
-    KINDS,
-    Column,
-    dense_values,
-    learn_column,
-    plain_values,
-    sparse_values,
-)
+from metarec_fast._columns import as_int
+from metarec_fast._feature_columns import KINDS, Column, as_learned, describe_columns, learn_column
+from metarec_fast._feature_encoding import encode_rows
+from metarec_fast._feature_values import is_categorical, plain_values
 from metarec_fast.catalogue import Catalogue
-from metarec_fast.feature_matrix import FeatureMatrix
+from metarec_fast.feature_matrix import FeatureMatrix, below, beside
 
 _MIN_COUNT = 5
 _FEW_ROWS = 100
@@ -36,12 +33,13 @@ class Features:
     The types of a column's values decide what it is, unless `kinds` does:
 
         strings, truth values, whole numbers of at most 50 values    "category"
-        other numbers, dates                                         "number"
+        other numbers, dates, times                                  "number"
         lists, tuples, sets                                          "bag"
         lists of floats, all of one length; arrays [R, width]        "vector"
 
-    A value may be missing (None, NaN, ""): then the row counts as average in that column. Values of a category or bag
-    that few rows have say nothing and are left out, so that titles and postcodes do no harm.
+    A column that pandas calls a category is one. A value may be missing (None, NaN, ""): then the row counts as average
+    in that column. Values of a category or bag that few rows have say nothing and are left out, so that titles and
+    postcodes do no harm.
     """
 
     catalogue: Catalogue  # the original ids of the rows, [R]
@@ -71,15 +69,16 @@ class Features:
             max_values: The most values of a column that count, the most frequent ones.
 
         Raises:
-            ValueError: A column is missing (those that are there are listed), an id comes twice, lengths differ.
+            ValueError: A column is missing (those that are there are listed) or comes twice, an id is missing or comes
+                twice, lengths differ, a number is not finite.
             TypeError: The values of a column are of no kind; it is named.
         """
-        names = list(frame.columns if hasattr(frame, "columns") else frame.keys())
-        for argument, wanted in (("id", [id]), ("columns", columns or ()), ("kinds", kinds or ())):
-            for name in wanted:
-                if name not in names:
-                    listed = ", ".join(map(repr, names))
-                    raise ValueError(f"{argument}: the frame has no column {name!r}; its columns are {listed}")
+        names = _names_of(frame)
+        if isinstance(columns, str):
+            raise TypeError(f"columns: expected several names, got the string {columns!r}")
+        _check_names("id", [id], names)
+        _check_names("columns", columns or (), names)
+        _check_names("kinds", kinds or (), names)
         for name, kind in (kinds or {}).items():
             if kind not in KINDS:
                 raise ValueError(f"kinds[{name!r}]: expected one of {', '.join(KINDS)}, got {kind!r}")
@@ -87,15 +86,16 @@ class Features:
         catalogue = Catalogue(ids, len(ids), name=id)
         if min_count is None:
             min_count = _MIN_COUNT if len(ids) >= _FEW_ROWS else 1
-        table = {
-            name: plain_values(name, frame[name])
-            for name in (names if columns is None else columns)
-            if name != id
-        }  # fmt: skip
+        for name, value in (("min_count", min_count), ("max_values", max_values)):
+            if as_int(name, value) < 1:
+                raise ValueError(f"{name}: must be ≥ 1, got {value}")
+        wanted = [name for name in dict.fromkeys(names if columns is None else columns) if name != id]
+        kinds = {name: "category" for name in wanted if is_categorical(frame[name])} | dict(kinds or {})
+        table = {name: plain_values(name, frame[name]) for name in wanted}
         learned = tuple(
-            learn_column(name, values, (kinds or {}).get(name), min_count, max_values) for name, values in table.items()
+            learn_column(name, values, kinds.get(name), min_count, max_values) for name, values in table.items()
         )
-        return cls(catalogue, learned, _encode(learned, table, len(ids), None))
+        return cls(catalogue, learned, encode_rows(learned, table, len(ids), None))
 
     @classmethod
     def from_csv(
@@ -175,22 +175,24 @@ class Features:
 
     def find(self, ids: Any) -> Tensor:
         """Positions of original ids, int64 [n], −1 for those of whom nothing is known."""
-        return torch.from_numpy(self.catalogue.find(ids))
+        return torch.from_numpy(self.catalogue.find(ids, "ids"))
 
     def encode(self, features: Mapping[str, Any]) -> FeatureMatrix:
         """The matrix of one further row, [1, F], from its values by column; columns that are left out are missing.
 
         Raises:
             ValueError: There is no such column; those that are there are listed.
+            TypeError: A value is not of its column's kind, or `features` is no mapping.
         """
+        if not isinstance(features, Mapping):
+            raise TypeError(f"features: expected values by column, got {type(features).__name__}")
         names = [column.name for column in self.columns]
         for name in features:
             if name not in names:
                 raise ValueError(
                     f"features: there is no column {name!r}; the columns are {', '.join(map(repr, names))}"
                 )
-        table = {name: plain_values(name, [features.get(name)]) for name in names}
-        return _encode(self.columns, table, 1, self.matrix)
+        return self._encode_further({name: [value] for name, value in features.items()}, 1)
 
     def extended(self, frame: Any, *, id: str = "id") -> Features:
         """The table with further rows from the same columns, their values and scales as learned before; a row whose id
@@ -199,18 +201,17 @@ class Features:
             learner.model.user_encoder.features = features.extended(newcomers)
 
         Raises:
-            ValueError: An id comes twice in the frame, or lengths differ.
+            ValueError: There is no column of ids, an id is missing or comes twice in the frame, or lengths differ.
+            TypeError: A value is not of its column's kind.
         """
-        names = list(frame.columns if hasattr(frame, "columns") else frame.keys())
+        names = _names_of(frame)
+        _check_names("id", [id], names)
         count = len(frame[id])
         further = Catalogue(frame[id], count, name=id)
-        table = {
-            column.name: plain_values(column.name, frame[column.name]) if column.name in names else [None] * count
-            for column in self.columns
-        }
-        rows = _encode(self.columns, table, count, self.matrix)
+        there = [column.name for column in self.columns if column.name in names]
+        rows = self._encode_further({name: frame[name] for name in there}, count)
         ids = list(dict.fromkeys([*self.ids.tolist(), *further.ids.tolist()]))
-        both = _below(self.matrix, rows)
+        both = below(self.matrix, rows)
         old, new = self.find(ids), torch.from_numpy(further.find(ids))
         return replace(
             self, catalogue=Catalogue(ids, len(ids)), matrix=both.select(torch.where(new >= 0, new + len(self), old))
@@ -228,8 +229,27 @@ class Features:
         further = [position for position, found in enumerate(self.catalogue.find(other.ids)) if found < 0]
         ids = [*self.ids.tolist(), *(other.ids[position] for position in further)]
         catalogue = Catalogue(ids, len(ids))
-        matrix = _beside(*(table.matrix.select(table.find(ids)) for table in (self, other)))
+        matrix = beside(*(table.matrix.select(table.find(ids)) for table in (self, other)))
         return replace(self, catalogue=catalogue, columns=self.columns + other.columns, matrix=matrix)
+
+    def has_columns_of(self, other: Features) -> bool:
+        """Whether a row of the one table means what it means in the other: same columns, values, scales and means."""
+        return describe_columns(self.columns) == describe_columns(other.columns) and torch.equal(
+            self.matrix.means, other.matrix.means
+        )
+
+    def _encode_further(self, table: Mapping[str, Any], num_rows: int) -> FeatureMatrix:
+        """The matrix of further rows; columns that are not in the table are missing."""
+        values = {
+            column.name: as_learned(column, plain_values(column.name, table[column.name]))
+            if column.name in table
+            else [None] * num_rows
+            for column in self.columns
+        }
+        return encode_rows(self.columns, values, num_rows, self.matrix)
+
+    def __deepcopy__(self, memo: Any) -> Features:
+        return self  # nothing of it changes
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -240,79 +260,27 @@ class Features:
         return f"Features({len(self)} rows; {used or 'no columns'}{'; left out: ' if left_out else ''}{left_out})"
 
 
-def describe_columns(features: Features) -> list[dict[str, Any]]:
-    """The columns as JSON takes them."""
-    return [asdict(column) for column in features.columns]
+def fingerprint(features: Features) -> str:
+    """What tells tables apart: how large one is, and a checksum of its ids, columns and numbers."""
+    check = zlib.crc32(repr((features.ids.tolist(), describe_columns(features.columns))).encode())
+    for part in vars(features.matrix).values():
+        check = zlib.crc32(part.numpy(), check)
+    return f"{len(features)} rows of {features.width} numbers, {check:08x}"
 
 
-def columns_from(described: Sequence[Mapping[str, Any]]) -> tuple[Column, ...]:
-    """The columns that `describe_columns` wrote down."""
-    return tuple(
-        Column(str(c["name"]), str(c["kind"]), tuple(c["values"]), tuple(c["mean"]), tuple(c["deviation"]))
-        for c in described
-    )
+def _names_of(frame: Any) -> list[Any]:
+    """The names of the columns of a frame, or of a dict of columns."""
+    if not hasattr(frame, "columns") and not hasattr(frame, "keys"):
+        raise TypeError(f"frame: expected a pandas or Polars frame or a dict of columns, got {type(frame).__name__}")
+    names = list(frame.columns if hasattr(frame, "columns") else frame.keys())
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"frame: each column must come once, {', '.join(map(repr, twice))} comes more often")
+    return names
 
 
-def _encode(
-    columns: Sequence[Column], table: Mapping[str, Sequence[Any]], num_rows: int, like: FeatureMatrix | None
-) -> FeatureMatrix:
-    """The matrix of a table, with means of its own or those of another one."""
-    for column in columns:
-        if len(table[column.name]) != num_rows:
-            raise ValueError(f"{column.name}: expected {num_rows} rows, one per id, got {len(table[column.name])}")
-    sparse = [column for column in columns if column.is_sparse and column.size]
-    dense = [dense_values(column, table[column.name]) for column in columns if not column.is_sparse]
-
-    values, rows, weights, first = [], [], [], 0
-    for column in sparse:
-        found, sizes = sparse_values(column, table[column.name])
-        values.append(found + first)
-        rows.append(np.repeat(np.arange(num_rows), sizes))
-        weights.append(1 / np.sqrt(np.repeat(sizes, sizes)))
-        first += column.size
-    order = np.argsort(_joined(rows, np.int64), kind="stable")
-    value, weight = _joined(values, np.int64)[order], _joined(weights, np.float32)[order]
-    offsets = np.concatenate([[0], np.bincount(_joined(rows, np.int64), minlength=num_rows).cumsum()])
-    known = np.array([[v is not None for v in table[column.name]] for column in sparse], np.float32)
-    known = known.reshape(len(sparse), num_rows).T
-
-    column_of = np.repeat(np.arange(len(sparse)), [column.size for column in sparse]).astype(np.int64)
-    if like is None:
-        totals = np.bincount(value, weight, first)
-        means = torch.from_numpy((totals / np.maximum(known.sum(0), 1)[column_of]).astype(np.float32))
-    else:
-        means = like.means
-    return FeatureMatrix(
-        torch.from_numpy(value), torch.from_numpy(weight), torch.from_numpy(offsets.astype(np.int64)),
-        torch.from_numpy(np.ascontiguousarray(known)),
-        torch.from_numpy(np.concatenate(dense, 1)) if dense else torch.zeros(num_rows, 0),
-        torch.from_numpy(column_of), means,
-    )  # fmt: skip
-
-
-def _joined(parts: Sequence[NDArray[Any]], kind: Any) -> NDArray[Any]:
-    return np.concatenate([*parts, np.empty(0, kind)]).astype(kind)
-
-
-def _below(upper: FeatureMatrix, lower: FeatureMatrix) -> FeatureMatrix:
-    """The rows of both, of the same columns."""
-    return replace(
-        upper,
-        values=torch.cat([upper.values, lower.values]),
-        weights=torch.cat([upper.weights, lower.weights]),
-        offsets=torch.cat([upper.offsets, upper.offsets[-1] + lower.offsets[1:]]),
-        known=torch.cat([upper.known, lower.known]),
-        dense=torch.cat([upper.dense, lower.dense]),
-    )
-
-
-def _beside(left: FeatureMatrix, right: FeatureMatrix) -> FeatureMatrix:
-    """[left, right]: values of the left matrix, then those of the right one, then the numbers of both."""
-    rows = torch.cat([torch.arange(part.num_rows).repeat_interleave(part.offsets.diff()) for part in (left, right)])
-    order = rows.argsort(stable=True)
-    first, columns = left.means.numel(), left.known.shape[1]
-    return FeatureMatrix(
-        torch.cat([left.values, right.values + first])[order], torch.cat([left.weights, right.weights])[order],
-        left.offsets + right.offsets, torch.cat([left.known, right.known], 1), torch.cat([left.dense, right.dense], 1),
-        torch.cat([left.column_of, right.column_of + columns]), torch.cat([left.means, right.means]),
-    )  # fmt: skip
+def _check_names(argument: str, wanted: Iterable[Any], names: Sequence[Any]) -> None:
+    for name in wanted:
+        if name not in names:
+            listed = ", ".join(map(repr, names))
+            raise ValueError(f"{argument}: the frame has no column {name!r}; its columns are {listed}")

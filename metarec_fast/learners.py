@@ -88,6 +88,10 @@ class Learner(nn.Module):
         }
         self.rating_range: tuple[float, float] | None = None
         self._catalogue: Catalogue | None = None
+        # Tables of features, which DistributedDataParallel would send around before every step.
+        self._ddp_params_and_buffers_to_ignore = [
+            f"model.{name}" for name, _ in model.named_buffers() if "_encoder." in name
+        ]
         self.tasks: ModuleTasks | None = None  # where the model is any module
         if isinstance(model, ModuleRecommender):
             if isinstance(inner_steps, bool) or not isinstance(inner_steps, int) or inner_steps < 0:
@@ -183,15 +187,13 @@ class Learner(nn.Module):
             ValueError: The batch has no query.
             IndexError: An item id lies outside the model's table.
         """
-        batch = self._prepare(batch, query="items")
-        support = self.weigh(batch.support, batch.support.items)
         if self.tasks is not None:
-            return self.tasks.predict(batch, support)
-        batch = batch.with_entries(support, batch.query)
-        table, item_bias = self.model.tables()
-        return functional.adapt_and_score(
-            item_table=table, item_bias=item_bias, batch=batch, **self._settings(batch, support)
-        )
+            batch = self._prepare(batch, query="items")
+            return self.tasks.predict(batch, self.weigh(batch.support, batch.support.items))
+        batch = self._prepare(batch, query="items", localized=self.model.item_encoder is not None)
+        settings = self._settings(batch, batch.support)
+        table, item_bias, batch = self._rows_for(batch)
+        return functional.adapt_and_score(item_table=table, item_bias=item_bias, batch=batch, **settings)
 
     @torch.no_grad()
     def fast_weights(self, batch: TaskBatch, users: FeatureMatrix | None = None) -> FastWeights:
@@ -202,11 +204,10 @@ class Learner(nn.Module):
         """
         if self.tasks is not None:
             raise TypeError("fast_weights: the model is a module; fast_parameters has what adapts")
-        batch = self._prepare(batch, query=None)
-        support = self.weigh(batch.support, batch.support.items)
-        table, item_bias = self.model.tables()
-        settings = self._settings(batch, support, users)
-        return functional.adapt(item_table=table, item_bias=item_bias, support=support, **settings)
+        batch = self._prepare(batch, query=None, localized=self.model.item_encoder is not None)
+        settings = self._settings(batch, batch.support, users)
+        table, item_bias, batch = self._rows_for(batch)
+        return functional.adapt(item_table=table, item_bias=item_bias, support=batch.support, **settings)
 
     @torch.no_grad()
     def fast_parameters(self, batch: TaskBatch, users: Tensor | None = None) -> dict[str, Tensor]:
@@ -299,11 +300,22 @@ class Learner(nn.Module):
         loss: Tensor = KnownGradients.apply("meta_step", result.loss, gradients, *inputs.values())
         return loss
 
+    def _rows_for(self, batch: TaskBatch) -> tuple[Tensor, Tensor, TaskBatch]:
+        """Item vectors and biases and the batch, its support weighed, with ids into them: all items as they are, but
+        where features have to be added to them only the items of the batch."""
+        support = self.weigh(batch.support, batch.support.items)
+        if self.model.item_encoder is None:
+            return *self.model.tables(), batch.with_entries(support, batch.query)
+        unique, local = batch.localize()
+        return *self.model.lookup(unique), batch.with_entries(local.support.with_weights(support.weights), local.query)
+
     def _settings(self, batch: TaskBatch, support: Entries, users: FeatureMatrix | None = None) -> dict[str, Any]:
         """The keyword arguments of a functional operator, tables and batch apart, for the batch's support, weighed."""
         encoder = self.model.user_encoder
-        if users is None and encoder is not None and batch.user_ids is not None:
-            users = encoder.rows_of(batch.user_ids)
+        if users is None and encoder is not None:
+            # Nothing known is a row of zeros, not no row: DDP waits for everybody's gradients.
+            known = batch.user_ids is not None
+            users = encoder.rows_of(batch.user_ids) if known else encoder.matrix.nothing(batch.num_tasks)
         user, bias = self.start_of(support, users)
         loop = self.inner_loop(support.sizes())
         return {"user_init": user, "user_bias_init": bias, "offset": self.model.offset, **loop}

@@ -202,6 +202,14 @@ class MAMLR(Learner):
         if factors.item_table.shape != model.item_embedding.weight.shape:
             expected, found = (tuple(each.shape) for each in (model.item_embedding.weight, factors.item_table))
             raise ValueError(f"factors.item_table: expected shape [N, D] = {expected}, like the model's, got {found}")
+        for name, encoder in (("user", model.user_encoder), ("item", model.item_encoder)):
+            weights = getattr(factors, f"{name}_weights")
+            if encoder is not None and weights is not None and weights.shape != encoder.weight.shape:
+                expected, found = tuple(encoder.weight.shape), tuple(weights.shape)
+                raise ValueError(
+                    f"factors.{name}_weights: expected shape [F, D + 1] = {expected}, as the model's {name} features "
+                    f"have it, got {found}"
+                )
         counts = torch.bincount(torch.from_numpy(log.items).long(), minlength=model.num_items).double()
         share = counts / counts.sum()
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from metarec_fast._arguments import INNER_LOSSES, PAIRWISE
+from metarec_fast._kept import Kept
 from metarec_fast.encoder import FeatureEncoder
 from metarec_fast.feature_matrix import FeatureMatrix
 from metarec_fast.features import Features
@@ -40,7 +41,6 @@ class DotRecommender(nn.Module):
     """
 
     initialized: Tensor  # bool, whether the parameters mean something already
-    feature_rows: Tensor  # int64 [N], where each item is in the table of item features, −1 for nowhere
 
     def __init__(
         self,
@@ -68,8 +68,8 @@ class DotRecommender(nn.Module):
         self.offset = nn.Parameter(torch.zeros(()))  # m
         self.register_buffer("initialized", torch.tensor(False))
         self.user_encoder = _encoder("user_features", user_features, self.dim)
-        self.item_encoder = _encoder("item_features", item_features, self.dim)
-        self.register_buffer("feature_rows", torch.full((self.num_items,), -1), persistent=False)
+        self.item_encoder = _encoder("item_features", item_features, self.dim, self.num_items)
+        self._kept_tables = Kept()
         nn.init.normal_(self.item_embedding.weight, std=_TABLE_SCALE / self.dim**0.5)
         nn.init.zeros_(self.item_bias.weight)
 
@@ -108,21 +108,33 @@ class DotRecommender(nn.Module):
         rows, biases = self.item_embedding(items), self.item_bias(items).squeeze(1)
         if self.item_encoder is None:
             return rows, biases
-        more = self.item_encoder(self.item_encoder.matrix.select(self.feature_rows[items]))  # [n, D + 1]
+        more = self.item_encoder(self.item_encoder.bound_rows(items))  # [n, D + 1]
         return rows + more[:, :-1], biases + more[:, -1]
 
     def tables(self) -> tuple[Tensor, Tensor]:
-        """All item vectors [N, D] and biases [N], features included."""
+        """All item vectors [N, D] and biases [N], features included, for reading only.
+
+        Without gradients, what features add is computed once for the same parameters, at the price of a copy of these.
+        """
         rows, biases = self.item_embedding.weight, self.item_bias.weight.squeeze(1)
-        if self.item_encoder is None:
+        encoder = self.item_encoder
+        if encoder is None:
             return rows, biases
-        more = self.of_features()
-        return rows + more[:, :-1], biases + more[:, -1]
+
+        def with_features() -> tuple[Tensor, Tensor]:
+            more = self.of_features()
+            return rows + more[:, :-1], biases + more[:, -1]
+
+        rows_of_all, biases_of_all = self._kept_tables.get(
+            encoder.changes, (encoder.weight, rows, biases), with_features
+        )
+        return rows_of_all, biases_of_all
 
     def of_features(self) -> Tensor:
         """What features of items add to their vectors and, in the last column, their biases, [N, D + 1]."""
-        assert self.item_encoder is not None
-        added: Tensor = self.item_encoder(self.item_encoder.matrix.select(self.feature_rows))
+        encoder = self.item_encoder
+        assert encoder is not None
+        added: Tensor = encoder(encoder.matrix.select(encoder.rows))
         return added
 
     def start(self, users: FeatureMatrix | None = None) -> tuple[Tensor, Tensor]:
@@ -156,18 +168,18 @@ class DotRecommender(nn.Module):
         """Finds the features of the items, given their original ids [N]; learners do it as their `item_ids` are set."""
         if self.item_encoder is not None:
             self.item_encoder.warn_if_unknown("item_features", item_ids)
-            self.feature_rows.copy_(self.item_encoder.features.find(item_ids))
+            self.item_encoder.bind(item_ids)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters.items())
 
 
-def _encoder(name: str, features: Features | None, dim: int) -> FeatureEncoder | None:
+def _encoder(name: str, features: Features | None, dim: int, num_ids: int = 0) -> FeatureEncoder | None:
     if features is None:
         return None
     if not isinstance(features, Features):
         raise TypeError(f"{name}: expected Features, got {type(features).__name__}")
-    return FeatureEncoder(features, dim)
+    return FeatureEncoder(features, dim, num_ids)
 
 
 def check_probabilities(name: str, targets: Any) -> None:

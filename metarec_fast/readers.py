@@ -159,7 +159,7 @@ def _titles_by_position(file: Path, sep: str) -> dict[Any, str]:
         text = content.decode("utf-8")
     except UnicodeDecodeError:
         text = content.decode("latin-1")
-    rows = (line.split(sep) for line in text.splitlines())
+    rows = (line.rstrip("\r").split(sep) for line in text.split("\n"))  # splitlines would split at some letters too
     return {_key(row[0]): row[1] for row in rows if len(row) > 1}
 
 

@@ -24,7 +24,8 @@ class Reptile(Learner):
 
     Calling it returns the support loss after adaptation; `backward` deposits φ_0 − mean_t φ_K,t as the gradient of φ_0,
     so that SGD with rate ε is Reptile. An item's vector and bias move by the mean over the tasks whose support holds
-    it. Needs no query; where there is one it is not looked at. The offset does not adapt and gets gradient 0.
+    it, the weights of item features by the mean over these items, of an item's features times its move. Needs no query;
+    where there is one it is not looked at. The offset does not adapt and gets gradient 0.
 
     Args:
         model: The meta-parameters.
@@ -66,8 +67,8 @@ class Reptile(Learner):
         batch = self._prepare(batch, query=None, localized=self.tasks is None)
         if self.tasks is not None:
             with torch.no_grad():
-                found, moving, moves = self.tasks.reptile_gradients(batch, batch.support)
-            return KnownGradients.apply("Reptile", found, moves, *moving)  # type: ignore[no-any-return]
+                found, adapted, changes = self.tasks.reptile_gradients(batch, batch.support)
+            return KnownGradients.apply("Reptile", found, changes, *adapted)  # type: ignore[no-any-return]
         unique, local = batch.localize()
         model, support = self.model, local.support
         rows, biases = model.lookup(unique)
@@ -76,11 +77,17 @@ class Reptile(Learner):
         result = functional.reptile_step(
             item_table=rows.detach(), item_bias=biases.detach(), support=support, task_weights=batch.weights, **settings
         )
-        inputs = (settings["user_init"], settings["user_bias_init"], model.offset, rows, biases)
         user, bias, *items = result.grads.values()
         # What does not move has a gradient of zero rather than none: DDP waits for everybody's.
         moves = [_dense(each, len(unique)) for each in items] or [torch.zeros_like(rows), torch.zeros_like(biases)]
-        gradients = (user, bias, torch.zeros_like(model.offset), *moves)
+        inputs = [settings["user_init"], settings["user_bias_init"], model.offset, rows, biases]
+        gradients = [user, bias, torch.zeros_like(model.offset), *moves]
+        if model.item_encoder is not None:
+            # What is an item's own and what features add to it move each on their own.
+            inputs[-2:] = model.item_embedding(unique), model.item_bias(unique).squeeze(1)
+            inputs.append(model.item_encoder(model.item_encoder.bound_rows(unique)))
+            moving = torch.zeros_like(biases).index_fill(0, support.items, 1).sum()
+            gradients.append(torch.cat([moves[0], moves[1][:, None]], 1) / moving.clamp(min=1))
         loss: Tensor = KnownGradients.apply("Reptile", result.loss, gradients, *inputs)
         return loss
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,15 +50,15 @@ class AdaptedUser:
         """
         model = self._learner.model
         rows = self._learner.catalogue.find(items)
-        table, item_bias = model.tables()
-        wanted = torch.from_numpy(np.maximum(rows, 0)).to(table.device)
-        scores = item_bias[wanted] + table[wanted] @ self.vector
+        wanted = torch.from_numpy(np.maximum(rows, 0)).to(self.vector.device)
+        vectors, biases = model.lookup(wanted)
+        scores = biases + vectors @ self.vector
         if self._adapted is not None:
             for row, score in zip(self.seen.tolist(), self._seen_scores(self._adapted), strict=True):
                 scores[wanted == row] = score
         if (rows < 0).any():
             vectors, biases = model.unknown_items(items)
-            scores = torch.where(torch.from_numpy(rows < 0).to(table.device), biases + vectors @ self.vector, scores)
+            scores = torch.where(torch.from_numpy(rows < 0).to(scores.device), biases + vectors @ self.vector, scores)
         result: NDArray[Any] = (scores + self._constant()).cpu().numpy()
         return result
 
@@ -168,6 +168,8 @@ def _user_features(learner: Learner, features: Mapping[str, Any] | None, user: A
         if encoder is None:
             raise ValueError("features: the learner's model has no user features")
         return encoder.features.encode(features).to(encoder.weight.device)
+    if user is not None and not isinstance(user, Hashable):
+        raise TypeError(f"user: expected an id, got {type(user).__name__}")
     return None if encoder is None or user is None else encoder.rows_of([user])
 
 

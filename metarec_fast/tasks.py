@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metarec_fast._ids import as_column
+
 
 class Entries:
     """Ratings of many tasks, one after the other: task t owns `items[offsets[t]:offsets[t + 1]]`.
@@ -394,7 +396,7 @@ def _check_batch(batch: TaskBatch) -> None:
     tasks = batch.support.num_tasks
     if batch.query is not None and batch.query.num_tasks != tasks:
         raise ValueError(f"query: expected {tasks} tasks, like support, got {batch.query.num_tasks}")
-    if batch.user_ids is not None and len(batch.user_ids) != tasks:
+    if batch.user_ids is not None and len(as_column("user_ids", batch.user_ids)) != tasks:
         raise ValueError(f"user_ids: expected {tasks}, one per task, got {len(batch.user_ids)}")
     for name, value in (("users", batch.users), ("weights", batch.weights)):
         if value is not None and tuple(value.shape) != (tasks,):

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from metarec_fast import _known_gradients, tuning
 from metarec_fast._arguments import PAIRWISE
 from metarec_fast.checkpoint import replace_file
+from metarec_fast.features import fingerprint
 from metarec_fast.history import Epoch, History
 from metarec_fast.optim import clip_grad_norm_
 from metarec_fast.reference import pointwise_loss
@@ -406,10 +407,12 @@ def _check_arguments(
 
 def _describe(learner: Learner, train: Interactions, valid: Interactions | None) -> dict[str, Any]:
     """Who learns, and from whom."""
+    tables = {"user": None, "item": None, **learner.model.feature_tables()}
     return {
         "learner": type(learner).__name__,
         "hyperparameters": repr(learner.hyperparameters),
         "model": repr(learner.model.hyperparameters),
+        **{f"{name}_features": tables[name] and fingerprint(tables[name]) for name in ("user", "item")},
         "train": _fingerprint(train),
         "valid": None if valid is None else _fingerprint(valid),
     }

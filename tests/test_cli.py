@@ -120,7 +120,7 @@ def test_features_of_users_and_items_are_learned_from_and_kept(ratings, tmp_path
     assert repr(learner.model.item_encoder.features) == "Features(33 rows; genres: bag of 3)"
     assert set(learner.item_ids.tolist()) == {f"i{item}" for item in range(33)}  # three of them nobody rated
 
-    (tmp_path / "more.csv").write_text("\n".join(["user,gender,age", *users[35:]]) + "\n")
+    (tmp_path / "more.csv").write_text("\n".join(["id,gender,age", *users[35:]]) + "\n")  # where ids are called so
     capsys.readouterr()
     assert cli.main(["evaluate", "--ratings", str(ratings), "--users", "more.csv"]) == 0
     assert "maml-r" in capsys.readouterr().out
@@ -128,6 +128,22 @@ def test_features_of_users_and_items_are_learned_from_and_kept(ratings, tmp_path
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 33 - 12
     assert all(line.split("\t")[2].startswith("Film ") for line in lines)
+
+
+def test_tables_without_features_or_of_other_ids_are_taken_for_what_they_are(ratings, tmp_path, capsys):
+    run = ["train", "--ratings", str(ratings), "--epochs", "1", "--dim", "2"]
+    assert cli.main([*run, "--items", "titles.csv"]) == 0
+    assert mf.load("runs/train/learner").model.item_encoder is None
+    (tmp_path / "other.csv").write_text("item,genre\n" + "".join(f"{i},{'ab'[i % 2]}\n" for i in range(30)))
+    capsys.readouterr()
+    assert cli.main([*run, "--items", "other.csv"]) == 0
+    assert "item_features: none of the 30 ids is in the table, which has ids such as 0" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="none of the 30 ids"):
+        assert len(mf.load("runs/train/learner").item_ids) == 30
+    capsys.readouterr()
+    (tmp_path / "semicolons.csv").write_text("user;age\nu1;20\n")
+    assert cli.main([*run, "--users", "semicolons.csv"]) == 2
+    assert capsys.readouterr().err.endswith("expected fields separated by ',', got the header 'user;age'\n")
 
 
 def test_a_movielens_data_set_is_read_with_its_users_and_films(tmp_path, monkeypatch, capsys):

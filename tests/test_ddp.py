@@ -15,7 +15,8 @@ import metarec_fast as mf
 NUM_ITEMS = 20
 SUPPORT = [(3, 9), (1, 0)]  # entries of each process' two tasks
 QUERY = [(4, 2), (6, 1)]
-LEARNERS = {"maml": mf.MAML, "meta-sgd": mf.MetaSGD, "maml-r": mf.MAMLR}
+LEARNERS = {"maml": mf.MAML, "meta-sgd": mf.MetaSGD, "maml-r": mf.MAMLR, "maml with features": mf.MAML}
+USERS = [[7, 8], None]  # of whom something is known in the first process only
 
 
 def make_entries(generator, sizes):
@@ -29,15 +30,20 @@ def make_batches():
     """The tasks of each process."""
     generator = torch.Generator().manual_seed(0)
     return [
-        mf.TaskBatch(make_entries(generator, support), make_entries(generator, query))
-        for support, query in zip(SUPPORT, QUERY, strict=True)
+        mf.TaskBatch(make_entries(generator, support), make_entries(generator, query), user_ids=users)
+        for support, query, users in zip(SUPPORT, QUERY, USERS, strict=True)
     ]
 
 
 def make_learner(name, sparse):
     torch.manual_seed(0)
-    learner = LEARNERS[name](mf.DotRecommender(NUM_ITEMS, 3, sparse=sparse).double())
+    features = {}
+    if name == "maml with features":
+        features["user_features"] = mf.Features.from_frame({"id": [7, 8, 9], "x": ["a", "b", "a"]})
+        features["item_features"] = mf.Features.from_frame({"id": range(NUM_ITEMS), "x": ["a", "b"] * 10})
+    learner = LEARNERS[name](mf.DotRecommender(NUM_ITEMS, 3, sparse=sparse, **features).double())
     torch.nn.init.normal_(learner.model.item_embedding.weight)
+    learner.item_ids = range(NUM_ITEMS)
     return learner
 
 
@@ -56,6 +62,7 @@ def train_one_step(rank, rendezvous, results):
         for sparse in (False, True):
             learner = make_learner(name, sparse)
             parallel = DistributedDataParallel(learner)
+            assert len(parallel.modules_buffers) == 1  # not the tables of features, in each step
             parallel(make_batches()[rank]).backward()
             found[name, sparse] = gradients_of(learner)
     if rank == 0:
@@ -85,7 +92,8 @@ def distributed_gradients(tmp_path_factory):
 @pytest.mark.parametrize("sparse", [False, True])
 def test_two_processes_give_the_gradient_of_one(distributed_gradients, name, sparse):
     batches = make_batches()
-    whole = mf.TaskBatch(joined([batch.support for batch in batches]), joined([batch.query for batch in batches]))
+    support, query = (joined([getattr(batch, part) for batch in batches]) for part in ("support", "query"))
+    whole = mf.TaskBatch(support, query, user_ids=[7, 8, -1, -1])
     learner = make_learner(name, sparse)
     learner(whole).backward()
     expected = gradients_of(learner)

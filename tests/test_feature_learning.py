@@ -1,6 +1,11 @@
 """Learners that know features: their gradients, where they start from, items and users that are new, the disk."""
 
 import copy
+import dataclasses
+import datetime
+import pickle
+import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -84,6 +89,32 @@ def encoders(model):
     return {"users": model.user_encoder, "items": model.item_encoder}
 
 
+@pytest.mark.parametrize(("adapt", "loss"), [("user", "squared"), ("all", "squared"), ("user", "bpr")])
+def test_what_is_served_is_what_tables_with_features_in_them_would_give(adapt, loss):
+    log, _, items, _ = make_world(num_users=60)
+    learner = make_learner(lambda model: mf.MAML(model, adapt=adapt), None, items, log, loss=loss)
+    plain = make_learner(lambda model: mf.MAML(model, adapt=adapt), None, None, log, loss=loss)
+    weights = learner.state_dict()
+    del weights["model.item_encoder.weight"]
+    plain.load_state_dict(weights)
+    with torch.no_grad():
+        table, bias = learner.model.tables()
+        plain.model.item_embedding.weight.copy_(table)
+        plain.model.item_bias.weight.copy_(bias[:, None])
+    batch = a_batch(log, negatives=2 if loss == "bpr" else 0).to("cpu", torch.float64)
+    for call in (lambda learner: learner.predict(batch), lambda learner: learner.score_catalogue(batch)):
+        torch.testing.assert_close(call(learner), call(plain))
+    users = []
+    for each in (learner, plain):
+        torch.manual_seed(0)  # of the negatives
+        users.append(each.adapt(["i03", "i07", "i03"], [5, 1, 4]))
+    np.testing.assert_allclose(*(user.predict(["i07", "i09", "i03"]) for user in users))
+    for exclude in (False, True):
+        (ids, scores), (expected_ids, expected) = (user.recommend(40, exclude_seen=exclude) for user in users)
+        assert ids.tolist() == expected_ids.tolist()
+        np.testing.assert_allclose(scores, expected)
+
+
 def test_reptile_moves_features_too():
     log, users, items, _ = make_world()
     learner = make_learner(mf.Reptile, users, items, log)
@@ -101,9 +132,26 @@ def test_reptile_moves_features_too():
     torch.testing.assert_close(
         model.user_encoder.weight.grad, x.T @ torch.cat([moves["user_init"], moves["user_bias_init"][:, None]], 1)
     )
-    # A row moves by its mean over the tasks that hold it, and W by all rows.
+    # A row moves by its mean over the tasks that hold it, and W by the mean over the rows that move: by their sum, an
+    # item would move as often as others have its values.
     rows = functional.sum_rows(moves["item_table"], NUM_ITEMS)
-    torch.testing.assert_close(model.item_encoder.weight.grad[:, :-1], z.T @ rows)
+    torch.testing.assert_close(model.item_embedding.weight.grad, rows)
+    count = len(batch.support.items.unique())
+    torch.testing.assert_close(model.item_encoder.weight.grad[:, :-1], z.T @ rows / count)
+
+
+def test_reptile_does_not_diverge_where_many_items_are_alike():
+    rng = np.random.default_rng(0)
+    users, items = (
+        np.repeat(np.arange(60), 100),
+        np.concatenate([rng.choice(2000, 100, replace=False) for _ in range(60)]),
+    )
+    log = mf.Interactions.from_arrays(users, items, rng.integers(1, 6, len(items)) + 0.0)
+    alike = mf.Features.from_frame({"id": range(2000), "letter": ["a", "b"] * 1000, "size": rng.normal(size=2000)})
+    split = mf.split_users(log, seed=0)
+    learner = mf.Reptile(mf.DotRecommender(log.num_items, 3, item_features=alike))
+    history = learner.fit(split.train, split.valid, epochs=10, patience=None, progress=False)
+    assert history.epochs[-1].valid < 1.1 * history.epochs[0].valid
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -123,6 +171,51 @@ def test_learners_with_features_train_and_come_back_from_the_disk(algorithm, tmp
     (tmp_path / "features.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="features.safetensors"):
         mf.load(tmp_path)
+
+
+def test_files_of_another_learner_are_refused(tmp_path):
+    log, users, items, _ = make_world(num_users=60)
+    others = mf.Features.from_frame({"id": users.ids, "gender": ["f", "m"] * 30})
+    folders = [tmp_path / "one", tmp_path / "other", tmp_path / "none"]
+    for folder, table in zip(folders, (users, others, None), strict=True):
+        make_learner(mf.MAML, table, items, log).save(folder)
+    for folder, message in (
+        ("other", "the user features of this learner: expected 60 rows"),
+        ("none", "'user.values'"),
+    ):
+        shutil.copy(tmp_path / folder / "features.safetensors", folders[0])
+        with pytest.raises(ValueError, match=f"one/features.safetensors: does not hold .*{message}"):
+            mf.load(folders[0])
+
+
+def test_training_goes_on_only_with_the_same_features(tmp_path):
+    log, users, items, _ = make_world(num_users=60)
+    split = mf.split_users(log, seed=0)
+
+    def train(users, items, **arguments):
+        torch.manual_seed(0)
+        learner = mf.MAML(mf.DotRecommender(log.num_items, 3, user_features=users, item_features=items))
+        history = learner.fit(split.train, split.valid, epochs=2, patience=None, progress=False, **arguments)
+        return history.epochs[-1].train_loss
+
+    expected = train(users, items, checkpoint=tmp_path)
+    assert train(users, items, checkpoint=tmp_path, resume=True) == expected
+    others = mf.Features.from_frame({"id": users.ids, "gender": ["f", "m"] * 30})
+    for name, tables in {"user_features": [others, items], "item_features": [users, None]}.items():
+        with pytest.raises(ValueError, match=f"{name}: the checkpoint .* was made with '[46]0 rows of [23] numbers"):
+            train(*tables, checkpoint=tmp_path, resume=True)
+
+
+def test_every_value_of_a_column_comes_back_from_the_disk(tmp_path):
+    log, users, _, _ = make_world(num_users=60)
+    frame = {"id": users.ids, "on": [True, None] * 30, "size": [1.0, 2.0, None] * 20, "tags": [["ä", 3], [2.5]] * 30}
+    frame["day"] = np.array(["2000-01-01", "NaT", "2001-01-01"] * 20, "datetime64[ns]")
+    learner = make_learner(mf.MAML, mf.Features.from_frame(frame), None, log)
+    learner.save(tmp_path)
+    for value in ({"on": False}, {"size": 2}, {"tags": [3, "ä"]}, {"day": datetime.date(2000, 5, 1)}):
+        expected = learner.adapt([], [], value).vector
+        assert torch.equal(mf.load(tmp_path).adapt([], [], value).vector, expected)
+        assert not torch.equal(expected, learner.adapt([], []).vector)
 
 
 def test_the_warm_start_learns_what_features_say():
@@ -165,6 +258,19 @@ def test_the_start_is_the_factor_model_with_its_features():
     expected = factors.offset + factors.item_bias[batch.query.items] + bias[batch.query.task_ids()] + scores
     # Pulls differ: the learner's grows with the support, by 0.008 of it for each rating.
     torch.testing.assert_close(learner.predict(batch), expected, rtol=0, atol=0.02)
+
+
+def test_a_factor_model_of_other_features_is_refused():
+    log, users, items, _ = make_world(num_users=60)
+    learner = mf.MAMLR(mf.DotRecommender(log.num_items, 3, user_features=users, item_features=items))
+    for given, name in (({"user_features": items}, "user"), ({"item_features": users}, "item")):
+        factors = warm_start.variational(log, dim=3, sweeps=1, **given)
+        with pytest.raises(
+            ValueError, match=rf"factors.{name}_weights: expected shape \[F, D \+ 1\] = \([23], 4\), as"
+        ):
+            learner.start_from(factors, log)
+    learner.start_from(warm_start.variational(log, dim=3, sweeps=1), log)  # without any they start at 0
+    assert not learner.model.user_encoder.weight.any()
 
 
 def test_an_item_that_nobody_rated_gets_what_its_features_say():
@@ -213,6 +319,149 @@ def test_newcomers_can_be_added_to_the_table_of_users():
         encoder.features = items
 
 
+def test_a_table_of_items_can_be_extended_too_and_must_mean_the_same():
+    log, users, _, _ = make_world(num_users=60)
+    letters = ["a", "b"] * 20
+    ids = [f"i{item:02}" for item in range(NUM_ITEMS)]
+    half = mf.Features.from_frame({"id": ids[:20], "letter": letters[:20]})
+    learner = make_learner(mf.MAML, users, half, log)
+    learner.model.item_encoder.features = half.extended({"id": ids[20:], "letter": letters[20:]})
+    whole = make_learner(mf.MAML, users, mf.Features.from_frame({"id": ids, "letter": letters}), log)
+    assert torch.equal(learner.predict(a_batch(log)), whole.predict(a_batch(log)))
+    assert torch.equal(learner.score_catalogue(a_batch(log)), whole.score_catalogue(a_batch(log)))
+    for other in ({"size": letters}, {"letter": ["a", "b", "b", "b"] * 10}):  # other columns, other means
+        with pytest.raises(ValueError, match="features: expected the columns, values and scales of the present table"):
+            learner.model.item_encoder.features = mf.Features.from_frame({"id": ids, **other})
+
+
+def test_tables_are_made_anew_when_anything_in_them_has_changed():
+    log, users, items, _ = make_world(num_users=60)
+    learner = make_learner(mf.MAML, users, items, log)
+    model = learner.model
+
+    @torch.no_grad()
+    def changed():
+        """Whether the tables are other ones than last time; they are right in any case."""
+        more = model.of_features()
+        expected = model.item_embedding.weight + more[:, :-1], model.item_bias.weight[:, 0] + more[:, -1]
+        now, before[0] = model.tables(), before[0]
+        assert all(map(torch.equal, now, expected))
+        was, before[0] = before[0], now
+        return was is None or was[0] is not now[0]
+
+    before = [None]
+    assert changed()
+    assert not changed()
+    optimizer = torch.optim.Adam(learner.parameters(), fused=True)  # which counts no versions
+    learner(a_batch(log)).backward()
+    optimizer.step()
+    assert changed()
+    assert not changed()
+    for parameter in (model.item_encoder.weight, model.item_embedding.weight, model.item_bias.weight):
+        parameter.data[0, 0] += 1
+        assert changed()
+    learner.item_ids = log.item_ids[::-1]
+    assert changed()
+    model.item_encoder.features = items.extended({"id": ["i00"], "genres": [["b"]]})
+    assert changed()
+    before[0][0].add_(1)  # not what one should do
+    assert changed()
+    learner.float()
+    assert changed()
+    assert model.tables()[0].requires_grad
+    with torch.inference_mode():
+        model.item_encoder.weight.data[0, 0] += 1
+        model.tables()
+    assert changed()
+    assert torch.equal(copy.deepcopy(learner).score_catalogue(a_batch(log)), learner.score_catalogue(a_batch(log)))
+    assert len(pickle.dumps(model._kept_tables)) < 100
+
+
+def test_only_the_items_of_a_batch_get_their_features_added():
+    log, users, items, _ = make_world(num_users=60)
+    learner = make_learner(mf.MAML, users, items, log)
+    batch, nobody = a_batch(log), learner.adapt([], [])
+    learner.model.tables = learner.model.of_features = None
+    assert learner.predict(batch).isfinite().all()
+    assert learner.adapt(["i00"], [5.0]).predict(["i03"]).shape == nobody.predict(["i03"]).shape
+
+
+def test_every_parameter_gets_a_gradient_whatever_is_in_a_batch():
+    """DistributedDataParallel waits for all of them in each process."""
+    log, users, items, _ = make_world(num_users=60)
+    batch = a_batch(log)
+    for algorithm in ALGORITHMS:
+        learner = make_learner(algorithm, users, items, log).float()
+        for tasks in (
+            mf.TaskBatch(batch.support, batch.query),
+            mf.TaskBatch(batch.support, batch.query, user_ids=[0] * 6),
+        ):
+            learner.zero_grad(set_to_none=True)
+            learner(tasks).backward()
+            missing = [name for name, each in learner.named_parameters() if each.grad is None]
+            assert not missing, algorithm.name
+            assert not learner.model.user_encoder.weight.grad.any()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("loss", ["squared", "logistic", "softmax"])
+def test_tables_without_any_column_or_row_change_nothing(algorithm, loss, tmp_path):
+    if algorithm is mf.Reptile and loss == "softmax":
+        return
+    log, _, items, _ = make_world(num_users=60)
+    if loss == "logistic":
+        log = dataclasses.replace(log, ratings=(log.ratings > 3).astype(np.float32))
+    split = mf.split_users(log, seed=0)
+    nobody = mf.Features.from_frame({"id": [], "gender": []})
+    empty = mf.Features.from_frame({"id": items.ids, "genres": [None] * len(items)})
+    scores = []
+    for given in ({}, {"user_features": nobody, "item_features": empty}):
+        torch.manual_seed(0)
+        learner = algorithm(mf.DotRecommender(log.num_items, 3, loss, **given))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # nothing is known of any user
+            learner.fit(split.train, split.valid, epochs=1, progress=False)
+            learner.save(tmp_path)
+            learner = mf.load(tmp_path)
+        torch.manual_seed(0)
+        batch = next(iter(mf.TaskSampler(split.test, support=5, shuffle=False)))
+        scores.append(learner.score_catalogue(batch))
+        learner.adapt(["i01"], [1.0], user=1000).recommend(3)
+    torch.testing.assert_close(*scores)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does it
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # and this
+def test_a_compiled_learner_gives_the_same_losses():
+    log, users, items, _ = make_world(num_users=60)
+    torch.compiler.reset()
+    learner = make_learner(mf.MAML, users, items, log)
+    compiled = torch.compile(learner, backend="aot_eager")
+    for batch in mf.TaskSampler(log, support=(3, 8), query=5, batch_size=20):
+        batch = batch.to("cpu", torch.float64)
+        losses = []
+        for run in (learner, compiled):
+            learner.zero_grad(set_to_none=True)
+            loss = run(batch)
+            loss.backward()
+            losses += [loss.detach(), learner.model.item_encoder.weight.grad.clone()]
+        torch.testing.assert_close(losses[:2], losses[2:])
+
+
+def test_features_keep_their_precision_under_autocast_and_beside_narrow_tables():
+    log, users, items, _ = make_world(num_users=60)
+    learner = make_learner(mf.MAML, users, items, log).float()
+    batch = a_batch(log)
+    expected = learner.predict(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(learner.predict(batch), expected)
+    learner.model.item_embedding.bfloat16()
+    learner(batch).backward()
+    assert learner.model.item_encoder.weight.grad.dtype is torch.float32
+    # Vectors of about 0.1 rounded to 8 bits, in products of a few of them with a user of about 1.
+    torch.testing.assert_close(learner.predict(batch), expected, rtol=0, atol=5e-3)
+
+
 def test_users_without_features_and_batches_without_users_count_as_average():
     log, users, items, _ = make_world()
     learner = make_learner(mf.MAML, users, items, log)
@@ -224,6 +473,11 @@ def test_users_without_features_and_batches_without_users_count_as_average():
     assert not torch.allclose(learner.predict(batch), average)
     with pytest.raises(ValueError, match="user_ids: expected 6, one per task, got 2"):
         mf.TaskBatch(batch.support, batch.query, user_ids=[1, 2])
+    for wrong in ("abcdef", 3):
+        with pytest.raises(TypeError, match="user_ids: expected an array, list or column, got"):
+            mf.TaskBatch(batch.support, user_ids=wrong)
+    with pytest.raises(TypeError, match="user: expected an id, got list"):
+        learner.adapt([], [], user=[1000])
 
 
 def test_ids_of_another_kind_are_told():

@@ -1,6 +1,7 @@
 """Features: what columns become, as a matrix and against its rows written out, and the files that they come from."""
 
 import datetime
+import decimal
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import metarec_fast as mf
-from metarec_fast._feature_columns import parse_text
+from metarec_fast._feature_values import parse_text
 from metarec_fast.feature_matrix import FeatureMatrix, only_numbers
 
 FRAME = {
@@ -105,6 +106,89 @@ def test_dates_are_days_and_arrays_are_vectors():
     torch.testing.assert_close(features.matrix.dense, expected[:, None].expand(3, 3).contiguous())
 
 
+def test_times_are_days_whatever_they_are_kept_in():
+    days = ["2000-01-01", "NaT", "2000-01-03"]
+    expected = mf.Features.from_frame({"id": [1, 2, 3], "day": np.array(days, "datetime64[D]")}).matrix.dense
+    torch.testing.assert_close(expected[:, 0], torch.tensor([-1.0, 0, 1]))
+    for column in (
+        np.array(days, "datetime64[ns]"),
+        pandas.Series(pandas.to_datetime(days)),
+        pandas.Series(pandas.to_datetime(days, utc=True)),
+        polars.Series([datetime.date(2000, 1, 1), None, datetime.date(2000, 1, 3)]),
+        [datetime.date(2000, 1, 1), None, datetime.datetime(2000, 1, 3)],
+    ):
+        features = mf.Features.from_frame({"id": [1, 2, 3], "day": column})
+        assert torch.equal(features.matrix.dense, expected)
+        for time in (datetime.date(2000, 1, 2), np.datetime64("2000-01-02T00", "ns"), pandas.Timestamp("2000-01-02")):
+            assert not features.encode({"day": time}).dense.any()
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "values"),
+    [
+        (pandas.Series([1, None, 2], dtype="Int64"), "category", (1, 2)),
+        (pandas.Series([True, None, False], dtype="boolean"), "category", (False, True)),
+        (pandas.Series(["a", None, "b"], dtype="category"), "category", ("a", "b")),
+        (polars.Series([["a", "b"], None, ["a", None]]), "bag", ("a", "b")),
+        ([["a", None], [None], ["a", math.nan, np.str_("b")]], "bag", ("a", "b")),
+        ([[np.int64(3)], [4, 3], []], "bag", (3, 4)),
+        ([[np.float32(1), np.float32(2)], None, [0.5, 1]], "vector", ()),
+        ([decimal.Decimal("1.5"), None, decimal.Decimal(2)], "number", ()),
+        ([None, None, math.nan], "category", ()),
+    ],
+)
+def test_what_is_missing_has_no_value_in_columns_of_any_type(column, kind, values):
+    features = mf.Features.from_frame({"id": [1, 2, 3], "x": column})
+    assert [(column.kind, column.values) for column in features.columns] == [(kind, values)]
+
+
+def test_vectors_may_be_arrays_tensors_or_lists_and_missing_where_all_of_them_is():
+    rows = np.array([[1.0, 2.0], [np.nan, np.nan], [3.0, 0.0]])
+    lists = [[1.0, 2.0], None, [3.0, 0.0]]
+    expected = mf.Features.from_frame({"id": [1, 2, 3], "text": lists}).matrix.dense
+    assert not expected[1].any()
+    columns = [rows, torch.from_numpy(rows).bfloat16(), list(rows), [rows[0], None, [3.0, 0]], rows.astype(np.float32)]
+    columns += [pandas.Series(list(rows)), polars.Series(lists)]
+    columns += [polars.Series(lists, dtype=polars.Array(polars.Float32, 2))]
+    for column in columns:
+        features = mf.Features.from_frame({"id": [1, 2, 3], "text": column})
+        assert [column.kind for column in features.columns] == ["vector"]
+        assert torch.equal(features.matrix.dense, expected)
+        assert torch.equal(features.encode({"text": rows[0]}).dense, expected[:1])
+    bags = mf.Features.from_frame({"id": [1, 2, 3], "tags": rows}, kinds={"tags": "bag"})
+    assert bags.columns[0].values == (0, 1, 2, 3)
+    with pytest.raises(ValueError, match="text: expected finite numbers, got nan"):
+        mf.Features.from_frame({"id": [1, 2], "text": np.array([[1.0, np.nan], [1.0, 2.0]])})
+
+
+def test_columns_that_a_frame_calls_categories_are_categories():
+    frame = pandas.DataFrame({"id": range(120), "shop": pandas.Categorical(list(range(60)) * 2)})
+    assert repr(mf.Features.from_frame(frame, min_count=1)) == "Features(120 rows; shop: category of 60)"
+
+
+def test_columns_that_do_not_vary_say_nothing_and_columns_without_values_are_left_out():
+    features = mf.Features.from_frame({"id": [1, 2, 3], "price": [0.1] * 3, "x": [None] * 3}, kinds={"x": "vector"})
+    assert features.matrix.dense.abs().max() < 1e-6
+    assert repr(features) == "Features(3 rows; price: number; left out: x)"
+
+
+def test_tables_may_be_empty():
+    nobody = mf.Features.from_frame({"id": [], "gender": []})
+    assert (len(nobody), nobody.width) == (0, 0)
+    assert nobody.matrix.select(nobody.find([7, 8])).num_rows == 2
+    nothing = mf.Features.from_frame({"id": [1, 2]})
+    joined = nothing.join(mf.Features.from_frame({"id": [2, 3], "x": ["a", "b"]}))
+    assert joined.matrix.select(torch.tensor([0])).values.numel() == 0
+
+
+def test_codes_of_further_rows_are_found_as_text_too():
+    features = mf.Features.from_frame({"id": [1, 2, 3], "age": ["18", "18-24", "25"], "tags": [[1], [2, 1], [1]]})
+    row = mf.Features.from_frame({"id": [4], "age": [25]})
+    assert row.columns[0].values == (25,)
+    assert features.encode({"age": 25}).values.tolist() == features.encode({"age": "25"}).values.tolist()
+    assert features.encode({"tags": ["2"]}).values.tolist() == features.encode({"tags": [2]}).values.tolist()
+
+
 def test_values_of_few_rows_are_left_out_unless_the_table_is_small():
     frame = {"id": range(120), "title": [f"film {i}" for i in range(120)], "colour": ["red"] * 116 + ["blue"] * 4}
     features = mf.Features.from_frame(frame)
@@ -190,6 +274,8 @@ def test_text_becomes_numbers_bags_or_strings():
     assert parse_text(["02460", "94043"], "|") == ["02460", "94043"]
     assert parse_text(["a|b", "", "c"], "|") == [["a", "b"], None, ["c"]]
     assert parse_text(["a|b", "c"], None) == ["a|b", "c"]
+    assert parse_text(["3", "NA", "null"], "|") == [3, None, None]  # as other programs write into numbers
+    assert parse_text(["DE", "NA"], "|") == ["DE", "NA"]
 
 
 def test_a_csv_file_gives_ids_of_the_kind_that_a_log_has(tmp_path):
@@ -198,6 +284,15 @@ def test_a_csv_file_gives_ids_of_the_kind_that_a_log_has(tmp_path):
     features = mf.Features.from_csv(path, id="item")
     assert features.ids.tolist() == [10, 2]
     assert repr(features) == "Features(2 rows; genres: bag of 3, year: category of 1)"
+
+
+def test_a_csv_file_may_come_from_other_programs(tmp_path):
+    path = tmp_path / "items.csv"
+    path.write_bytes(b'\xef\xbb\xbf,item, about,year\r\n0,a,"Two\r\nlines; ""quoted"", both",1995\r\n1,b,x,\r\n\r\n')
+    features = mf.Features.from_csv(path, id="item")
+    assert features.ids.tolist() == ["a", "b"]
+    assert [column.name for column in features.columns] == ["about", "year"]  # not the row numbers of pandas
+    assert features.columns[0].values == ('Two\r\nlines; "quoted", both', "x")
 
 
 def test_a_parquet_file_keeps_its_types(tmp_path):
@@ -228,6 +323,15 @@ def test_tables_of_movielens_are_read(tmp_path, name, text, expected):
         assert genres.values
 
 
+def test_letters_that_are_line_ends_elsewhere_do_not_divide_a_film(tmp_path):
+    (tmp_path / "movies.dat").write_bytes(b"1::Wait\x85 (1995)::Drama\r\n\r\n2::Heat (1995)::Action|Crime\r\n")
+    features = mf.Features.from_movielens(tmp_path / "movies.dat")
+    assert features.ids.tolist() == [1, 2]
+    assert repr(features) == "Features(2 rows; year: category of 1, genres: bag of 3)"
+    (tmp_path / "ratings.dat").write_text("1::1::5::0\n1::2::4::1\n")
+    assert mf.Interactions.from_movielens(tmp_path).item_titles == {1: "Wait\x85 (1995)", 2: "Heat (1995)"}
+
+
 # ---- bad input ---------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +342,10 @@ def test_tables_of_movielens_are_read(tmp_path, name, text, expected):
         ({"columns": ["height"]}, ValueError, r"columns: the frame has no column 'height'"),
         ({"kinds": {"age": "wave"}}, ValueError, r"kinds\['age'\]: expected one of category, bag, .*, got 'wave'"),
         ({"kinds": {"gender": "number"}}, TypeError, r"gender: expected numbers, got 'f'"),
+        ({"kinds": {"text": "category"}}, TypeError, r"text: expected strings, numbers or truth values .* got list"),
+        ({"columns": "age"}, TypeError, "columns: expected several names, got the string 'age'"),
+        ({"min_count": 0}, ValueError, "min_count: must be ≥ 1, got 0"),
+        ({"max_values": 2.5}, TypeError, "max_values: expected an int, got float 2.5"),
     ],
 )  # fmt: skip
 def test_arguments_that_do_not_fit_are_refused_by_name(arguments, error, message):
@@ -249,6 +357,13 @@ def test_arguments_that_do_not_fit_are_refused_by_name(arguments, error, message
     ("frame", "error", "message"),
     [
         ({"id": [1, 1], "x": [1, 2]}, ValueError, "id: each id must come once, got 1 different ones among 2"),
+        ({"id": [1, None], "x": [1, 2]}, ValueError, "id: an id is missing, got None at row 1"),
+        ({"id": pandas.Series([1, None], dtype="Int64")}, ValueError, "id: an id is missing, got nan at row 1"),
+        (pandas.DataFrame([[1, 2, 3]], columns=["id", "x", "x"]), ValueError, "frame: .* once, 'x' comes more often"),
+        ([1, 2], TypeError, "frame: expected a pandas or Polars frame or a dict of columns, got list"),
+        ({"id": [1, 2], "x": [[["a"]], ["b"]]}, TypeError, r"x: expected strings, .* or bag, got list"),
+        ({"id": range(60), "x": [10**400 + i for i in range(60)]}, ValueError, "x: expected numbers that fit float64"),
+        ({"id": [1, 2], "x": [1e300, -1.5]}, ValueError, r"x: expected numbers of finite variance, got 1e\+300"),
         ({"id": [1, 2], "x": [1]}, ValueError, "x: expected 2 rows, one per id, got 1"),
         ({"id": [1, 2], "x": [1.5, math.inf]}, ValueError, "x: expected finite numbers, got inf"),
         ({"id": [1, 2], "x": [{"a": 1}, {}]}, TypeError, "x: expected strings, numbers, dates or lists .*, got dict"),
@@ -266,6 +381,12 @@ def test_vectors_of_other_lengths_and_unknown_columns_are_refused():
         features.encode({"text": [1.0, 2.0, 3.0]})
     with pytest.raises(ValueError, match=r"features: there is no column 'height'; the columns are 'gender', 'age'"):
         features.encode({"height": 3})
+    with pytest.raises(TypeError, match="features: expected values by column, got list"):
+        features.encode(["gender"])
+    with pytest.raises(TypeError, match=r"gender: expected strings, .* got list \['f'\]"):
+        features.encode({"gender": ["f"]})
+    with pytest.raises(ValueError, match="id: the frame has no column 'id'; its columns are 'who'"):
+        features.extended({"who": ["z"]})
     with pytest.raises(ValueError, match="text: expected vectors of one length, got 1, 2"):
         mf.Features.from_frame({"id": [1, 2], "text": [[1.0], [1.0, 2.0]]}, kinds={"text": "vector"})
 
@@ -274,7 +395,11 @@ def test_vectors_of_other_lengths_and_unknown_columns_are_refused():
     ("text", "message"),
     [
         ("", "the file is empty"),
-        ("item,genres\n1\n", "expected 2 fields in row 1, got 1"),
+        ("item,genres\n1,a\n\n2\n", r"items\.csv:4: expected 2 fields, got 1"),
+        ('item,about\n1,"a\nb"\n2,"c\nd"\n3\n', r"items\.csv:6: expected 2 fields, got 1"),
+        ("item,genres\n1,a\n,b\n", r"items\.csv:3: expected an id, got none"),
+        ("item;genres\n1;a\n", "expected fields separated by ',', got the header 'item;genres'"),
+        ("item,x,x\n1,2,3\n", "each column must come once, 'x' comes more often"),
         ("film,genres\n1,a\n", "id: .* has no column 'item'; its columns are 'film', 'genres'"),
     ],
 )
@@ -288,3 +413,13 @@ def test_broken_files_are_named(tmp_path, text, message):
         mf.Features.from_csv(tmp_path / "nothing.csv")
     with pytest.raises(ValueError, match=r"expected the name of a MovieLens table"):
         mf.Features.from_movielens(path)
+    with pytest.raises(ValueError, match="sep: expected one character, got '::'"):
+        mf.Features.from_csv(path, sep="::")
+    (tmp_path / "users.dat").write_text("1::M::24::10::48067\n2::F::56\n")
+    with pytest.raises(ValueError, match=r"users\.dat:2: expected 5 fields separated by '::', got 3"):
+        mf.Features.from_movielens(tmp_path / "users.dat")
+    (tmp_path / "movies.csv").write_text("movieId,title\n1,Heat\n")
+    with pytest.raises(
+        ValueError, match=r"movies\.csv: expected the columns movieId, title, genres, got movieId, title"
+    ):
+        mf.Features.from_movielens(tmp_path / "movies.csv")
