@@ -29,6 +29,18 @@ const std::string kLoop =
 const std::string kGradients =
     "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor";
 
+// An MLP tower, whose parameters are one vector, and the tasks that it adapts to.
+const std::string kTower =
+    "Tensor user_part, Tensor item_table, Tensor parameters, int[] widths, Tensor support_items, "
+    "Tensor support_offsets, Tensor support_targets, Tensor? support_weights, Tensor query_items, "
+    "Tensor query_offsets, ";
+
+const std::string kTowerLoop =
+    "Tensor inner_lr, int inner_steps, str activation, str loss, bool first_order";
+
+// Of user_part, parameters and inner_lr; and rows of items by their ids.
+const std::string kTowerGradients = "Tensor, Tensor, Tensor, Tensor rows, Tensor item_ids";
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(METAREC_NAMESPACE, m) {
@@ -69,5 +81,14 @@ STABLE_TORCH_LIBRARY(METAREC_NAMESPACE, m) {
       "sparse_adagrad(Tensor(a!)[] params, Tensor(b!)[] sums, Tensor ids, Tensor[] rows, float lr, "
       "float eps) -> ()");
   m.def("sparse_sgd(Tensor(a!)[] params, Tensor ids, Tensor[] rows, float lr) -> ()");
+  m.def(("mlp_adapt_and_score(" + kTower + kTowerLoop + ") -> Tensor").c_str());
+  m.def(("mlp_adapt_and_score_backward(Tensor grad_scores, " + kTower + kTowerLoop + ") -> (" +
+         kTowerGradients + ")")
+            .c_str());
+  m.def(("mlp_meta_step(" + kTower +
+         "Tensor query_targets, Tensor? query_weights, Tensor? task_weights, " + kTowerLoop +
+         ", float outer_squared, float outer_logistic, float outer_absolute) -> (Tensor loss, " +
+         kTowerGradients + ")")
+            .c_str());
   m.def("use_huge_pages(Tensor table) -> ()");
 }

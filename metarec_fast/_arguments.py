@@ -69,6 +69,14 @@ def differentiable(model: Model, loop: InnerLoop, support: Entries) -> dict[str,
 
 def check_differentiation(model: Model, loop: InnerLoop, batch: TaskBatch, step_weights: Tensor | None = None) -> None:
     """Raises where a derivative would be missing without a word: of data, and in forward mode of anything."""
+    if not torch.compiler.is_compiling():
+        check_gradients_of(differentiable(model, loop, batch.support), batch, {"step_weights": step_weights})
+
+
+def check_gradients_of(
+    values: Mapping[str, Tensor | None], batch: TaskBatch, more_data: Mapping[str, Tensor | None]
+) -> None:
+    """Raises where a derivative would be missing: of the batch's data and `more_data`, in forward mode of `values`."""
     if torch.compiler.is_compiling():
         return
     forward = getattr(forward_ad, "_current_level", -1) >= 0
@@ -79,7 +87,7 @@ def check_differentiation(model: Model, loop: InnerLoop, batch: TaskBatch, step_
         "support.targets": support.targets,
         "support.log_q": support.log_q,
         "batch.weights": batch.weights,
-        "step_weights": step_weights,
+        **more_data,
     }
     if query is not None:
         data |= {"query.targets": query.targets, "query.weights": query.weights, "query.log_q": query.log_q}
@@ -87,7 +95,7 @@ def check_differentiation(model: Model, loop: InnerLoop, batch: TaskBatch, step_
         if value is not None and value.requires_grad:
             raise ValueError(f"{name}: no gradient is taken of it, but it requires one; detach() it")
     if forward:
-        for name, value in {**data, **differentiable(model, loop, support)}.items():
+        for name, value in {**data, **values}.items():
             if value is not None and forward_ad.unpack_dual(value).tangent is not None:
                 raise NotImplementedError(f"{name}: derivatives in forward mode are not available")
 
@@ -102,7 +110,7 @@ def check_model(
 ) -> Model:
     """The five meta-parameters as tensors of one dtype and device."""
     if not isinstance(item_table, Tensor) or item_table.dim() != 2:
-        raise ValueError(f"item_table: expected a tensor [N, D], got {_describe(item_table)}")
+        raise ValueError(f"item_table: expected a tensor [N, D], got {describe(item_table)}")
     num_items, dim = item_table.shape
     if item_table.dtype == torch.float16 and is_autocast(item_table):
         item_table = item_table.float()
@@ -111,11 +119,11 @@ def check_model(
     like = item_table if item_table.dtype != torch.bfloat16 else item_table.new_empty(0, dtype=torch.float32)
     bias = 0.0 if user_bias_init is None else user_bias_init
     return Model(
-        _tensor("user_init", user_init, like, ((dim,), (num_tasks, dim)), "[D] or [T, D]"),
-        _tensor("user_bias_init", bias, like, ((), (num_tasks,)), "a scalar or [T]"),
+        fitting_tensor("user_init", user_init, like, ((dim,), (num_tasks, dim)), "[D] or [T, D]"),
+        fitting_tensor("user_bias_init", bias, like, ((), (num_tasks,)), "a scalar or [T]"),
         item_table,
-        _tensor("item_bias", item_bias, like, ((num_items,),), "[N]"),
-        _tensor("offset", offset, like, ((),), "a scalar"),
+        fitting_tensor("item_bias", item_bias, like, ((num_items,),), "[N]"),
+        fitting_tensor("offset", offset, like, ((),), "a scalar"),
     )
 
 
@@ -171,13 +179,15 @@ def check_inner_loop(
         )
     per_step: tuple[tuple[int, ...], ...] = ((),) if inner_steps == "exact" else ((), (inner_steps,))
     return InnerLoop(
-        inner_lr=_tensor("inner_lr", inner_lr, like, per_step, "a scalar or [K]"),
+        inner_lr=fitting_tensor("inner_lr", inner_lr, like, per_step, "a scalar or [K]"),
         inner_steps=inner_steps,
         preconditioner=None
         if preconditioner is None
-        else _tensor("preconditioner", preconditioner, like, ((dim + 1,),), "[D + 1]"),
-        prior_pull=_tensor("prior_pull", prior_pull, like, ((), (num_tasks,)), "a scalar or [T]") if pulled else None,
-        momentum=None if momentum is None else _tensor("momentum", momentum, like, per_step, "a scalar or [K]"),
+        else fitting_tensor("preconditioner", preconditioner, like, ((dim + 1,),), "[D + 1]"),
+        prior_pull=fitting_tensor("prior_pull", prior_pull, like, ((), (num_tasks,)), "a scalar or [T]")
+        if pulled
+        else None,
+        momentum=None if momentum is None else fitting_tensor("momentum", momentum, like, per_step, "a scalar or [K]"),
         extra_count=float(extra_count),
         loss=loss,
         first_order=bool(first_order),
@@ -251,7 +261,7 @@ def check_task_weights(task_weights: Tensor | None, like: Tensor, num_tasks: int
     """ω ≥ 0 of each task, [T]."""
     if task_weights is None:
         return None
-    weights = _tensor("task_weights", task_weights, like, ((num_tasks,),), "[T]")
+    weights = fitting_tensor("task_weights", task_weights, like, ((num_tasks,),), "[T]")
     if weights.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere looking would wait
         check_not_negative("task_weights", weights)
     return weights
@@ -263,10 +273,12 @@ def check_step_weights(step_weights: Tensor | None, loop: InnerLoop, like: Tenso
         return None
     if loop.inner_steps == "exact":
         raise ValueError("step_weights: 'exact' has no steps to weigh")
-    return _tensor("step_weights", step_weights, like, ((loop.inner_steps + 1,),), "[K + 1]")
+    return fitting_tensor("step_weights", step_weights, like, ((loop.inner_steps + 1,),), "[K + 1]")
 
 
-def _tensor(name: str, value: Number, like: Tensor, shapes: tuple[tuple[int, ...], ...], expected: str) -> Tensor:
+def fitting_tensor(
+    name: str, value: Number, like: Tensor, shapes: tuple[tuple[int, ...], ...], expected: str
+) -> Tensor:
     if isinstance(value, (int, float)):
         if () not in shapes:
             raise ValueError(f"{name}: expected a tensor {expected}, got {value!r}")
@@ -317,5 +329,5 @@ def _refuse(what: str, reasons: Mapping[str, bool]) -> None:
             raise ValueError(f"{what} cannot be combined with {name}")
 
 
-def _describe(value: object) -> str:
+def describe(value: object) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

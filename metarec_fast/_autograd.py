@@ -136,13 +136,13 @@ def _fake_update(*args: Any) -> None:
     """An operator that returns nothing."""
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     tensors = [value if isinstance(value, Tensor) else None for value in inputs]
     ctx.save_for_backward(*tensors)
     ctx.settings = [None if isinstance(value, Tensor) else value for value in inputs]
 
 
-def _restore(ctx: Any) -> list[Any]:
+def restore(ctx: Any) -> list[Any]:
     return [
         setting if tensor is None else tensor for tensor, setting in zip(ctx.saved_tensors, ctx.settings, strict=True)
     ]
@@ -163,12 +163,12 @@ def _wanted(ctx: Any, where: dict[str, int]) -> int:
 
 def _adapt_and_score_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     wanted = _wanted(ctx, ADAPT_AND_SCORE)
-    gradients = Once.apply("adapt_and_score", ops.adapt_and_score_backward, *grads, *_restore(ctx), wanted)
+    gradients = Once.apply("adapt_and_score", ops.adapt_and_score_backward, *grads, *restore(ctx), wanted)
     return _at_places(ctx, gradients, ADAPT_AND_SCORE)
 
 
 def _adapt_backward(ctx: Any, grad_user: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:
-    args, wanted = _restore(ctx), _wanted(ctx, ADAPT)
+    args, wanted = restore(ctx), _wanted(ctx, ADAPT)
     no_items, no_offsets = args[SUPPORT_ITEMS].new_empty((0,)), torch.zeros_like(args[SUPPORT_OFFSETS])
     gradients = Once.apply(
         "adapt", ops.adapt_and_score_backward, grad_user, grad_bias, grad_bias.new_empty((0,)),
@@ -178,7 +178,7 @@ def _adapt_backward(ctx: Any, grad_user: Tensor, grad_bias: Tensor) -> tuple[Ten
 
 
 def _adapt_all_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = Once.apply("adapt", ops.adapt_all_backward, *grads, *_restore(ctx), _wanted(ctx, ADAPT))
+    gradients = Once.apply("adapt", ops.adapt_all_backward, *grads, *restore(ctx), _wanted(ctx, ADAPT))
     return _at_places(ctx, gradients, ADAPT)
 
 
@@ -212,7 +212,7 @@ def _meta_step_backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[T
     return _at_places(ctx, scaled, META_STEP)
 
 
-def _refuse(message: str) -> Callable[..., Any]:
+def refuse(message: str) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(message)
 
@@ -243,15 +243,15 @@ def register(namespace: str) -> None:
     for name, fake in _FAKES.items():
         register_fake(f"{namespace}::{name}", fake)
     gradients: dict[str, tuple[Callable[..., Any], Callable[..., None] | None]] = {
-        "adapt": (_adapt_backward, _save),
-        "adapt_and_score": (_adapt_and_score_backward, _save),
-        "adapt_and_score_backward": (_refuse("adapt_and_score cannot be differentiated twice"), None),
-        "adapt_all": (_adapt_all_backward, _save),
-        "adapt_all_backward": (_refuse("adapt cannot be differentiated twice"), None),
+        "adapt": (_adapt_backward, save),
+        "adapt_and_score": (_adapt_and_score_backward, save),
+        "adapt_and_score_backward": (refuse("adapt_and_score cannot be differentiated twice"), None),
+        "adapt_all": (_adapt_all_backward, save),
+        "adapt_all_backward": (refuse("adapt cannot be differentiated twice"), None),
         "meta_step": (_meta_step_backward, _meta_step_setup),
     }
     for name in ("reptile_step", "score_top_k", "coalesce_rows", "coalesce_rows_padded", "sum_rows"):
-        gradients[name] = _refuse(f"{name} has no gradient of its own"), None
+        gradients[name] = refuse(f"{name} has no gradient of its own"), None
     for name, (backward, setup) in gradients.items():
         register_autograd(f"{namespace}::{name}", backward, setup_context=setup)
     _autocast.register(namespace, gradients)

@@ -47,7 +47,7 @@ def meta_step(
     for name, value in given.items():
         if value is not None:
             wanted |= _autograd.WANT[name]
-    loss, *gradients, ids = _call(
+    loss, *gradients, ids = call(
         ops.meta_step.default, given.values(),
         *_inputs(model, batch.support), *_query(batch), *_loop(loop),
         *[float(losses.get(name, 0.0)) for name in OUTER_LOSSES], step_weights, wanted,
@@ -60,7 +60,7 @@ def meta_step(
 
 
 def reptile_step(model: Model, support: Entries, task_weights: Tensor | None, loop: InnerLoop) -> MetaStep:
-    loss, user, bias, rows, biases = _call(
+    loss, user, bias, rows, biases = call(
         ops.reptile_step.default, (), *_inputs(model, support), task_weights, *_loop(loop)
     )
     grads: dict[str, Tensor | SparseRows] = {"user_init": user, "user_bias_init": bias}
@@ -69,7 +69,7 @@ def reptile_step(model: Model, support: Entries, task_weights: Tensor | None, lo
     return MetaStep(loss, grads)
 
 
-def _call(op: Any, given: Iterable[Tensor | None], *args: Any) -> Any:
+def call(op: Any, given: Iterable[Tensor | None], *args: Any) -> Any:
     """The same as op(*args), without the detour through Python's autograd where none of `given` asks for gradients."""
     if torch.compiler.is_compiling():
         return op(*args)

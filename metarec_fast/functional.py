@@ -28,6 +28,7 @@ from metarec_fast._arguments import (
     check_task_weights,
     is_autocast,
 )
+from metarec_fast._mlp_functional import mlp_adapt_and_score, mlp_meta_step
 from metarec_fast.results import FastWeights, MetaStep, SparseRows, TopK
 from metarec_fast.tasks import Entries, TaskBatch
 
@@ -363,6 +364,6 @@ def _with_negatives(batch: TaskBatch) -> TaskBatch:
 
 
 __all__ = [
-    "InnerLoop", "Model", "adapt", "adapt_and_score", "coalesce_rows", "coalesce_rows_padded", "meta_step",
-    "reptile_step", "score_top_k", "sum_rows",
+    "InnerLoop", "Model", "adapt", "adapt_and_score", "coalesce_rows", "coalesce_rows_padded",
+    "meta_step", "mlp_adapt_and_score", "mlp_meta_step", "reptile_step", "score_top_k", "sum_rows",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -39,6 +39,14 @@ class MetaStep(NamedTuple):
 
     loss: Tensor  # scalar; can be differentiated once
     grads: dict[str, Tensor | SparseRows]
+
+
+class TowerMetaStep(NamedTuple):
+    """The outer loss of a batch under an MLP tower and its meta-gradients, by argument name."""
+
+    loss: Tensor  # scalar; can be differentiated once
+    grads: dict[str, Any]
+    """user_part [T, Du], item_table SparseRows, layers [(weight, bias), …], inner_lr."""
 
 
 class TopK(NamedTuple):

@@ -19,15 +19,15 @@ constexpr int64_t kMostBlocks = 128;
 class TaskBlocks {
  public:
   // `offsets` of one or two sets of entries; a task costs its entries and a little more. An entry
-  // takes about `entry_cost` multiply-adds.
-  TaskBlocks(int64_t num_tasks, const int64_t* support, const int64_t* query, int64_t entry_cost) {
+  // takes about `entry_cost` multiply-adds. `most` where what is kept of a block is large.
+  TaskBlocks(int64_t num_tasks, const int64_t* support, const int64_t* query, int64_t entry_cost,
+             int64_t most = kMostBlocks) {
     const auto cost = [&](int64_t task) {
       return support[task] + (query == nullptr ? 0 : query[task]) + kTaskCost * task;
     };
     const int64_t total = cost(num_tasks);
     const int64_t work = total * entry_cost;
-    const int64_t blocks =
-        std::max<int64_t>(1, std::min({kMostBlocks, num_tasks, work / kLeastWork}));
+    const int64_t blocks = std::max<int64_t>(1, std::min({most, num_tasks, work / kLeastWork}));
     bounds_.push_back(0);
     for (int64_t block = 1, task = 0; block <= blocks; ++block) {
       while (task < num_tasks && cost(task) * blocks < total * block) ++task;
