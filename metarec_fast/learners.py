@@ -24,6 +24,7 @@ from metarec_fast.catalogue import Catalogue
 from metarec_fast.data import Interactions
 from metarec_fast.feature_matrix import FeatureMatrix
 from metarec_fast.functional import Steps
+from metarec_fast.mlp_recommender import MLPRecommender
 from metarec_fast.models import DotRecommender
 from metarec_fast.module_recommender import ModuleRecommender
 from metarec_fast.module_tasks import ModuleTasks
@@ -32,6 +33,7 @@ from metarec_fast.optim import SparseAdam
 from metarec_fast.reference import entry_losses
 from metarec_fast.results import FastWeights
 from metarec_fast.tasks import Entries, TaskBatch
+from metarec_fast.tower_tasks import TowerTasks
 
 OuterLoss = str | Mapping[str, float]
 
@@ -96,7 +98,8 @@ class Learner(nn.Module):
         if isinstance(model, ModuleRecommender):
             if isinstance(inner_steps, bool) or not isinstance(inner_steps, int) or inner_steps < 0:
                 raise ValueError(f"inner_steps: a module needs a whole number ≥ 0, got {inner_steps!r}")
-            self.tasks = ModuleTasks(self, model, model.choose(adapt))
+            kind = TowerTasks if isinstance(model.module, MLPRecommender) else ModuleTasks
+            self.tasks = kind(self, model, model.choose(adapt))
 
     def forward(self, batch: TaskBatch) -> Tensor:
         """The outer loss of a batch, a scalar: how well tasks that adapted on their support predict their query.
@@ -262,12 +265,7 @@ class Learner(nn.Module):
 
     def _module_loss(self, batch: TaskBatch, tasks: ModuleTasks) -> Tensor:
         batch = self._prepare(batch, query="targets")
-        support = self.weigh(batch.support, batch.support.items)
-        if not torch.is_grad_enabled():
-            return tasks.outer_loss(batch, support)
-        loss, inputs, gradients = tasks.meta_gradients(batch, support)
-        known: Tensor = KnownGradients.apply("the outer loss", loss, gradients, *inputs)
-        return known
+        return tasks.meta_loss(batch, self.weigh(batch.support, batch.support.items))
 
     def _takes_rows(self) -> bool:
         """Whether the gradients of both item tables may be deposited as rows, past the embeddings' forward."""

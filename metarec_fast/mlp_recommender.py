@@ -98,15 +98,23 @@ class MLPRecommender(nn.Module):
 
     def forward(self, items: Tensor, user: Tensor | None = None) -> Tensor:
         """Scores [n] of items [n] for the user with features x [F]."""
-        item_part = self.item_embedding(items)
-        if self.item_weight is not None:
-            item_part = item_part + self.item_inputs[items] @ self.item_weight
-        user_part: Tensor = self.user_init
-        if user is not None and self.user_weight is not None:
-            user_part = user_part + user @ self.user_weight
-        inputs = torch.cat([user_part.expand(item_part.shape), item_part], -1)
+        item_part = self.item_part(items)
+        inputs = torch.cat([self.user_part(user).expand(item_part.shape), item_part], -1)
         scores: Tensor = self.item_average[items] + self.tower(inputs).squeeze(-1)
         return scores
+
+    def item_part(self, items: Tensor) -> Tensor:
+        """What the tower gets of items [n]: [n, D]."""
+        part: Tensor = self.item_embedding(items)
+        return part if self.item_weight is None else part + self.item_inputs[items] @ self.item_weight
+
+    def user_part(self, user: Tensor | None) -> Tensor:
+        """What the tower gets of users with features x [..., F]: [..., D]."""
+        return self.user_init if user is None or self.user_weight is None else self.user_init + user @ self.user_weight
+
+    def linear_layers(self) -> list[nn.Linear]:
+        """The layers of the tower that have weights."""
+        return [layer for layer in self.tower if isinstance(layer, nn.Linear)]
 
     @torch.no_grad()
     def initialize(self, log: Interactions) -> None:

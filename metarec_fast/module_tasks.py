@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
+from metarec_fast._known_gradients import KnownGradients
 from metarec_fast._ragged import pad
 from metarec_fast.reference import entry_losses
 from metarec_fast.tasks import Entries, TaskBatch
@@ -77,6 +78,14 @@ class ModuleTasks:
                     if gradient is not None:
                         total += gradient
         return loss, inputs, totals
+
+    def meta_loss(self, batch: TaskBatch, support: Entries) -> Tensor:
+        """The outer loss, a scalar that can be differentiated once with respect to all parameters of the learner."""
+        if not torch.is_grad_enabled():
+            return self.outer_loss(batch, support)
+        loss, inputs, gradients = self.meta_gradients(batch, support)
+        known: Tensor = KnownGradients.apply("the outer loss", loss, gradients, *inputs)
+        return known
 
     def outer_loss(self, batch: TaskBatch, support: Entries) -> Tensor:
         """The outer loss without gradients."""

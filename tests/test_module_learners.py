@@ -262,6 +262,47 @@ def test_a_tower_is_a_tower_on_the_parts_of_user_and_item(activation):
         torch.testing.assert_close(scores[place], expected.detach())
 
 
+@pytest.mark.parametrize("algorithm", [mf.MAML, mf.FOMAML])
+@pytest.mark.parametrize("outer_loss", ["squared", {"squared": 0.4, "absolute": 0.6}])
+def test_the_operators_of_a_tower_give_what_any_module_gets(algorithm, outer_loss):
+    log = make_log()
+    users = mf.Features.from_frame({"id": np.arange(60), "age": np.arange(60) + 0.5})
+    items = mf.Features.from_frame({"id": [f"i{item:02}" for item in range(NUM_ITEMS)], "genre": list("abc" * 4)})
+    found = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = mf.MLPRecommender(NUM_ITEMS, 3, (5, 4), "gelu", user_features=users, item_features=items).double()
+        for weight in (model.user_init, model.user_weight, model.item_weight):
+            nn.init.normal_(weight)
+        learner = algorithm(model, inner_steps=3, outer_loss=outer_loss)
+        learner.initialize(log)
+        learner.tasks.is_whole = fused
+        assert learner.tasks.is_fused() == fused
+        batch = next(iter(mf.TaskSampler(log, support=(1, 4), query=3, batch_size=7))).to("cpu", torch.float64)
+        batch = batch.with_weights(torch.arange(7).double())
+        loss = learner(batch)
+        loss.backward()
+        with torch.no_grad():
+            torch.testing.assert_close(learner(batch), loss.detach())
+        found.append((loss.detach(), learner.predict(batch), gradients(learner)))
+    (loss, scores, slopes), (expected_loss, expected_scores, expected) = found
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-9, atol=0)
+    torch.testing.assert_close(scores, expected_scores, rtol=1e-9, atol=0)
+    for name, slope in slopes.items():
+        torch.testing.assert_close(slope, expected[name], rtol=1e-9, atol=1e-12, msg=name)
+        assert slope.any(), name
+
+
+def test_what_the_operators_of_a_tower_do_not_know_goes_the_way_of_any_module():
+    for learner in (
+        mf.MetaSGD(mf.MLPRecommender(NUM_ITEMS, 3)),
+        mf.MAMLR(mf.MLPRecommender(NUM_ITEMS, 3)),
+        mf.MAML(mf.MLPRecommender(NUM_ITEMS, 3), adapt=["tower.4.*"]),
+        mf.MAML(mf.MLPRecommender(NUM_ITEMS, 3, loss="logistic")),
+    ):
+        assert not learner.tasks.is_fused()
+
+
 def test_a_tower_comes_back_from_the_disk_by_itself(tmp_path):
     log = make_log()
     items = mf.Features.from_frame({"id": [f"i{item:02}" for item in range(NUM_ITEMS)], "genre": list("abc" * 4)})
