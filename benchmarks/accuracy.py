@@ -24,7 +24,7 @@ from metarec_fast.cli_inputs import add_ratings, add_users, read_features, read_
 
 METRICS = ("rmse", "mae", "mae_user", "ndcg@3", "ndcg@10", "catalogue_ndcg@10")
 WITHOUT = "maml-r"
-Variant = Callable[[mf.DotRecommender], mf.Learner]
+Variant = Callable[[int, int], mf.Learner]  # of the number of items and the width
 
 
 class Tables(NamedTuple):
@@ -32,6 +32,9 @@ class Tables(NamedTuple):
 
     users: mf.Features | None
     items: mf.Features | None
+
+
+NOTHING = Tables(None, None)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,17 +55,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (options.out / "accuracy.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def variants(tables: Tables, quick: bool) -> dict[str, tuple[Tables, Variant]]:
-    """Learners with their defaults, by the name that the table gives them, and the features that they see."""
-    nothing = Tables(None, None)
-    shown: dict[str, tuple[Tables, Variant]] = {WITHOUT: (nothing, mf.MAMLR)}
-    if tables != nothing:
-        shown["maml-r, features"] = (tables, mf.MAMLR)
+def variants(tables: Tables, quick: bool) -> dict[str, Variant]:
+    """Learners with their defaults, by the name that the table gives them."""
+    shown = {WITHOUT: on_dot(mf.MAMLR)}
+    if tables != NOTHING:
+        shown["maml-r, features"] = on_dot(mf.MAMLR, tables)
     if not quick:
-        shown["maml-r, exact"] = (nothing, lambda model: mf.MAMLR(model, inner_steps="exact"))
-        shown["maml-r, first order"] = (nothing, lambda model: mf.MAMLR(model, first_order=True))
-        shown |= {name: (nothing, kind) for name, kind in comparison.ALGORITHMS.items() if name != WITHOUT}
+        shown["maml-r, exact"] = on_dot(lambda model: mf.MAMLR(model, inner_steps="exact"))
+        shown["maml-r, first order"] = on_dot(lambda model: mf.MAMLR(model, first_order=True))
+        shown |= {name: on_dot(kind) for name, kind in comparison.ALGORITHMS.items() if name != WITHOUT}
+        shown["maml, tower, features"] = lambda num_items, dim: mf.MAML(
+            mf.MLPRecommender(num_items, dim, user_features=tables.users, item_features=tables.items)
+        )
     return shown
+
+
+def on_dot(kind: Callable[[mf.DotRecommender], mf.Learner], tables: Tables = NOTHING) -> Variant:
+    """A learner on the dot-product model that sees these features."""
+    return lambda num_items, dim: kind(
+        mf.DotRecommender(num_items, dim, user_features=tables.users, item_features=tables.items)
+    )
 
 
 def judge_new_users(log: mf.Interactions, tables: Tables, options: argparse.Namespace) -> dict[str, Any]:
@@ -72,9 +84,9 @@ def judge_new_users(log: mf.Interactions, tables: Tables, options: argparse.Name
     for seed in range(options.splits):
         split = mf.split_users(log, valid=0.1, test=0.2, seed=seed)
         judged: dict[str, Any] = {}
-        for name, (seen, kind) in variants(tables, options.quick).items():
+        for name, variant in variants(tables, options.quick).items():
             begin = time.perf_counter()
-            judged[name] = _fit(kind, split.train, split.valid, seen, options.dim, options.order, seed)
+            judged[name] = _fit(variant, split.train, split.valid, options.dim, options.order, seed)
             seconds[name] = seconds.get(name, 0.0) + (time.perf_counter() - begin) / options.splits
         judged |= fit_baselines(split.train, seed=seed)
         known = {"support": options.support, "order": options.order}
@@ -97,8 +109,8 @@ def judge_new_items(log: mf.Interactions, tables: Tables, options: argparse.Name
     for seed in range(options.splits):
         split = mf.split_quadrants(log, valid=0.1, test=0.2, items=0.2, seed=seed)
         learners = {
-            name: _fit(mf.MAMLR, split.train, split.valid, seen, options.dim, options.order, seed)
-            for name, seen in ((WITHOUT, Tables(None, None)), ("maml-r, item features", Tables(None, tables.items)))
+            name: _fit(on_dot(mf.MAMLR, seen), split.train, split.valid, options.dim, options.order, seed)
+            for name, seen in ((WITHOUT, NOTHING), ("maml-r, item features", Tables(None, tables.items)))
         }
         bias = fit_baselines(split.train, ("bias",), seed=seed)
         for quadrant in ("item-cold", "both-cold"):
@@ -120,11 +132,10 @@ def judge_new_items(log: mf.Interactions, tables: Tables, options: argparse.Name
 
 
 def _fit(
-    kind: Variant, train: mf.Interactions, valid: mf.Interactions, tables: Tables, dim: int, order: str, seed: int
+    variant: Variant, train: mf.Interactions, valid: mf.Interactions, dim: int, order: str, seed: int
 ) -> mf.Learner:
     torch.manual_seed(seed)
-    model = mf.DotRecommender(train.num_items, dim, user_features=tables.users, item_features=tables.items)
-    learner = kind(model)
+    learner = variant(train.num_items, dim)
     learner.fit(train, valid, order=order, seed=seed, progress=False)
     return learner
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -125,8 +126,19 @@ def _checked(
     return tower, check_tower_loop(tower, inner_lr, inner_steps, loss, first_order)
 
 
+_WITH_KERNELS = ("cpu", "meta")
+_missed: set[str] = set()  # kinds of device of which it has been said that they have no kernels
+
+
 def _either(kernels: Callable[..., Result], plain: Callable[..., Result], like: Tensor) -> Callable[..., Result]:
-    """The kernels, which are there on the CPU, or the reference, which like them computes in float32 under autocast."""
-    if like.device.type in ("cpu", "meta") and _library.loaded_for(like):
+    """The kernels where `like` lives, or the reference, which like them computes in float32 under autocast."""
+    kind = like.device.type
+    if kind in _WITH_KERNELS and _library.loaded_for(like):
         return kernels
-    return torch.autocast(like.device.type, enabled=False)(plain) if is_autocast(like) else plain
+    if kind not in (*_WITH_KERNELS, *_missed) and not torch.compiler.is_compiling():
+        _missed.add(kind)
+        message = (
+            f"an MLP tower runs on its PyTorch reference on {kind}, right but slow: only the CPU has kernels of it"
+        )
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    return torch.autocast(kind, enabled=False)(plain) if is_autocast(like) else plain

@@ -53,6 +53,8 @@ class Learner(nn.Module):
 
     name: str
     default_outer_lr = 1e-2
+    module_outer_lr = 1e-3
+    """What takes its place where the model is any module."""
     largest_batch = 256
     num_negatives = 4
     """Negatives for each item that a user adapts on, drawn where a loss compares with them and a batch has none."""
@@ -98,6 +100,7 @@ class Learner(nn.Module):
         if isinstance(model, ModuleRecommender):
             if isinstance(inner_steps, bool) or not isinstance(inner_steps, int) or inner_steps < 0:
                 raise ValueError(f"inner_steps: a module needs a whole number ≥ 0, got {inner_steps!r}")
+            self.default_outer_lr = self.module_outer_lr
             kind = TowerTasks if isinstance(model.module, MLPRecommender) else ModuleTasks
             self.tasks = kind(self, model, model.choose(adapt))
 

@@ -30,7 +30,6 @@ _FIRST_RATE = 0.2  # s_k A_j starts at this over the curvature of coordinate j
 _TYPICAL_SUPPORT = 30.0  # for which that curvature is taken
 _PULL = 1.0  # λ0 without a warm start
 _ENOUGH_STEPS = 600
-_MODULE_RATE = 3e-3  # the outer learning rate of a module, which has no warm start
 
 
 class MAMLR(Learner):
@@ -106,7 +105,7 @@ class MAMLR(Learner):
         self.weigh_users, self.extra_count = weigh_users, extra_count
         num_rates = self.model.dim + 1 if self.tasks is None else len(self.tasks.names)
         if self.tasks is not None:
-            self.method, choices, self.default_outer_lr = False, False, _MODULE_RATE
+            self.method, choices = False, False
 
         steps = inner_steps if isinstance(inner_steps, int) else 0
         base: Any = self.model

@@ -38,7 +38,7 @@ class Reptile(Learner):
     """
 
     name = "reptile"
-    default_outer_lr = 0.5  # ε
+    default_outer_lr = module_outer_lr = 0.5  # ε
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ _SHIFTED = {"squared", "absolute"}  # losses of p − y, in which a constant may
 
 class TowerTasks(ModuleTasks):
     """As `ModuleTasks`, but by `functional.mlp_meta_step` and `mlp_adapt_and_score` where the whole tower adapts by
-    plain SGD on the squared loss. The averages of items, which the operators do not know, are taken from the targets."""
+    plain SGD on the squared loss. The averages of items, which operators do not know, are taken from the targets."""
 
     def __init__(self, learner: Learner, model: ModuleRecommender, names: list[str]) -> None:
         super().__init__(learner, model, names)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from problems import Draw
+from towers import draw_tower
 
 from metarec_fast import _library
 from metarec_fast import functional as F
@@ -37,6 +38,12 @@ def results(dtype):
         for run in runs:
             gradients = [grad.rows if isinstance(grad, SparseRows) else grad for grad in run.grads.values()]
             found += [run.loss, *gradients]
+        for activation in ("relu", "gelu"):
+            tower = draw_tower(draw, (2 * dim, 9), dim=dim, activation=activation)
+            rates = {"inner_lr": 0.02, "activation": activation, "loss": "logistic"}
+            run = F.mlp_meta_step(tower.user_part, tower.item_table, tower.layers, batch, **rates)
+            layers = [part for layer in run.grads["layers"] for part in layer]
+            found += [run.loss, run.grads["user_part"], run.grads["item_table"].rows, run.grads["inner_lr"], *layers]
         users = draw.normal(3, dim)
         found += [*F.score_top_k(users, users[:, 0], *arguments[1:], k=4)]
     return [tensor.detach() for tensor in found]

@@ -8,7 +8,7 @@ from problems import Draw, relative_error
 from torch.library import opcheck
 from towers import SQUARED, compare_with_reference, draw_loop, draw_tower, leaves_of
 
-from metarec_fast import _mlp_ops, mlp_reference
+from metarec_fast import _mlp_functional, _mlp_ops, mlp_reference
 from metarec_fast import functional as F
 from metarec_fast._mlp_arguments import Tower, TowerLoop
 from metarec_fast.results import SparseRows
@@ -16,6 +16,7 @@ from metarec_fast.tasks import Entries, TaskBatch
 
 HIDDEN = ((), (9,), (9, 5), (16, 33, 8))
 DOUBLE = torch.float64
+pytestmark = pytest.mark.cpu
 
 
 @pytest.mark.parametrize("hidden", HIDDEN)
@@ -257,3 +258,27 @@ def test_raw_calls_check_what_they_are_given():
     tower.activation = "tanh"
     with pytest.raises(RuntimeError, match="activation: expected relu or gelu, got 'tanh'"):
         _mlp_ops.meta_step(tower, TaskBatch(fine, fine), loop, SQUARED)
+
+
+def test_under_autocast_low_precision_comes_in_and_float32_goes_out():
+    draw = Draw(13, torch.float32)
+    tower, batch = draw_tower(draw), draw.batch()
+    low = [value.bfloat16() for value in (tower.user_part, tower.item_table)]
+    expected = F.mlp_meta_step(*(value.float() for value in low), tower.layers, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = F.mlp_meta_step(*low, tower.layers, batch)
+    assert torch.equal(actual.loss, expected.loss)
+    assert torch.equal(actual.grads["item_table"].rows, expected.grads["item_table"].rows)
+
+
+def test_where_there_are_no_kernels_the_reference_runs_and_it_is_said_once(monkeypatch):
+    draw = Draw(14)
+    tower, batch = draw_tower(draw), draw.batch()
+    monkeypatch.setattr(_mlp_functional, "_WITH_KERNELS", ())
+    monkeypatch.setattr(_mlp_functional, "_missed", set())
+    arguments = tower.user_part, tower.item_table, tower.layers, batch
+    with pytest.warns(RuntimeWarning, match="^an MLP tower runs on its PyTorch reference on cpu, right but slow"):
+        actual = F.mlp_meta_step(*arguments)
+    F.mlp_meta_step(*arguments)
+    monkeypatch.undo()
+    torch.testing.assert_close(actual.loss, F.mlp_meta_step(*arguments).loss)
