@@ -149,7 +149,7 @@ def torch_func(problem: Problem, compiled: bool) -> Callable[[], Gradients]:
 
 
 def adjoint(problem: Problem, compiled: bool) -> Callable[[], Gradients]:
-    """Two hidden layers: csrc/cpu/tower.h has the formulas."""
+    """Two hidden layers: csrc/cpu/tower_task.h has the formulas."""
     s, steps = problem.inner_lr, problem.steps
 
     def gradients(user, X, y, Xq, yq, W1, b1, W2, b2, W3, b3) -> Gradients:

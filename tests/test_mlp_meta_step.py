@@ -54,6 +54,17 @@ def test_tasks_and_towers_of_any_size_agree(user_width, dim, hidden, sizes, acti
         compare_with_reference(tower, batch, loop)
 
 
+@pytest.mark.parametrize("hidden", [(), (9, 5)])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("first_order", [False, True])
+def test_large_supports_have_a_first_layer_of_their_own(hidden, activation, first_order):
+    draw = Draw(15)
+    sizes = (20, 21, 300)  # beside inputs of width 10: up to 20 entries share the first layer
+    tower = draw_tower(draw, hidden, num_tasks=3, activation=activation)
+    loop = draw_loop(draw, 3, first_order=first_order)
+    compare_with_reference(tower, draw.batch(sizes, (3, 9, 4), weights=True), loop)
+
+
 def test_one_rate_for_all_steps_has_the_sum_of_their_gradients():
     draw = Draw(1)
     tower, batch = draw_tower(draw), draw.batch()

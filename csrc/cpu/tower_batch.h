@@ -6,7 +6,7 @@
 #include <tuple>
 
 #include "gradients.h"
-#include "tower.h"
+#include "tower_task.h"
 
 namespace metarec_fast::cpu {
 
@@ -17,7 +17,7 @@ template <typename scalar_t>
 class TowerBatch {
  public:
   explicit TowerBatch(const TowerInputs& inputs)
-      : tower(inputs),
+      : tower(inputs, largest(inputs.support)),
         settings{inputs.steps,
                  {inputs.inner_lr.const_data_ptr<scalar_t>(), inputs.inner_lr.dim() == 0 ? 0 : 1},
                  inputs.activation,
@@ -82,6 +82,14 @@ class TowerBatch {
     Arena<scalar_t>& arena = thread_arena<scalar_t>();
     std::vector<LayerStep<scalar_t>> path;
   };
+
+  static int64_t largest(const RaggedItems& entries) {
+    const int64_t* offsets = entries.offsets.const_data_ptr<int64_t>();
+    int64_t result = 0;
+    for (int64_t t = 0; t < entries.num_tasks; ++t)
+      result = std::max(result, offsets[t + 1] - offsets[t]);
+    return result;
+  }
 
   void ask_for_rows(int64_t t) const {
     for (const EntryData<scalar_t>* entries : {&support, &query})
