@@ -191,7 +191,7 @@ def _add_newcomers(learner: mf.Learner, options: argparse.Namespace) -> None:
     """Adds the features of --users to the learner's."""
     if options.users is None:
         return
-    encoder = learner.model.user_encoder
+    encoder = getattr(learner.model, "user_encoder", None)  # towers have none
     if encoder is None:
         raise ValueError("--users: the learner was trained without features of users")
     encoder.features = extend_features(encoder.features, options.users, "--users", options.user_column)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import fields
 from typing import Any
 
@@ -86,16 +85,6 @@ class FeatureEncoder(nn.Module):
     def rows_of(self, ids: Any) -> FeatureMatrix:
         """The features of original ids [n]; nothing for those that are not in the table."""
         return self.matrix.select(self.features.find(ids).to(self.weight.device))
-
-    def warn_if_unknown(self, name: str, ids: Any) -> None:
-        """Warns if nothing is known of any of the ids, which then are of another kind, say strings and integers."""
-        if len(ids) and bool((self.features.find(ids) < 0).all()):
-            expected, found = (values[:1].tolist()[0] if len(values) else None for values in (self.features.ids, ids))
-            warnings.warn(
-                f"{name}: none of the {len(ids)} ids is in the table, which has ids such as {expected!r}; "
-                f"they are such as {found!r}",
-                stacklevel=4,
-            )
 
     def forward(self, rows: FeatureMatrix) -> Tensor:
         """W x for each row, [n, D + 1]."""

@@ -60,6 +60,10 @@ class FeatureMatrix:
             product = product + bags - self.known.to(kind) @ means
         return product
 
+    def to_dense(self) -> Tensor:
+        """X written out, [R, F]."""
+        return self @ torch.eye(self.width, device=self.dense.device)
+
     def transposed_product(self, other: Tensor) -> Tensor:
         """Xᵀ times rows [R, K]: [F, K]."""
         rows = torch.arange(self.num_rows).repeat_interleave(self.offsets.diff())
@@ -71,9 +75,8 @@ class FeatureMatrix:
     def gram(self) -> Tensor:
         """Xᵀ X, [F, F]."""
         total = torch.zeros(self.width, self.width)
-        identity = torch.eye(self.width)
         for begin in range(0, self.num_rows, _CHUNK):
-            rows = self.select(torch.arange(begin, min(begin + _CHUNK, self.num_rows))) @ identity
+            rows = self.select(torch.arange(begin, min(begin + _CHUNK, self.num_rows))).to_dense()
             total.addmm_(rows.T, rows)
         return total
 

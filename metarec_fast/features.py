@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -176,6 +177,16 @@ class Features:
     def find(self, ids: Any) -> Tensor:
         """Positions of original ids, int64 [n], −1 for those of whom nothing is known."""
         return torch.from_numpy(self.catalogue.find(ids, "ids"))
+
+    def warn_if_unknown(self, name: str, ids: Any) -> None:
+        """Warns if nothing is known of any of the ids, which then are of another kind, say strings and integers."""
+        if len(ids) and bool((self.find(ids) < 0).all()):
+            expected, found = (values[:1].tolist()[0] if len(values) else None for values in (self.ids, ids))
+            warnings.warn(
+                f"{name}: none of the {len(ids)} ids is in the table, which has ids such as {expected!r}; "
+                f"they are such as {found!r}",
+                stacklevel=4,
+            )
 
     def encode(self, features: Mapping[str, Any]) -> FeatureMatrix:
         """The matrix of one further row, [1, F], from its values by column; columns that are left out are missing.

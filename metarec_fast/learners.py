@@ -22,6 +22,7 @@ from metarec_fast._arguments import PAIRWISE, check_entries, check_outer_loss
 from metarec_fast._known_gradients import KnownGradients
 from metarec_fast.catalogue import Catalogue
 from metarec_fast.data import Interactions
+from metarec_fast.encoder import FeatureEncoder
 from metarec_fast.feature_matrix import FeatureMatrix
 from metarec_fast.functional import Steps
 from metarec_fast.mlp_recommender import MLPRecommender
@@ -94,8 +95,10 @@ class Learner(nn.Module):
         self._catalogue: Catalogue | None = None
         # Tables of features, which DistributedDataParallel would send around before every step.
         self._ddp_params_and_buffers_to_ignore = [
-            f"model.{name}" for name, _ in model.named_buffers() if "_encoder." in name
-        ]
+            f"model.{name}.{buffer}"
+            for name, part in model.named_modules() if isinstance(part, FeatureEncoder)
+            for buffer, _ in part.named_buffers()
+        ]  # fmt: skip
         self.tasks: ModuleTasks | None = None  # where the model is any module
         if isinstance(model, ModuleRecommender):
             if isinstance(inner_steps, bool) or not isinstance(inner_steps, int) or inner_steps < 0:
@@ -114,7 +117,7 @@ class Learner(nn.Module):
             IndexError: An item id lies outside the model's table.
         """
         if self.tasks is not None:
-            return self._module_loss(batch, self.tasks)
+            return self.tasks.meta_loss(self._prepare(batch, query="targets"))
         takes_rows = torch.is_grad_enabled() and self._takes_rows()
         batch = self._prepare(batch, query="targets", localized=not takes_rows)
         if takes_rows:
@@ -194,8 +197,7 @@ class Learner(nn.Module):
             IndexError: An item id lies outside the model's table.
         """
         if self.tasks is not None:
-            batch = self._prepare(batch, query="items")
-            return self.tasks.predict(batch, self.weigh(batch.support, batch.support.items))
+            return self.tasks.predict(self._prepare(batch, query="items"))
         batch = self._prepare(batch, query="items", localized=self.model.item_encoder is not None)
         settings = self._settings(batch, batch.support)
         table, item_bias, batch = self._rows_for(batch)
@@ -227,15 +229,13 @@ class Learner(nn.Module):
         """
         if self.tasks is None:
             raise TypeError("fast_parameters: the model is a DotRecommender; fast_weights has what adapts")
-        batch = self._prepare(batch, query=None)
-        return self.tasks.fast_parameters(batch, self.weigh(batch.support, batch.support.items), users)
+        return self.tasks.fast_parameters(self._prepare(batch, query=None), users)
 
     @torch.no_grad()
     def score_catalogue(self, batch: TaskBatch) -> Tensor:
         """The scores of all items for each task of the batch, [T, N], after adapting on its support."""
         if self.tasks is not None:
-            batch = self._prepare(batch, query=None)
-            return self.tasks.score_catalogue(batch, self.weigh(batch.support, batch.support.items))
+            return self.tasks.score_catalogue(self._prepare(batch, query=None))
         fast = self.fast_weights(batch)
         table, item_bias = self.model.tables()
         scores: Tensor = self.model.offset + item_bias + fast.bias[:, None] + fast.user @ table.T
@@ -265,10 +265,6 @@ class Learner(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters.items())
-
-    def _module_loss(self, batch: TaskBatch, tasks: ModuleTasks) -> Tensor:
-        batch = self._prepare(batch, query="targets")
-        return tasks.meta_loss(batch, self.weigh(batch.support, batch.support.items))
 
     def _takes_rows(self) -> bool:
         """Whether the gradients of both item tables may be deposited as rows, past the embeddings' forward."""
@@ -327,12 +323,7 @@ class Learner(nn.Module):
             raise TypeError(f"batch: expected a TaskBatch, got {type(batch).__name__}")
         if query is not None and batch.query is None:
             raise ValueError("batch.query: expected Entries, got None")
-        if (
-            self.tasks is None
-            and self.model.item_encoder is not None
-            and self._catalogue is None
-            and len(batch.support)
-        ):
+        if self._catalogue is None and "item" in self.model.feature_tables() and len(batch.support):
             raise ValueError("item_ids: features of items are found by them; fit sets them, or assign learner.item_ids")
         targets, item_bias = batch.support.targets, self.model.offset.expand(self.model.num_items)
         if self.tasks is None:

@@ -126,5 +126,5 @@ class MLPRecommender(nn.Module):
     def bind_items(self, item_ids: Any) -> None:
         """Finds the features of the items, given their original ids [N]."""
         if self.item_features is not None:
-            rows = self.item_features.matrix.select(self.item_features.find(item_ids))
-            self.item_inputs.copy_(rows @ torch.eye(rows.width))
+            self.item_features.warn_if_unknown("item_features", item_ids)
+            self.item_inputs.copy_(self.item_features.matrix.select(self.item_features.find(item_ids)).to_dense())

@@ -96,12 +96,7 @@ class DotRecommender(nn.Module):
 
     def check_log(self, log: Interactions) -> None:
         """Raises ValueError unless the log has ratings, this model's number of items, and targets for its loss."""
-        if log.num_items != self.num_items:
-            raise ValueError(f"log: expected {self.num_items} items, like the model, got {log.num_items}")
-        if len(log) == 0:
-            raise ValueError("log: expected at least one rating, got none")
-        if self.loss == "logistic":
-            check_probabilities("log.ratings", log.ratings)
+        check_log(log, self.num_items, self.loss)
 
     def lookup(self, items: Tensor) -> tuple[Tensor, Tensor]:
         """Item vectors [n, D] and biases [n], through the embeddings, features included."""
@@ -167,7 +162,7 @@ class DotRecommender(nn.Module):
     def bind_items(self, item_ids: Any) -> None:
         """Finds the features of the items, given their original ids [N]; learners do it as their `item_ids` are set."""
         if self.item_encoder is not None:
-            self.item_encoder.warn_if_unknown("item_features", item_ids)
+            self.item_encoder.features.warn_if_unknown("item_features", item_ids)
             self.item_encoder.bind(item_ids)
 
     def extra_repr(self) -> str:
@@ -180,6 +175,16 @@ def _encoder(name: str, features: Features | None, dim: int, num_ids: int = 0) -
     if not isinstance(features, Features):
         raise TypeError(f"{name}: expected Features, got {type(features).__name__}")
     return FeatureEncoder(features, dim, num_ids)
+
+
+def check_log(log: Interactions, num_items: int, loss: str) -> None:
+    """Raises ValueError unless the log has ratings, a model's number of items, and targets for its loss."""
+    if log.num_items != num_items:
+        raise ValueError(f"log: expected {num_items} items, like the model, got {log.num_items}")
+    if len(log) == 0:
+        raise ValueError("log: expected at least one rating, got none")
+    if loss == "logistic":
+        check_probabilities("log.ratings", log.ratings)
 
 
 def check_probabilities(name: str, targets: Any) -> None:
@@ -205,11 +210,11 @@ def averages(log: Interactions, loss: str) -> tuple[float, NDArray[np.float64]]:
     counts = np.bincount(log.items, minlength=log.num_items)
     item_means = (sums + _DAMPING * mean) / (counts + _DAMPING)
     if loss == "logistic":
-        item_means, mean = log_odds(item_means), float(log_odds(np.array(mean)))
+        item_means, mean = _log_odds(item_means), float(_log_odds(np.array(mean)))
     return mean, item_means - mean
 
 
-def log_odds(probability: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _log_odds(probability: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     clipped = np.clip(probability, 1e-3, 1 - 1e-3)
     odds: np.ndarray[Any, Any] = np.log(clipped / (1 - clipped))
     return odds

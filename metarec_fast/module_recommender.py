@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metarec_fast._arguments import INNER_LOSSES, PAIRWISE
+from metarec_fast._arguments import INNER_LOSSES
 from metarec_fast._columns import as_int
 from metarec_fast.features import Features
 from metarec_fast.mlp_recommender import MLPRecommender
-from metarec_fast.models import check_probabilities, log_odds
+from metarec_fast.models import averages, check_log
 
 if TYPE_CHECKING:
     from metarec_fast.data import Interactions
@@ -59,11 +58,8 @@ class ModuleRecommender(nn.Module):
         loss = getattr(module, "loss", "squared") if loss is None else loss
         if loss not in INNER_LOSSES:
             raise ValueError(f"loss: expected one of {', '.join(INNER_LOSSES)}, got {loss!r}")
-        self.num_items, self.loss, self.chunk_size = (
-            as_int("num_items", num_items),
-            loss,
-            as_int("chunk_size", chunk_size),
-        )
+        self.num_items, self.chunk_size = as_int("num_items", num_items), as_int("chunk_size", chunk_size)
+        self.loss = loss
         for name in ("num_items", "chunk_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be ≥ 1, got {getattr(self, name)}")
@@ -117,8 +113,6 @@ class ModuleRecommender(nn.Module):
 
     def user_row(self, features: Mapping[str, Any] | None, user: Any) -> Tensor | None:
         """Features of one user, [1, F], from what is given of him, or found under his id."""
-        if features is not None and user is not None:
-            raise ValueError("features and user: expected one of them, got both")
         if features is None:
             return self.users(None if user is None else [user], 1)
         if self.user_features is None:
@@ -127,29 +121,21 @@ class ModuleRecommender(nn.Module):
 
     def encoded(self, rows: FeatureMatrix) -> Tensor:
         """Rows of features written out, [n, F], where the module is."""
-        return (rows @ torch.eye(rows.width)).to(self.offset)
+        return rows.to_dense().to(self.offset)
 
     @torch.no_grad()
     def initialize(self, log: Interactions) -> None:
         """Sets the offset to the mean rating (for "logistic" its log-odds), and lets the module initialise itself if it
         has a method `initialize`."""
         self.check_log(log)
-        mean = float(log.ratings.mean(dtype=np.float64))
-        if self.loss == "logistic":
-            mean = float(log_odds(np.array(mean)))
-        self.offset.fill_(0.0 if self.loss in PAIRWISE else mean)
+        self.offset.fill_(averages(log, self.loss)[0])
         if callable(getattr(self.module, "initialize", None)):
             self.module.initialize(log)  # type: ignore[operator]
         self.initialized.fill_(True)
 
     def check_log(self, log: Interactions) -> None:
         """Raises ValueError unless the log has ratings, this model's number of items, and targets for its loss."""
-        if log.num_items != self.num_items:
-            raise ValueError(f"log: expected {self.num_items} items, like the model, got {log.num_items}")
-        if len(log) == 0:
-            raise ValueError("log: expected at least one rating, got none")
-        if self.loss == "logistic":
-            check_probabilities("log.ratings", log.ratings)
+        check_log(log, self.num_items, self.loss)
 
     def feature_tables(self) -> dict[str, Features]:
         """The tables of features that there are, of "user" and "item"."""

@@ -62,11 +62,12 @@ class ModuleTasks:
     def __init__(self, learner: Learner, model: ModuleRecommender, names: list[str]) -> None:
         self.learner, self.model, self.names = learner, model, names
 
-    def meta_gradients(self, batch: TaskBatch, support: Entries) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    def meta_gradients(self, batch: TaskBatch) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
         """The outer loss, the learner's parameters and their gradients, chunk by chunk: only one chunk's graph is there
         at a time."""
         inputs = [parameter for parameter in self.learner.parameters() if parameter.requires_grad]
         totals = [torch.zeros_like(value) for value in inputs]
+        support = self._weighed(batch)
         loss = torch.zeros_like(self.model.offset)
         for tasks, share in self._shares(batch):
             with torch.enable_grad():
@@ -79,23 +80,24 @@ class ModuleTasks:
                         total += gradient
         return loss, inputs, totals
 
-    def meta_loss(self, batch: TaskBatch, support: Entries) -> Tensor:
+    def meta_loss(self, batch: TaskBatch) -> Tensor:
         """The outer loss, a scalar that can be differentiated once with respect to all parameters of the learner."""
         if not torch.is_grad_enabled():
-            return self.outer_loss(batch, support)
-        loss, inputs, gradients = self.meta_gradients(batch, support)
+            return self.outer_loss(batch)
+        loss, inputs, gradients = self.meta_gradients(batch)
         known: Tensor = KnownGradients.apply("the outer loss", loss, gradients, *inputs)
         return known
 
-    def outer_loss(self, batch: TaskBatch, support: Entries) -> Tensor:
+    def outer_loss(self, batch: TaskBatch) -> Tensor:
         """The outer loss without gradients."""
+        support = self._weighed(batch)
         losses = [self._outer_losses(batch, support, tasks) @ share for tasks, share in self._shares(batch)]
         return torch.stack(losses).sum() if losses else torch.zeros_like(self.model.offset)
 
-    def predict(self, batch: TaskBatch, support: Entries) -> Tensor:
+    def predict(self, batch: TaskBatch) -> Tensor:
         """Scores of the query, [n], or [n, 1 + M] with negatives."""
         assert batch.query is not None
-        scores = []
+        support, scores = self._weighed(batch), []
         for tasks in self._chunks(batch.num_tasks):
             query = _padded(batch.query, tasks)
             found = self._run(batch, support, tasks, self._scores, query)
@@ -104,9 +106,10 @@ class ModuleTasks:
         joined = torch.cat(scores) if scores else self.model.offset.new_zeros(0, width)
         return joined if batch.query.negatives is not None else joined[:, 0]
 
-    def fast_parameters(self, batch: TaskBatch, support: Entries, users: Tensor | None = None) -> Parameters:
+    def fast_parameters(self, batch: TaskBatch, users: Tensor | None = None) -> Parameters:
         """The adapted parameters of each task, [T, ...]; features of the users [T, F] are found by `batch.user_ids`
         unless they are given."""
+        support = self._weighed(batch)
         chunks = [
             self._run(batch, support, tasks, lambda fast, _, __: fast, None, users)
             for tasks in self._chunks(batch.num_tasks)
@@ -115,8 +118,9 @@ class ModuleTasks:
             return {name: value.new_zeros(0, *value.shape) for name, value in self._start().items()}
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in self.names}
 
-    def score_catalogue(self, batch: TaskBatch, support: Entries) -> Tensor:
+    def score_catalogue(self, batch: TaskBatch) -> Tensor:
         """Scores of every item for each task, [T, N]."""
+        support = self._weighed(batch)
         everything = torch.arange(self.model.num_items, device=support.items.device)
         scores = [
             self._run(batch, support, tasks, lambda fast, _, user: self._call(fast, everything, user), None)
@@ -124,19 +128,19 @@ class ModuleTasks:
         ]
         return torch.cat(scores) if scores else self.model.offset.new_zeros(0, len(everything))
 
-    def reptile_gradients(
-        self, batch: TaskBatch, support: Entries
-    ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    def reptile_gradients(self, batch: TaskBatch) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
         """The mean support loss after adaptation, the parameters that adapt, and φ_0 − Σ_t ω_t φ_K,t / Σ_t ω_t."""
-        start = self._start()
+        start, support = self._start(), self._weighed(batch)
+
+        def adapted(fast: Parameters, entries: Padded, user: Tensor | None) -> tuple[Parameters, Tensor]:
+            return fast, self._mean_loss({self.model.loss: 1.0}, fast, entries, user)
+
         weights = self._task_weights(batch, torch.ones_like(batch.support.sizes(), dtype=torch.bool))
         moves = {name: torch.zeros_like(value) for name, value in start.items()}
         loss = torch.zeros_like(self.model.offset)
         for tasks in self._chunks(batch.num_tasks):
-            padded = _padded(support, tasks)
-            fast = self._run(batch, support, tasks, lambda fast, _, __: fast, None)
-            found = self._run(batch, support, tasks, self._support_loss, padded)
-            loss += found @ weights[tasks]
+            fast, losses = self._run(batch, support, tasks, adapted, _padded(support, tasks))
+            loss += losses @ weights[tasks]
             for name, value in fast.items():
                 moves[name] += torch.tensordot(weights[tasks], start[name] - value, 1)
         return loss, self.parameters(), list(moves.values())
@@ -148,6 +152,9 @@ class ModuleTasks:
     def parameters(self) -> list[Tensor]:
         """Those that adapt."""
         return list(self._start().values())
+
+    def _weighed(self, batch: TaskBatch) -> Entries:
+        return self.learner.weigh(batch.support, batch.support.items)
 
     def _parameter(self, name: str) -> Tensor:
         return self.model.module.get_parameter(name)
@@ -192,6 +199,8 @@ class ModuleTasks:
         if users is None:
             ids = None if batch.user_ids is None else batch.user_ids[tasks]
             users = self.model.users(ids, tasks.stop - tasks.start)
+        else:
+            users = users[tasks]
         known = _padded(support, tasks)
         pull = loop.get("prior_pull", 0.0)
         pulls = pull[tasks] if isinstance(pull, Tensor) and pull.dim() else None
@@ -237,9 +246,6 @@ class ModuleTasks:
         count = (support.weights > 0).sum() + extra
         total: Tensor = (support.weights * losses).sum() / count.clamp(min=1)
         return total
-
-    def _support_loss(self, fast: Parameters, support: Padded, user: Tensor | None) -> Tensor:
-        return self._mean_loss({self.model.loss: 1.0}, fast, support, user)
 
     def _query_loss(self, fast: Parameters, query: Padded, user: Tensor | None) -> Tensor:
         return self._mean_loss(self.learner.outer_loss, fast, query, user)

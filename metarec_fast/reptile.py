@@ -67,7 +67,7 @@ class Reptile(Learner):
         batch = self._prepare(batch, query=None, localized=self.tasks is None)
         if self.tasks is not None:
             with torch.no_grad():
-                found, adapted, changes = self.tasks.reptile_gradients(batch, batch.support)
+                found, adapted, changes = self.tasks.reptile_gradients(batch)
             return KnownGradients.apply("Reptile", found, changes, *adapted)  # type: ignore[no-any-return]
         unique, local = batch.localize()
         model, support = self.model, local.support

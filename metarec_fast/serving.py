@@ -127,6 +127,8 @@ def adapt(
             features that the model does not have.
         TypeError: Ratings are not numbers.
     """
+    if features is not None and user is not None:
+        raise ValueError("features and user: expected one of them, got both")
     rows = learner.catalogue.find(items)
     targets = np.asarray(as_column("ratings", ratings))
     if len(targets) == 0:
@@ -162,8 +164,6 @@ def adapt(
 def _user_features(learner: Learner, features: Mapping[str, Any] | None, user: Any) -> FeatureMatrix | None:
     """Features of one user, [1, F], from what is given of him or found under his id."""
     encoder: FeatureEncoder | None = learner.model.user_encoder
-    if features is not None and user is not None:
-        raise ValueError("features and user: expected one of them, got both")
     if features is not None:
         if encoder is None:
             raise ValueError("features: the learner's model has no user features")

@@ -29,26 +29,26 @@ class TowerTasks(ModuleTasks):
         self.mlp = model.module
         self.is_whole = set(names) == {f"tower.{name}" for name, _ in self.mlp.tower.named_parameters()}
 
-    def meta_loss(self, batch: TaskBatch, support: Entries) -> Tensor:
+    def meta_loss(self, batch: TaskBatch) -> Tensor:
         if not self.is_fused() or not _SHIFTED.issuperset(self.learner.outer_loss):
-            return super().meta_loss(batch, support)
-        step = functional.mlp_meta_step(**self._arguments(batch, support), outer_loss=self.learner.outer_loss)
+            return super().meta_loss(batch)
+        step = functional.mlp_meta_step(**self._arguments(batch), outer_loss=self.learner.outer_loss)
         return step.loss
 
-    def predict(self, batch: TaskBatch, support: Entries) -> Tensor:
+    def predict(self, batch: TaskBatch) -> Tensor:
         assert batch.query is not None
         if not self.is_fused() or batch.query.negatives is not None:
-            return super().predict(batch, support)
-        return functional.mlp_adapt_and_score(**self._arguments(batch, support)) + self._constant(batch.query)
+            return super().predict(batch)
+        return functional.mlp_adapt_and_score(**self._arguments(batch)) + self._constant(batch.query)
 
     def is_fused(self) -> bool:
         """Whether the operators compute what this learner's inner loop says."""
         loop = self.learner.inner_loop(self.model.offset.new_zeros(0))
         return self.is_whole and loop["loss"] == "squared" and _PLAIN_LOOP.issuperset(loop)
 
-    def _arguments(self, batch: TaskBatch, support: Entries) -> dict[str, Any]:
+    def _arguments(self, batch: TaskBatch) -> dict[str, Any]:
         unique, local = batch.localize()
-        local_support = self._shifted(local.support.with_weights(support.weights), batch.support)
+        local_support = self._shifted(local.support.with_weights(self._weighed(batch).weights), batch.support)
         query = None if local.query is None or batch.query is None else self._shifted(local.query, batch.query)
         users = self.mlp.user_part(self.model.users(batch.user_ids, batch.num_tasks))
         layers = [(layer.weight, layer.bias) for layer in self.mlp.linear_layers()]

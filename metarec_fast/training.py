@@ -113,8 +113,9 @@ def fit(
     if learner.item_ids is None:
         learner.model.check_log(train)
         learner.item_ids = train.item_ids
-    if getattr(learner.model, "user_encoder", None) is not None:
-        learner.model.user_encoder.warn_if_unknown("user_features", train.user_ids)
+    users = learner.model.feature_tables().get("user")
+    if users is not None:
+        users.warn_if_unknown("user_features", train.user_ids)
     train = learner.catalogue.align(train)
     valid = None if valid is None else learner.catalogue.align(valid)
     learner.model.check_log(train)

@@ -234,6 +234,12 @@ def test_a_module_gets_what_is_known_of_the_user():
     assert not np.allclose(one, learner.adapt([], []).predict(["i01"]))
     nobody = mf.TaskBatch(batch.support, batch.query)
     assert not torch.allclose(learner.predict(batch), learner.predict(nobody))
+    given = learner.model.users(batch.user_ids, 5)
+    found = learner.fast_parameters(batch)
+    for chunk_size in (64, 2):
+        learner.model.chunk_size = chunk_size
+        for name, value in learner.fast_parameters(nobody, given).items():
+            torch.testing.assert_close(value, found[name])
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
