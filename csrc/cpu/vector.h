@@ -243,6 +243,26 @@ ALWAYS_INLINE Quad<scalar_t> sum_lanes(const Vector<scalar_t>* vectors) {
   return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 }
 
+#if defined(__AVX512F__)
+// Lane i is the sum of all lanes of vectors[i]: each round adds the halves of pairs of vectors, so
+// that 15 additions and 31 shuffles do what takes 44 and 59 with four at a time.
+ALWAYS_INLINE Vector<float> sum_lanes_of_sixteen(const Vector<float>* vectors) {
+  __m512 eights[8], fours[4], twos[2];
+  const auto at = [&](int i) ALWAYS_INLINE_LAMBDA { return (__m512)vectors[i]; };
+  for (int i = 0; i < 8; ++i)
+    eights[i] =
+        _mm512_shuffle_f32x4(at(i), at(i + 8), 0x44) + _mm512_shuffle_f32x4(at(i), at(i + 8), 0xEE);
+  for (int i = 0; i < 4; ++i)
+    fours[i] = _mm512_shuffle_f32x4(eights[i], eights[i + 4], 0x88) +
+               _mm512_shuffle_f32x4(eights[i], eights[i + 4], 0xDD);
+  for (int i = 0; i < 2; ++i)
+    twos[i] =
+        _mm512_unpacklo_ps(fours[i], fours[i + 2]) + _mm512_unpackhi_ps(fours[i], fours[i + 2]);
+  const __m512 sums = _mm512_unpacklo_ps(twos[0], twos[1]) + _mm512_unpackhi_ps(twos[0], twos[1]);
+  return (Vector<float>)_mm512_shuffle_f32x4(sums, sums, _MM_SHUFFLE(3, 1, 2, 0));
+}
+#endif
+
 // A register of as many fours as it holds.
 template <typename scalar_t>
 ALWAYS_INLINE Vector<scalar_t> joined(const Quad<scalar_t>* quads) {
@@ -332,7 +352,21 @@ template <typename scalar_t, typename Sink>
 ALWAYS_INLINE void each_dots(const scalar_t* left, const Rows<scalar_t>& rows, const Sink& sink) {
   constexpr int64_t kLane = kLanes<scalar_t>;
   const int64_t width = rows.width, count = rows.count;
-  for (int64_t first = 0; first < count; first += kLane) {
+  int64_t first = 0;
+#if defined(__AVX512F__)
+  if constexpr (kLane == 16)
+    for (; first + kLane <= count; first += kLane) {
+      const scalar_t* const* row = rows.at + first;
+      Vector<scalar_t> sums[kLane] = {};
+      for (int64_t i = 0; i < width; i += kLane) {
+        const Vector<scalar_t> other = load(left + i);
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < kLane; ++r) sums[r] += other * load(row[r] + i);
+      }
+      sink(first, sum_lanes_of_sixteen(sums));
+    }
+#endif
+  for (; first < count; first += kLane) {
     Quad<scalar_t> quads[kLane / kRowsAtOnce] = {};
     for (int64_t q = 0; q < kLane / kRowsAtOnce && first + q * kRowsAtOnce < count; ++q) {
       const scalar_t* const* row = rows.at + first + q * kRowsAtOnce;
