@@ -49,6 +49,10 @@ struct InnerLoop {
   Form form;
 
   HOST_DEVICE bool exact() const { return steps == kExact; }
+  // Whether nothing but the gradient moves the fast vector, as in MAML.
+  HOST_DEVICE bool plain() const {
+    return preconditioner == nullptr && prior_pull.values == nullptr && momentum.values == nullptr;
+  }
 };
 
 }  // namespace metarec_fast

@@ -54,6 +54,7 @@ void gram_forward(const Task<scalar_t>& task, Arena<scalar_t>& arena, GramPath<s
     for (int64_t j = R; j < stride; ++j) path.gram[r * stride + j] = 0;
 
   for (int64_t i = 0; i < stride; i += kLane) store(path.coefficients + i) = Vector<scalar_t>{};
+  const bool plain = task.loop.plain();
   for (int64_t k = 0; k < K; ++k) {
     task.ahead.some();
     const scalar_t* now = path.coefficients + k * stride;
@@ -64,7 +65,10 @@ void gram_forward(const Task<scalar_t>& task, Arena<scalar_t>& arena, GramPath<s
     const scalar_t rate = task.loop.inner_lr[k], momentum = task.loop.momentum[k];
     const scalar_t keep = 1 - rate * task.pull() + momentum;
     const auto advance = [=](int64_t i, const Vector<scalar_t>& slope) ALWAYS_INLINE_LAMBDA {
-      store(next + i) = keep * load(now + i) - rate * slope - momentum * load(before + i);
+      if (plain)
+        store(next + i) = load(now + i) - rate * slope;
+      else
+        store(next + i) = keep * load(now + i) - rate * slope - momentum * load(before + i);
     };
     if (task.loop.loss == Loss::kSoftmax) {
       each_of_gram(path, R, now, [=](int64_t i, const Vector<scalar_t>& products) {
@@ -103,6 +107,8 @@ void gram_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
   if (grads.weights != nullptr) std::fill(grads.weights, grads.weights + R, scalar_t{0});
 
   dots<scalar_t>(grad_fast, path.scaled, path.scaled.bias * grad_fast[width], nullptr, adjoint);
+  const bool plain = task.loop.plain();
+  Vector<scalar_t> lr_sum = {};  // −s̄
   for (int64_t k = K - 1; k >= 0; --k) {
     task.ahead.some();
     const scalar_t* now = path.coefficients + k * stride;
@@ -110,11 +116,11 @@ void gram_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
     const scalar_t* push = path.pushes + k * stride;
     const scalar_t rate = task.loop.inner_lr[k], momentum = task.loop.momentum[k];
     const scalar_t pull = task.pull();
-    if (grads.inner_lr) {
-      Vector<scalar_t> sum = {};
-      for (int64_t i = 0; i < stride; i += kLane)
-        sum += load(adjoint + i) * (load(push + i) + pull * load(now + i));
-      grads.inner_lr.add(k, -sum_lanes<scalar_t>(sum));
+    for (int64_t i = 0; i < stride; i += kLane)
+      lr_sum += load(adjoint + i) * (load(push + i) + pull * load(now + i));
+    if (grads.inner_lr && (grads.inner_lr.stride != 0 || k == 0)) {
+      grads.inner_lr.add(k, -sum_lanes<scalar_t>(lr_sum));
+      lr_sum = Vector<scalar_t>{};
     }
     if (grads.prior_pull) {
       Vector<scalar_t> sum = {};
@@ -131,7 +137,10 @@ void gram_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
     const scalar_t keep = 1 - rate * pull + momentum;
     const scalar_t momentum_after = k + 1 < K ? task.loop.momentum[k + 1] : scalar_t{0};
     const auto go_back = [=](int64_t i, const Vector<scalar_t>& bent) ALWAYS_INLINE_LAMBDA {
-      store(earlier + i) = bent + keep * load(adjoint + i) - momentum_after * load(later + i);
+      if (plain)
+        store(earlier + i) = bent + load(adjoint + i);
+      else
+        store(earlier + i) = bent + keep * load(adjoint + i) - momentum_after * load(later + i);
     };
     if (second_order) {
       scalar_t* h = bends + k * stride;

@@ -20,7 +20,7 @@ Form cheapest_form(const InnerLoop<scalar_t>& loop, const Layout<scalar_t>& layo
                    bool backward) {
   if (loop.form != Form::kAuto) return loop.form;
   constexpr double kSum = 2, kGramStep = 42, kGram = 0.92, kGramStart = 200;
-  const double step = is_plain(loop) ? 35 : 60;
+  const double step = loop.plain() ? 35 : 60;
   const double lanes = static_cast<double>(kLanes<scalar_t>),
                V = static_cast<double>(layout.width) / lanes, W = static_cast<double>(layout.width),
                R = static_cast<double>(size), K = static_cast<double>(loop.steps),
@@ -62,7 +62,7 @@ class InnerSolver {
       gram_forward(task, arena, gram_, fast);
       return fast;
     }
-    if (form_ == Form::kDirect && is_plain(task.loop)) form_ = Form::kPlain;
+    if (form_ == Form::kDirect && task.loop.plain()) form_ = Form::kPlain;
     if (form_ == Form::kPlain) {
       plain_forward(task, arena, plain_);
       return plain_.fast + task.loop.steps * task.layout.stride;

@@ -23,13 +23,6 @@ struct PlainPath {
   scalar_t* curvatures;    // [K, entries], see differentiate
 };
 
-// Whether this is all there is to the loop.
-template <typename scalar_t>
-bool is_plain(const InnerLoop<scalar_t>& loop) {
-  return loop.preconditioner == nullptr && loop.prior_pull.values == nullptr &&
-         loop.momentum.values == nullptr;
-}
-
 template <typename scalar_t>
 void plain_forward(const Task<scalar_t>& task, Arena<scalar_t>& arena, PlainPath<scalar_t>& path);
 

@@ -162,13 +162,19 @@ class TaskReader {
   ALWAYS_INLINE Rows<scalar_t> read_differences(int64_t begin, int64_t size, Arena<scalar_t>& arena,
                                                 scalar_t* base) const {
     const int64_t M = support.num_negatives, width = layout.width, count = size * M;
-    scalar_t *less = arena.take(width), *rows = arena.take(count * width), *row = rows;
+    const ItemTable<scalar_t> table = item_table_;  // where stores cannot change it
+    scalar_t *copies = arena.take(2 * width), *rows = arena.take(count * width), *row = rows;
+    const auto row_of = [&](int64_t item, scalar_t* copy) ALWAYS_INLINE_LAMBDA {
+      if (table.in_place()) return table.row(item);
+      table.read(item, copy);
+      return static_cast<const scalar_t*>(copy);
+    };
     for (int64_t s = begin; s < begin + size; ++s)
       for (int64_t m = 0; m < M; ++m, row += width) {
         const int64_t chosen = support.items[s], other = support.negatives[s * M + m];
-        item_table_.read(chosen, row);
-        item_table_.read(other, less);
-        for (int64_t i = 0; i < width; i += kLanes<scalar_t>) store(row + i) -= load(less + i);
+        const scalar_t *more = row_of(chosen, copies), *less = row_of(other, copies + width);
+        for (int64_t i = 0; i < width; i += kLanes<scalar_t>)
+          store(row + i) = load(more + i) - load(less + i);
         *base++ = item_bias_[chosen] - item_bias_[other];
       }
     return rows_of<scalar_t>({rows, width}, count, width, 0, arena);
