@@ -47,7 +47,7 @@ def save(learner: Learner, directory: str | os.PathLike[str]) -> None:
         "class": type(learner).__name__,
         "hyperparameters": learner.hyperparameters,
         "model": learner.model.hyperparameters,
-        "module": learner.tasks is not None,
+        "module": isinstance(learner.model, ModuleRecommender),
         "dtype": str(learner.model.offset.dtype).removeprefix("torch."),
         "rating_range": None if learner.rating_range is None else list(learner.rating_range),
         "item_ids": None if learner.item_ids is None else _pack_ids("item_ids", learner.item_ids),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from metarec_fast import warm_start as warm_starts
 from metarec_fast.data import Interactions
+from metarec_fast.dot_tasks import DotTasks
 from metarec_fast.factor_model import FactorModel
 from metarec_fast.feature_matrix import FeatureMatrix
 from metarec_fast.functional import Steps
@@ -103,19 +104,19 @@ class MAMLR(Learner):
         if weigh_users not in ("equal", "ratings"):
             raise ValueError(f'weigh_users: expected "equal" or "ratings", got {weigh_users!r}')
         self.weigh_users, self.extra_count = weigh_users, extra_count
-        num_rates = self.model.dim + 1 if self.tasks is None else len(self.tasks.names)
-        if self.tasks is not None:
+        is_module = not isinstance(self.tasks, DotTasks)
+        if is_module:
             self.method, choices = False, False
 
         steps = inner_steps if isinstance(inner_steps, int) else 0
         base: Any = self.model
         like = base.offset
-        sparse = self.tasks is None and base.sparse
+        sparse = not is_module and base.sparse
         kind: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
         self.log_steps = self.log_rates = self.momentum = self.log_pull = self.log_weight = self.choice = None
         if learn_rates and steps > 0:
             self.log_steps = nn.Parameter(torch.zeros(steps, **kind))  # s [K]
-            self.log_rates = nn.Parameter(torch.full((num_rates,), math.log(inner_lr), **kind))  # A
+            self.log_rates = nn.Parameter(torch.full((self.tasks.num_rates,), math.log(inner_lr), **kind))  # A
         if momentum > 0 and steps > 0:
             self.momentum = nn.Parameter(torch.full((steps,), float(momentum), **kind))  # β [K]
         if pull:
@@ -148,9 +149,7 @@ class MAMLR(Learner):
     def inner_loop(self, sizes: Tensor) -> dict[str, Any]:
         loop = {**super().inner_loop(sizes), "extra_count": self.extra_count}
         if self.log_steps is not None and self.log_rates is not None:
-            loop["inner_lr"], loop["preconditioner"] = self.log_steps.exp(), self.log_rates.exp()
-            if self.tasks is not None:
-                loop["preconditioner"] = dict(zip(self.tasks.names, loop["preconditioner"], strict=True))
+            loop["inner_lr"], loop["preconditioner"] = self.log_steps.exp(), self.tasks.preconditioner(self.log_rates)
         if self.momentum is not None:
             loop["momentum"] = self.momentum
         if self.log_pull is not None:
@@ -247,7 +246,7 @@ class MAMLR(Learner):
         """Items and their features at `outer_lr`; offset, start and pull at 5 times that; weights, choices and features
         of users at 15 times; steps at 10 times. With a module, everything at `outer_lr`."""
         rate = self._outer_lr(outer_lr)
-        if self.tasks is not None:
+        if not isinstance(self.tasks, DotTasks):
             return [{"params": list(self.parameters()), "lr": rate}]
         model = self.model
         groups: list[tuple[float, list[Tensor | None]]] = [

@@ -15,6 +15,7 @@ from metarec_fast import functional
 from metarec_fast._ids import as_column
 from metarec_fast.adapted_module import AdaptedModule
 from metarec_fast.models import check_probabilities
+from metarec_fast.module_tasks import ModuleTasks
 from metarec_fast.results import AdaptedItems
 from metarec_fast.tasks import Entries, TaskBatch
 
@@ -156,7 +157,7 @@ def adapt(
         torch.from_numpy(targets[known].astype(np.float64)).to(like.dtype),
         torch.tensor([0, int(known.sum())], device="cpu"),
     ).to(like.device)
-    if learner.tasks is not None:
+    if isinstance(learner.tasks, ModuleTasks):
         return AdaptedModule(learner, support, features, user)
     return AdaptedUser(learner, support, _user_features(learner, features, user))
 
