@@ -7,7 +7,7 @@ any module `ModuleTasks`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from metarec_fast import checkpoint, serving, training
+from metarec_fast import checkpoint, freezing, pretrained, serving, training
 from metarec_fast._arguments import PAIRWISE, check_entries, check_outer_loss
 from metarec_fast.catalogue import Catalogue
 from metarec_fast.data import Interactions
@@ -47,6 +47,7 @@ class Learner(nn.Module):
         hyperparameters: The constructor's arguments, the model apart.
         item_ids: Original ids of the model's items, [N]; `fit` sets them, or assign `log.item_ids`.
         rating_range: Lowest and highest target seen by `fit`, to which `evaluate` clips predictions.
+        lr_factors: By what the rate of a parameter is multiplied, by name; `scale_lr` sets them.
     """
 
     name: str
@@ -60,6 +61,11 @@ class Learner(nn.Module):
     fit = training.fit
     adapt = serving.adapt
     save = checkpoint.save
+    freeze = freezing.freeze
+    scale_lr = freezing.scale_lr
+    load_items = pretrained.load_items
+    load_from = pretrained.load_from
+    transfer = pretrained.transfer
 
     def __init__(
         self,
@@ -89,6 +95,8 @@ class Learner(nn.Module):
             **extra,
         }
         self.rating_range: tuple[float, float] | None = None
+        self.lr_factors: dict[str, float] = {}
+        self._given = pretrained.Given()
         self._catalogue: Catalogue | None = None
         # Tables of features, which DistributedDataParallel would send around before every step.
         self._ddp_params_and_buffers_to_ignore = [
@@ -140,7 +148,12 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def initialize(self, log: Interactions, seed: int = 0) -> None:
-        """Gives the meta-parameters a start that fits the log; `fit` calls it unless the model has one already."""
+        """Gives the meta-parameters a start that fits the log; `fit` calls it unless the model has one already. What is
+        frozen, or came from `load_items` or `load_from`, stays."""
+        with self._given.kept(self):
+            self._initialize(log, seed)
+
+    def _initialize(self, log: Interactions, seed: int) -> None:
         self.model.initialize(log)
         self.know_items(log)
 
@@ -150,8 +163,13 @@ class Learner(nn.Module):
             self.item_ids = log.item_ids
 
     def parameter_groups(self, outer_lr: float | None = None) -> list[dict[str, Any]]:
-        """Parameters and their learning rates, for `torch.optim`; by default at `default_outer_lr`."""
-        return [{"params": list(self.parameters()), "lr": self._outer_lr(outer_lr)}]
+        """Parameters and their learning rates, for `torch.optim`; by default at `default_outer_lr`. Those that are
+        frozen are left out, others at what `scale_lr` makes of their rate."""
+        return freezing.scaled_groups(self, self._groups_at(self._outer_lr(outer_lr)))
+
+    def _groups_at(self, rate: float) -> list[dict[str, Any]]:
+        """Groups of all parameters, where items or what stands for them are trained at `rate`."""
+        return [{"params": list(self.parameters()), "lr": rate}]
 
     def default_epochs(self, num_batches: int) -> int:
         """At most how many epochs `fit` trains for, given the batches in one."""
@@ -159,12 +177,19 @@ class Learner(nn.Module):
 
     def default_optimizers(self, outer_lr: float | None = None) -> list[Optimizer]:
         """What `fit` uses unless told otherwise: Adam, and `optim.SparseAdam` for embeddings with sparse gradients."""
-        dense, sparse = self._split_groups(outer_lr)
-        optimizers: list[Optimizer] = []
-        if dense:
-            optimizers.append(Adam(dense, betas=(0.9, 0.99), fused=True))
-        if sparse:
-            optimizers.append(SparseAdam(sparse, betas=(0.9, 0.99)))
+        return self._optimizers(
+            outer_lr,
+            lambda dense: Adam(dense, betas=(0.9, 0.99), fused=True),
+            lambda sparse: SparseAdam(sparse, betas=(0.9, 0.99)),
+        )
+
+    def _optimizers(
+        self, outer_lr: float | None, *kinds: Callable[[list[dict[str, Any]]], Optimizer]
+    ) -> list[Optimizer]:
+        """An optimiser for the groups with dense gradients and one for those with sparse ones, where there are any."""
+        optimizers = [make(groups) for make, groups in zip(kinds, self._split_groups(outer_lr), strict=True) if groups]
+        if not optimizers:
+            raise ValueError("learner: every parameter is frozen, so that nothing is left to train")
         return optimizers
 
     @torch.no_grad()
@@ -374,8 +399,7 @@ class MetaSGD(Learner):
     def inner_loop(self, sizes: Tensor) -> dict[str, Any]:
         return {**super().inner_loop(sizes), "inner_lr": 1.0, "preconditioner": self.rates}
 
-    def parameter_groups(self, outer_lr: float | None = None) -> list[dict[str, Any]]:
-        rate = self._outer_lr(outer_lr)
+    def _groups_at(self, rate: float) -> list[dict[str, Any]]:
         rates = [self.log_rates] if isinstance(self.log_rates, Tensor) else list(self.log_rates)
         return [{"params": list(self.model.parameters()), "lr": rate}, {"params": rates, "lr": 5 * rate}]
 

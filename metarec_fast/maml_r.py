@@ -169,9 +169,18 @@ class MAMLR(Learner):
 
     @torch.no_grad()
     def initialize(self, log: Interactions, seed: int = 0) -> None:
-        """Starts from a factor model of the log, or without a warm start (or for other losses) as MAML does."""
+        """Starts from a factor model of the log, or without a warm start (or for other losses) as MAML does; with item
+        vectors that are frozen or given, as MAML does too, at step sizes that suit them."""
+        super().initialize(log, seed)
+
+    def _initialize(self, log: Interactions, seed: int) -> None:
         if not isinstance(self.method, str) or self.model.loss != "squared":
-            super().initialize(log, seed)
+            super()._initialize(log, seed)
+            return
+        if self._given.holds(self, "model.item_embedding.weight"):
+            super()._initialize(log, seed)
+            with torch.device("cpu"):
+                self._suit_rates(self.model.tables()[0].cpu().double(), _shares(log), _PULL)
             return
         self.model.check_log(log)
         self.know_items(log)
@@ -208,8 +217,7 @@ class MAMLR(Learner):
                     f"factors.{name}_weights: expected shape [F, D + 1] = {expected}, as the model's {name} features "
                     f"have it, got {found}"
                 )
-        counts = torch.bincount(torch.from_numpy(log.items).long(), minlength=model.num_items).double()
-        share = counts / counts.sum()
+        share = _shares(log)
 
         # Users come from an isotropic Gaussian, so a rotation changes nothing but where rates are diagonal.
         table = factors.item_table.double()
@@ -232,20 +240,23 @@ class MAMLR(Learner):
             self.log_weight.weight.copy_(factors.support_weights.log()[:, None])
         if self.log_pull is not None:
             self.log_pull.copy_(torch.tensor([factors.pull, factors.pull * _PULL_PER_RATING]).log())
+        self._suit_rates(table, share, factors.pull)
+        model.initialized.fill_(True)
+
+    def _suit_rates(self, table: Tensor, share: Tensor, pull: float) -> None:
+        """Sets step sizes that fit the curvature of item vectors [N, D], given how often items occur, [N]."""
         if self.log_steps is not None and self.log_rates is not None:
             squares = torch.cat([share @ table.square(), torch.ones(1)])  # [D + 1], mean square of each input
-            self.log_rates.copy_((_FIRST_RATE / (squares + factors.pull / _TYPICAL_SUPPORT)).log())
+            self.log_rates.copy_((_FIRST_RATE / (squares + pull / _TYPICAL_SUPPORT)).log())
             self.log_steps.zero_()
-        model.initialized.fill_(True)
 
     def default_epochs(self, num_batches: int) -> int:
         """So many that there are some 600 steps, but 10 to 30: it starts near its goal."""
         return min(30, max(10, math.ceil(_ENOUGH_STEPS / num_batches)))
 
-    def parameter_groups(self, outer_lr: float | None = None) -> list[dict[str, Any]]:
-        """Items and their features at `outer_lr`; offset, start and pull at 5 times that; weights, choices and features
-        of users at 15 times; steps at 10 times. With a module, everything at `outer_lr`."""
-        rate = self._outer_lr(outer_lr)
+    def _groups_at(self, rate: float) -> list[dict[str, Any]]:
+        """Items and their features at `rate`; offset, start and pull at 5 times that; weights, choices and features
+        of users at 15 times; steps at 10 times. With a module, everything at `rate`."""
         if not isinstance(self.tasks, DotTasks):
             return [{"params": list(self.parameters()), "lr": rate}]
         model = self.model
@@ -259,6 +270,12 @@ class MAMLR(Learner):
         ]
         present = ((times, [p for p in parameters if p is not None]) for times, parameters in groups)
         return [{"params": parameters, "lr": times * rate} for times, parameters in present if parameters]
+
+
+def _shares(log: Interactions) -> Tensor:
+    """How often each item occurs, as a share of all ratings, [N]."""
+    counts = torch.bincount(torch.from_numpy(log.items).long(), minlength=log.num_items).double()
+    return counts / counts.sum()
 
 
 def _rotated(rows: Tensor | None, axes: Tensor) -> Tensor:

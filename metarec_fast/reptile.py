@@ -64,5 +64,4 @@ class Reptile(Learner):
 
     def default_optimizers(self, outer_lr: float | None = None) -> list[Optimizer]:
         """SGD with rate ε = `outer_lr`, `optim.SparseSGD` for embeddings with sparse gradients."""
-        dense, sparse = self._split_groups(outer_lr)
-        return [SGD(dense), SparseSGD(sparse)] if sparse else [SGD(dense)]
+        return self._optimizers(outer_lr, SGD, SparseSGD)

@@ -20,6 +20,7 @@ from metarec_fast import _known_gradients, tuning
 from metarec_fast._arguments import PAIRWISE
 from metarec_fast.checkpoint import replace_file
 from metarec_fast.features import fingerprint
+from metarec_fast.freezing import factors_of
 from metarec_fast.history import Epoch, History
 from metarec_fast.optim import clip_grad_norm_
 from metarec_fast.reference import pointwise_loss
@@ -414,6 +415,7 @@ def _describe(learner: Learner, train: Interactions, valid: Interactions | None)
         "hyperparameters": repr(learner.hyperparameters),
         "model": repr(learner.model.hyperparameters),
         **{f"{name}_features": tables[name] and fingerprint(tables[name]) for name in ("user", "item")},
+        "lr_factors": factors_of(learner),
         "train": _fingerprint(train),
         "valid": None if valid is None else _fingerprint(valid),
     }
