@@ -32,9 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     for few in options.users:
         for title, compare in (("other films", other_films), ("the same films", same_films)):
             reports = [compare(log, films, few, seed, options.dim, options.epochs) for seed in range(options.seeds)]
-            print(
-                f"\n{title}, {few} users to learn from; mean rmse over {options.seeds} divisions, and their deviation"
-            )
+            print(f"\n{title}, {few} users to learn from: rmse, mean ± standard deviation over divisions")
             show(reports)
 
 
