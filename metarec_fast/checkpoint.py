@@ -22,9 +22,11 @@ from metarec_fast.catalogue import Catalogue
 from metarec_fast.feature_matrix import FeatureMatrix
 from metarec_fast.features import Features, fingerprint
 from metarec_fast.freezing import factors_of, set_factors
+from metarec_fast.heads import Head, pair_ids
 from metarec_fast.mlp_recommender import MLPRecommender
 from metarec_fast.models import DotRecommender
 from metarec_fast.module_recommender import ModuleRecommender
+from metarec_fast.multi_task import MultiTaskRecommender
 
 if TYPE_CHECKING:
     from metarec_fast.learners import Learner
@@ -52,7 +54,7 @@ def save(learner: Learner, directory: str | os.PathLike[str]) -> None:
         "dtype": str(learner.model.offset.dtype).removeprefix("torch."),
         "lr_factors": factors_of(learner),
         "rating_range": None if learner.rating_range is None else list(learner.rating_range),
-        "item_ids": None if learner.item_ids is None else _pack_ids("item_ids", learner.item_ids),
+        "item_ids": None if learner.item_ids is None else _pack_ids("item_ids", ids_to_save(learner)),
         "features": {
             name: {
                 "ids": _pack_ids(f"{name} features", table.ids),
@@ -107,7 +109,9 @@ def load(directory: str | os.PathLike[str], *, module: nn.Module | None = None) 
         learner: Learner = cls(model, **description["hyperparameters"]).to(dtype)
         ids, limits = description["item_ids"], description["rating_range"]
         set_factors(learner, description.get("lr_factors", {}))
-        learner.item_ids = None if ids is None else _unpack_ids(ids)
+        if ids is not None:
+            heads = learner.model.heads if isinstance(model, MultiTaskRecommender) else None
+            learner.item_ids = _unpack_ids(ids) if heads is None else pair_ids(heads, _unpack_ids(ids))
         learner.rating_range = None if limits is None else (float(limits[0]), float(limits[1]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a saved learner: {type(error).__name__}: {error}") from error
@@ -120,6 +124,12 @@ def load(directory: str | os.PathLike[str], *, module: nn.Module | None = None) 
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{weights}: does not hold the weights of this learner: {error}") from error
     return learner
+
+
+def ids_to_save(learner: Learner) -> NDArray[Any]:
+    """The original ids of the learner's items; of several heads, which have the same, those of one."""
+    ids: NDArray[Any] = learner.catalogue.ids
+    return learner.model.ids_of_one_head(ids) if isinstance(learner.model, MultiTaskRecommender) else ids
 
 
 def replace_file(path: Path, write: Any) -> None:
@@ -162,6 +172,9 @@ def make_model(
 def _make_model(
     arguments: dict[str, Any], is_module: bool, tables: dict[str, Any], module: nn.Module | None
 ) -> DotRecommender | ModuleRecommender:
+    if "heads" in arguments:
+        heads = {name: Head(**head) for name, head in arguments["heads"].items()}
+        return MultiTaskRecommender(**{**arguments, "heads": heads}, **tables)
     if not is_module:
         return DotRecommender(**arguments, **tables)
     arguments = dict(arguments)

@@ -38,6 +38,11 @@ class DotTasks:
         self.learner, self.model = learner, model
 
     @property
+    def reads_table(self) -> bool:
+        """Whether the model keeps all rows as they are used, so that without gradients nothing is looked up."""
+        return self.model.item_encoder is None
+
+    @property
     def num_rates(self) -> int:
         """Step sizes that can be told apart: of each coordinate of the user vector, and of the bias."""
         return self.model.dim + 1
@@ -52,7 +57,7 @@ class DotTasks:
 
     def needs_local(self, training: bool) -> bool:
         """Whether items are looked up that the batch names, rather than read from the whole table."""
-        return not self._deposits_rows() if training else self.model.item_encoder is not None
+        return not (self._deposits_rows() if training else self.reads_table)
 
     def meta_loss(self, batch: TaskBatch) -> Tensor:
         """The outer loss, a scalar that can be differentiated once with respect to all parameters of the learner."""
@@ -159,7 +164,7 @@ class DotTasks:
         """Item vectors and biases and the batch, its support weighed, with ids into them: all items as they are, but
         where features have to be added to them only the items of the batch."""
         support = self.learner.weigh(batch.support, batch.support.items)
-        if self.model.item_encoder is None:
+        if self.reads_table:
             return *self.model.tables(), batch.with_entries(support, batch.query)
         unique, local = batch.localize()
         return *self.model.lookup(unique), batch.with_entries(local.support.with_weights(support.weights), local.query)
@@ -187,6 +192,11 @@ def mean_task_loss(
     errors = torch.zeros_like(candidates[:, 0])
     for name, share in losses.items():
         errors = errors + share * entry_losses(name, candidates, entries)
+    return mean_over_tasks(errors, entries, task_weights)
+
+
+def mean_over_tasks(errors: Tensor, entries: Entries, task_weights: Tensor | None) -> Tensor:
+    """Σ_t ω_t L_t / Σ_t ω_t over tasks that have entries, L_t = Σ_i v_i ℓ_i / Σ_i v_i, from the losses ℓ [n]."""
     weights = torch.ones_like(errors) if entries.weights is None else entries.weights
     zeros = errors.new_zeros(entries.num_tasks)
     tasks = entries.task_ids()

@@ -23,10 +23,12 @@ from metarec_fast.dot_tasks import DotTasks
 from metarec_fast.encoder import FeatureEncoder
 from metarec_fast.feature_matrix import FeatureMatrix
 from metarec_fast.functional import Steps
+from metarec_fast.head_tasks import HeadTasks
 from metarec_fast.mlp_recommender import MLPRecommender
 from metarec_fast.models import DotRecommender
 from metarec_fast.module_recommender import ModuleRecommender
 from metarec_fast.module_tasks import ModuleTasks
+from metarec_fast.multi_task import MultiTaskRecommender
 from metarec_fast.negatives import draw_negatives
 from metarec_fast.optim import SparseAdam
 from metarec_fast.results import FastWeights
@@ -85,7 +87,7 @@ class Learner(nn.Module):
             raise ValueError(f"inner_lr: expected a number > 0, got {inner_lr!r}")
         self.model: Any = model
         self.inner_lr, self.inner_steps, self.first_order, self.adapted = inner_lr, inner_steps, first_order, adapt
-        self.outer_loss = check_outer_loss(model.loss if outer_loss is None else outer_loss)
+        self.outer_loss = {model.loss: 1.0} if outer_loss is None else check_outer_loss(outer_loss)
         self.hyperparameters: dict[str, Any] = {
             "inner_lr": inner_lr,
             "inner_steps": inner_steps,
@@ -111,6 +113,8 @@ class Learner(nn.Module):
             self.default_outer_lr = self.module_outer_lr
             kind = TowerTasks if isinstance(model.module, MLPRecommender) else ModuleTasks
             self.tasks = kind(self, model, model.choose(adapt))
+        elif isinstance(model, MultiTaskRecommender):
+            self.tasks = HeadTasks(self, model)
         else:
             self.tasks = DotTasks(self, model)
 
@@ -242,9 +246,10 @@ class Learner(nn.Module):
 
     @item_ids.setter
     def item_ids(self, ids: Any) -> None:
-        self._catalogue = None if ids is None else Catalogue(ids, self.model.num_items)
-        if self._catalogue is not None:
-            self.model.bind_items(self._catalogue.ids)
+        catalogue = None if ids is None else Catalogue(ids, self.model.num_items)
+        if catalogue is not None:
+            self.model.bind_items(catalogue.ids)
+        self._catalogue = catalogue
 
     @property
     def catalogue(self) -> Catalogue:

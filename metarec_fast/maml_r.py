@@ -24,6 +24,7 @@ from metarec_fast.feature_matrix import FeatureMatrix
 from metarec_fast.functional import Steps
 from metarec_fast.learners import Learner, OuterLoss
 from metarec_fast.models import DotRecommender
+from metarec_fast.multi_task import MultiTaskRecommender
 from metarec_fast.tasks import Entries, TaskBatch
 
 _PULL_PER_RATING = 0.008  # λ1/λ0 at the start
@@ -41,7 +42,8 @@ class MAMLR(Learner):
 
     Args:
         model: The meta-parameters.
-            On a module there is no warm start and there are no choices, and rates are one per adapted parameter.
+            On a module there is no warm start and there are no choices, and rates are one per adapted parameter; with
+            several heads there is no warm start.
         inner_lr: Where step sizes start if not warm-started; the step size if `learn_rates` is off.
         inner_steps: K, or "exact" for the limit of many steps, which needs neither rates nor momentum.
         first_order: Leave out second derivatives.
@@ -107,6 +109,8 @@ class MAMLR(Learner):
         is_module = not isinstance(self.tasks, DotTasks)
         if is_module:
             self.method, choices = False, False
+        if isinstance(model, MultiTaskRecommender):
+            self.method = False
 
         steps = inner_steps if isinstance(inner_steps, int) else 0
         base: Any = self.model
@@ -268,6 +272,8 @@ class MAMLR(Learner):
             (15, [None if model.user_encoder is None else model.user_encoder.weight]),
             (10, [self.log_steps, self.log_rates, self.momentum]),
         ]
+        named = {parameter for _, parameters in groups for parameter in parameters}
+        groups.append((1, [parameter for parameter in self.parameters() if parameter not in named]))
         present = ((times, [p for p in parameters if p is not None]) for times, parameters in groups)
         return [{"params": parameters, "lr": times * rate} for times, parameters in present if parameters]
 

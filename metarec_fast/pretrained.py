@@ -23,6 +23,7 @@ from metarec_fast.features import Features
 from metarec_fast.freezing import short_name
 from metarec_fast.mlp_recommender import MLPRecommender
 from metarec_fast.models import DotRecommender, averages
+from metarec_fast.multi_task import MultiTaskRecommender
 from metarec_fast.tasks import Entries, TaskBatch
 
 if TYPE_CHECKING:
@@ -83,8 +84,9 @@ def load_items(learner: Learner, ids: Any, vectors: Any, biases: Any = None) -> 
     Raises:
         ValueError: `learner.item_ids` are not known, no item is among them, a shape does not fit (vectors of another
             width than the model's are refused), a number is not finite, or an id comes twice.
-        TypeError: The model is a module that has no item vectors known by name.
+        TypeError: The model is a module that has no item vectors known by name, or has several heads.
     """
+    _refuse_heads(learner)
     names = _item_names(learner)
     given = Catalogue(ids, len(ids), name="ids")
     like = learner.get_parameter(names[0])
@@ -125,9 +127,12 @@ def load_from(
     Raises:
         ValueError: A pattern stands for none that both have, shapes differ, a table of features has other columns, or
             item ids are not known.
+        TypeError: A model has several heads.
     """
     if not isinstance(source, nn.Module):
         source = checkpoint.load(source)
+    for each in (learner, source):
+        _refuse_heads(each)
     own, other = learner.state_dict(), source.state_dict()
     both = {short_name(name): name for name in own if name in other and name != "model.initialized"}
     taken = match_names("parameters", parameters, both, "what both learners have")
@@ -177,7 +182,9 @@ def transfer(
 
     Raises:
         ValueError: The learner is not trained, tables have other columns, or shapes differ in more than items.
+        TypeError: The model has several heads.
     """
+    _refuse_heads(learner)
     if not bool(learner.model.initialized):
         raise ValueError("learner: expected one that is initialised or trained, got a new one")
     tables: dict[str, Any] = {f"{name}_features": table for name, table in learner.model.feature_tables().items()}
@@ -235,6 +242,11 @@ def _of_features(learner: Learner, rows: Tensor) -> Tensor:
         return model.user_init.new_zeros(len(rows), model.dim + 1)
     added: Tensor = model.item_encoder(model.item_encoder.bound_rows(rows))
     return added
+
+
+def _refuse_heads(learner: Learner) -> None:
+    if isinstance(learner.model, MultiTaskRecommender):
+        raise TypeError("model: parts are not moved between models with several heads; copy their tensors yourself")
 
 
 def _is_tower(learner: Learner) -> bool:
