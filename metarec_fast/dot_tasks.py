@@ -44,11 +44,11 @@ class DotTasks:
 
     @property
     def num_rates(self) -> int:
-        """Step sizes that can be told apart: of each coordinate of the user vector, and of the bias."""
+        """How many step sizes can be told apart: of each coordinate of the user vector, and of the bias."""
         return self.model.dim + 1
 
     def new_rates(self, value: float) -> nn.Parameter:
-        """The same value for each coordinate that adapts, the user bias last, [D + 1]."""
+        """The same value for each of them, the user bias last, [D + 1]."""
         return nn.Parameter(self.model.user_init.new_full((self.num_rates,), value))
 
     def preconditioner(self, log_rates: Tensor) -> Tensor:

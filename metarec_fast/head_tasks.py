@@ -2,8 +2,9 @@
 
     w_s = α_h (|S| + n0) / (|S_h| + n0),   so that   1/(|S| + n0) Σ_s w_s ℓ_s = Σ_h α_h L_S,h
 
-Heads of one loss run by the fused operators. Where losses differ, the steps are written out here, a batch at once, and
-autograd goes through them.
+The one bias that operators know of a user does not move, A is 0 there: heads have their own, among the coordinates of
+his vector. Heads of one loss run by the fused operators. Where losses differ, the steps are written out here, a batch
+at once, and autograd goes through them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metarec_fast._ragged import pad
 from metarec_fast.dot_tasks import DotTasks, mean_over_tasks
@@ -35,11 +36,18 @@ class HeadTasks(DotTasks):
         self.is_mixed = model.loss == MIXED
         if learner.adapted != "user":
             raise ValueError(f'adapt: heads share their items, so that only "user" adapts, got {learner.adapted!r}')
-        if self.is_mixed and learner.inner_steps == "exact":
-            raise ValueError('inner_steps: "exact" needs the squared loss for all heads, got different losses')
+        if learner.inner_steps == "exact":
+            raise ValueError('inner_steps: expected a number of steps for a model with heads, got "exact"')
 
         if self.is_mixed and set(learner.outer_loss) != {MIXED}:
             raise ValueError(f"outer_loss: heads of different losses are judged by their own, got {learner.outer_loss}")
+
+    @property
+    def num_rates(self) -> int:
+        return self.model.dim
+
+    def preconditioner(self, log_rates: Tensor) -> Tensor:
+        return nn.functional.pad(log_rates.exp(), (0, 1))
 
     @property
     def reads_table(self) -> bool:
@@ -74,6 +82,11 @@ class HeadTasks(DotTasks):
         if self.is_mixed:
             raise ValueError("model: Reptile needs heads of one loss, got different ones")
         return super().reptile_loss(self._weighted(batch, judged=False))
+
+    def _settings(self, batch: TaskBatch, support: Entries, users: FeatureMatrix | None = None) -> dict[str, Any]:
+        settings = super()._settings(batch, support, users)
+        plain = self.preconditioner(self.model.offset.new_zeros(self.num_rates))
+        return {"preconditioner": plain, **settings}
 
     def _weighted(self, batch: TaskBatch, judged: bool) -> TaskBatch:
         """The batch without support entries that do not count, the others with their weights; so with the query if it
@@ -150,7 +163,7 @@ def _inner_loop(
     user, bias = settings["user_init"], settings["user_bias_init"]
     num_tasks = len(sizes)
     start = torch.cat([user.expand(num_tasks, -1), bias.expand(num_tasks)[:, None]], 1)
-    scale, pull = settings.get("preconditioner", 1.0), settings.get("prior_pull", 0.0)
+    scale, pull = settings["preconditioner"], settings.get("prior_pull", 0.0)
     pull = pull[:, None] if isinstance(pull, Tensor) and pull.dim() else pull
     momentum = settings.get("momentum", 0.0)
     count = (sizes + settings.get("extra_count", 0.0)).clamp(min=1)[:, None].to(start)

@@ -1,4 +1,4 @@
-"""A recommender with several heads that share the user:  p_hi = m_h + b_hi + c + c_h + u·(s_h ∘ e_i).
+"""A recommender with several heads that share the user:  p_hi = m_h + b_hi + c_h + u·(s_h ∘ e_i).
 
 To the operators it is a dot product as any other, of user vectors (u, c_1 … c_H) and rows (s_h ∘ e_i, one-hot h).
 """
@@ -30,7 +30,7 @@ class MultiTaskRecommender(DotRecommender):
     """What all users share, where several things are known of each: ratings and clicks, say.
 
     Heads see one item vector e_i through a scale s_h of its coordinates, and have biases of their own: m_h, of items
-    b_hi, and of the user c_h, beside the c that heads share. User vector and biases adapt to the entries of all heads:
+    b_hi, and of the user c_h. The user's vector adapts to the entries of all heads, his biases each to their own:
 
         L_S = Σ_h α_h L_S,h,   L_S,h = Σ_{s∈h} ℓ_h(p_s, y_s) / (|S_h| + n0)
 
@@ -48,7 +48,8 @@ class MultiTaskRecommender(DotRecommender):
         ValueError, TypeError: A size is below 1, or heads are not Heads by name.
     """
 
-    offset: Any  # 0: heads have their own
+    offset: Any  # 0, for heads have their own
+    user_bias_init: Any  # 0, for heads have their own
 
     def __init__(
         self,
@@ -74,8 +75,9 @@ class MultiTaskRecommender(DotRecommender):
         self.head_scale = nn.Parameter(torch.ones(len(heads), self.item_dim))  # s
         self.head_offset = nn.Parameter(torch.zeros(len(heads)))  # m
         self.user_init = nn.Parameter(torch.zeros(self.dim))  # u and c_h at the start
-        del self.offset
-        self.register_buffer("offset", torch.zeros(()))
+        for name in ("offset", "user_bias_init"):
+            delattr(self, name)
+            self.register_buffer(name, torch.zeros(()))
         self.user_encoder = encoder_of("user_features", user_features, self.dim)
 
     @property

@@ -1,5 +1,7 @@
 """Several heads that share the user: equal to autograd task by task, in every algorithm, and of use to each other."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -52,7 +54,7 @@ def loss_of(head, score, target):
 
 
 def score_of(model, item, user, bias):
-    """p_hi = m_h + b_hi + c + c_h + u·(s_h ∘ e_i)"""
+    """p_hi = m_h + b_hi + c_h + u·(s_h ∘ e_i), and where choices move it c"""
     head, row = divmod(int(item), NUM_ITEMS)
     own = (user[:3] * model.head_scale[head] * model.item_embedding.weight[row]).sum() + user[3 + head]
     return model.head_offset[head] + model.item_bias.weight[item, 0] + bias + own
@@ -60,7 +62,7 @@ def score_of(model, item, user, bias):
 
 def by_heads(learner, items, targets, user, bias, weight_of, extra=0.0, trust=None, losses=None):
     """Σ_h α_h Σ_{s∈h} ℓ_s / (|S_h| + n0), and Σ_h α_h over heads with entries."""
-    total, alphas = 0 * bias, 0.0
+    total, alphas = 0 * user.sum(), 0.0
     for number, head in enumerate(learner.model.heads.values()):
         own = [place for place, item in enumerate(items.tolist()) if item // NUM_ITEMS == number]
         if own and weight_of(head) > 0:
@@ -83,25 +85,26 @@ def task_by_task(learner, batch):
     sizes = batch.support.sizes()
     loop = learner.inner_loop(sizes)
     at = lambda value, step: value[step] if isinstance(value, torch.Tensor) and value.dim() else value  # noqa: E731
-    extra, momentum, scale = loop.get("extra_count", 0.0), loop.get("momentum", 0.0), loop.get("preconditioner", 1.0)
+    extra, momentum, scale = loop.get("extra_count", 0.0), loop.get("momentum", 0.0), loop.get("preconditioner")
+    rates = 1.0 if scale is None else scale[:-1]
     trust = None if getattr(learner, "log_weight", None) is None else learner.log_weight.weight[:, 0].exp()
     for task in range(batch.num_tasks):
         part = slice(int(batch.support.offsets[task]), int(batch.support.offsets[task + 1]))
         items, targets = batch.support.items[part], batch.support.targets[part]
         user, bias = learner.start_of(mf.Entries(items, targets, torch.tensor([0, len(items)])))
-        start = torch.cat([user.reshape(-1), bias.reshape(1)])
-        now = before = start
+        now = before = start = user.reshape(-1)
+        bias = bias.reshape(())
         pull = loop.get("prior_pull", 0.0)
         pull = pull[task] if isinstance(pull, torch.Tensor) else pull
         for step in range(loop["inner_steps"]):
-            inner, _ = by_heads(learner, items, targets, now[:-1], now[-1], lambda head: head.weight, extra, trust)
+            inner, _ = by_heads(learner, items, targets, now, bias, lambda head: head.weight, extra, trust)
             slope = torch.autograd.grad(inner, now, create_graph=True)[0]
             slope = slope.detach() if loop["first_order"] else slope
-            moved = now - at(loop["inner_lr"], step) * scale * (slope + pull * (now - start))
+            moved = now - at(loop["inner_lr"], step) * rates * (slope + pull * (now - start))
             now, before = moved + at(momentum, step) * (now - before), now
         part = slice(int(batch.query.offsets[task]), int(batch.query.offsets[task + 1]))
         outer, alphas = by_heads(
-            learner, batch.query.items[part], batch.query.targets[part], now[:-1], now[-1],
+            learner, batch.query.items[part], batch.query.targets[part], now, bias,
             lambda head: head.query_weight, losses=learner.outer_loss,
         )  # fmt: skip
         if alphas:
@@ -244,8 +247,7 @@ def test_supports_can_be_drawn_head_by_head(trained):
     assert list(reports) == ["rating"]  # of clicks nothing is left to predict
     for batch in seen:
         counts = torch.stack([batch.support.items < 30, batch.support.items >= 30]).long()
-        offsets = batch.support.offsets
-        for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
+        for begin, end in pairwise(batch.support.offsets.tolist()):
             assert counts[:, begin:end].sum(1).tolist() == [3, 14]
         assert (batch.query.sizes() == 5).all()
         assert (batch.query.items < 30).all()
@@ -353,7 +355,7 @@ def test_what_does_not_fit_is_refused_by_name():
     for cls, arguments, message in (
         (mf.MAML, {"adapt": "all"}, "adapt: heads share their items, so that only \"user\" adapts, got 'all'"),
         (mf.MAML, {"outer_loss": "squared"}, "outer_loss: heads of different losses are judged by their own, got"),
-        (mf.MAMLR, {"inner_steps": "exact"}, 'inner_steps: "exact" needs the squared loss for all heads'),
+        (mf.MAMLR, {"inner_steps": "exact"}, "inner_steps: expected a number of steps for a model with heads"),
     ):
         with pytest.raises(ValueError, match=message):
             cls(model, **arguments)
