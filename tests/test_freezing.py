@@ -6,6 +6,8 @@ import torch
 
 import metarec_fast as mf
 
+pytestmark = pytest.mark.filterwarnings("ignore:an MLP tower runs on its PyTorch reference on cuda")
+
 NUM_ITEMS = 20
 ALL = [mf.MAML, mf.FOMAML, mf.Reptile, mf.MetaSGD, mf.MAMLR]
 
@@ -19,7 +21,8 @@ def make_log(num_users=40, seed=0):
 
 def make_features(rows=30, seed=0):
     rng = np.random.default_rng(seed)
-    return mf.Features.from_frame({"id": list(range(rows)), "kind": rng.choice(["a", "b", "c"], rows).tolist()})
+    with torch.device("cpu"):  # where tables are, whatever the default
+        return mf.Features.from_frame({"id": list(range(rows)), "kind": rng.choice(["a", "b", "c"], rows).tolist()})
 
 
 def make_learner(algorithm, kind="dense", num_items=NUM_ITEMS):

@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from problems import Draw
 
 import metarec_fast as mf
 from metarec_fast.reference import SMOOTH_ABSOLUTE_WIDTH
@@ -35,18 +36,15 @@ def make_learner(heads, algorithm=mf.MAML, **arguments):
 
 
 def make_batch(num_heads, sizes=((3, 2), (0, 2), (6, 1), (1, 4)), weights=True):
-    generator = torch.Generator().manual_seed(0)
+    draw = Draw()
 
     def entries(counts):
         n = sum(counts)
-        items = torch.randint(0, num_heads * NUM_ITEMS, (n,), generator=generator)
-        targets = torch.rand(n, generator=generator, dtype=torch.float64)
-        return mf.Entries(items, targets, torch.tensor([0, *np.cumsum(counts)]))
+        items = draw.integers(0, num_heads * NUM_ITEMS, n)
+        return mf.Entries(items, draw.uniform(n), torch.tensor([0, *np.cumsum(counts)]))
 
     support, query = (entries([size[part] for size in sizes]) for part in (0, 1))
-    return mf.TaskBatch(
-        support, query, weights=torch.rand(4, generator=generator, dtype=torch.float64) if weights else None
-    )
+    return mf.TaskBatch(support, query, weights=draw.uniform(4) if weights else None)
 
 
 def loss_of(head, score, target):
@@ -289,7 +287,8 @@ def test_each_head_starts_at_its_own_averages():
 
 
 def test_user_features_move_where_users_start_under_all_heads():
-    users = mf.Features.from_frame({"id": [0, 1, 2], "kind": ["a", "b", "a"]})
+    with torch.device("cpu"):
+        users = mf.Features.from_frame({"id": [0, 1, 2], "kind": ["a", "b", "a"]})
     model = mf.MultiTaskRecommender(NUM_ITEMS, 3, PAIRS["mixed"], user_features=users)
     learner = mf.MAML(model)
     torch.nn.init.normal_(model.user_encoder.weight)

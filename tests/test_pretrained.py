@@ -1,13 +1,14 @@
 """Item vectors from elsewhere, parts of other learners, and learners that go on with another catalogue."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
+from problems import Draw
 from test_freezing import ALL, fit, make_learner, make_log, values_of
 
 import metarec_fast as mf
+
+pytestmark = pytest.mark.filterwarnings("ignore:an MLP tower runs on its PyTorch reference on cuda")
 
 NUM_ITEMS = 20
 
@@ -83,7 +84,7 @@ def test_vectors_without_biases_start_there_and_are_trained_with_averages_as_bia
     vectors = np.random.default_rng(0).normal(size=(NUM_ITEMS, 3))
     learner.load_items(np.arange(NUM_ITEMS), vectors)
     learner.initialize(log)
-    expected = torch.from_numpy(vectors).float()
+    expected = torch.from_numpy(vectors).to(learner.model.offset)
     assert torch.equal(learner.model.item_embedding.weight, expected)
     torch.testing.assert_close(learner.model.item_bias.weight, plain.model.item_bias.weight)
     fit(learner)
@@ -98,7 +99,7 @@ def test_with_vectors_from_elsewhere_maml_r_takes_steps_that_suit_them():
         learner = make_learner(mf.MAMLR)
         learner = mf.MAMLR(learner.model, pull=False, inner_steps=3)
         learner.item_ids = log.item_ids
-        learner.load_items(np.arange(NUM_ITEMS), scale * torch.randn(NUM_ITEMS, 3, generator=torch.manual_seed(1)))
+        learner.load_items(np.arange(NUM_ITEMS), scale * Draw(1, torch.float32).normal(NUM_ITEMS, 3))
         learner.initialize(log)
         predictions.append(learner.predict(batch))
     assert predictions[1].isfinite().all()
@@ -123,7 +124,7 @@ def test_parts_of_a_saved_tower_are_taken_by_name_and_items_by_id(tmp_path, para
     source.save(tmp_path)
     learner = make_learner(mf.MetaSGD, "tower")
     learner.item_ids = np.arange(20)
-    before = copy.deepcopy(learner.state_dict())
+    before = {name: value.clone() for name, value in learner.state_dict().items()}
     taken = learner.load_from(tmp_path, parameters)
     assert taken
     after, given = learner.state_dict(), source.state_dict()
@@ -250,6 +251,7 @@ def test_what_does_not_fit_is_refused_by_name():
         other.load_from(source)
     with pytest.raises(ValueError, match="learner: expected one that is initialised or trained, got a new one"):
         learner.transfer(make_log())
-    strange = mf.Features.from_frame({"id": list(range(20)), "kind": ["x", "y", "z", "w"] * 5})
+    with torch.device("cpu"):
+        strange = mf.Features.from_frame({"id": list(range(20)), "kind": ["x", "y", "z", "w"] * 5})
     with pytest.raises(ValueError, match="item_features: expected the columns, values and scales of the source"):
         source.transfer(make_log(), item_features=strange)
