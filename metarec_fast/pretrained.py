@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,13 +35,13 @@ class Given:
     """Which rows of which tensors came from elsewhere, so that initialising must leave them as they are."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, Tensor | slice] = {}
+        self.rows: dict[str, Tensor | EllipsisType] = {}
 
     def add(self, name: str, rows: Tensor | None = None) -> None:
         """Adds rows [n] of the tensor of this name; None for all of them."""
         before = self.rows.get(name)
-        if rows is None or isinstance(before, slice):
-            self.rows[name] = slice(None)
+        if rows is None or isinstance(before, EllipsisType):
+            self.rows[name] = ...
         else:
             self.rows[name] = rows if before is None else torch.cat([before, rows]).unique()
 
@@ -51,17 +52,16 @@ class Given:
     @contextmanager
     def kept(self, learner: Learner) -> Iterator[None]:
         """What is given or frozen is afterwards what it was before, where it still has its shape."""
-        frozen = {name: slice(None) for name, value in learner.named_parameters() if not value.requires_grad}
+        frozen = {name: ... for name, value in learner.named_parameters() if not value.requires_grad}
         before = learner.state_dict()
         kept = {
-            name: (before[name].shape, rows, before[name][rows].clone() if before[name].dim() else before[name].clone())
-            for name, rows in {**self.rows, **frozen}.items()
+            name: (before[name].shape, rows, before[name][rows].clone()) for name, rows in (self.rows | frozen).items()
         }
         yield
         after = learner.state_dict()
         for name, (shape, rows, values) in kept.items():
             if name in after and after[name].shape == shape:
-                after[name][rows if shape else ...] = values
+                after[name][rows] = values
 
 
 @torch.no_grad()
