@@ -9,12 +9,15 @@ from metarec_fast.data import Interactions, UserSplit, load_movielens_small, spl
 from metarec_fast.evaluation import evaluate
 from metarec_fast.factor_model import FactorModel
 from metarec_fast.features import Features
+from metarec_fast.head_evaluation import evaluate_heads
+from metarec_fast.heads import Head, join_heads
 from metarec_fast.history import History, Trial
 from metarec_fast.learners import FOMAML, MAML, Learner, MetaSGD
 from metarec_fast.maml_r import MAMLR
 from metarec_fast.mlp_recommender import MLPRecommender
 from metarec_fast.models import DotRecommender
 from metarec_fast.module_recommender import ModuleRecommender
+from metarec_fast.multi_task import MultiTaskRecommender
 from metarec_fast.optim import SparseAdagrad, SparseAdam, SparseSGD
 from metarec_fast.quadrants import QuadrantSplit, evaluate_quadrants, split_quadrants
 from metarec_fast.report import Report
@@ -39,6 +42,7 @@ __all__ = [
     "FactorModel",
     "FastWeights",
     "Features",
+    "Head",
     "History",
     "Interactions",
     "Learner",
@@ -46,6 +50,7 @@ __all__ = [
     "MetaSGD",
     "MetaStep",
     "ModuleRecommender",
+    "MultiTaskRecommender",
     "QuadrantSplit",
     "Report",
     "Reptile",
@@ -60,8 +65,10 @@ __all__ = [
     "UserSplit",
     "cold_start_curve",
     "evaluate",
+    "evaluate_heads",
     "evaluate_quadrants",
     "functional",
+    "join_heads",
     "load",
     "load_movielens_small",
     "split_quadrants",

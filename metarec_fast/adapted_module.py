@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from metarec_fast.module_tasks import ModuleTasks
 from metarec_fast.tasks import Entries, TaskBatch
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class AdaptedModule:
     """
 
     def __init__(self, learner: Learner, support: Entries, features: Mapping[str, Any] | None, user: Any) -> None:
-        assert learner.tasks is not None
+        assert isinstance(learner.tasks, ModuleTasks)
         self.seen: Tensor = support.items
         self._learner, self._tasks = learner, learner.tasks
         users = self._tasks.model.user_row(features, user)

@@ -21,9 +21,12 @@ from metarec_fast._feature_columns import columns_from, describe_columns
 from metarec_fast.catalogue import Catalogue
 from metarec_fast.feature_matrix import FeatureMatrix
 from metarec_fast.features import Features, fingerprint
+from metarec_fast.freezing import factors_of, set_factors
+from metarec_fast.heads import Head, pair_ids
 from metarec_fast.mlp_recommender import MLPRecommender
 from metarec_fast.models import DotRecommender
 from metarec_fast.module_recommender import ModuleRecommender
+from metarec_fast.multi_task import MultiTaskRecommender
 
 if TYPE_CHECKING:
     from metarec_fast.learners import Learner
@@ -47,10 +50,11 @@ def save(learner: Learner, directory: str | os.PathLike[str]) -> None:
         "class": type(learner).__name__,
         "hyperparameters": learner.hyperparameters,
         "model": learner.model.hyperparameters,
-        "module": learner.tasks is not None,
+        "module": isinstance(learner.model, ModuleRecommender),
         "dtype": str(learner.model.offset.dtype).removeprefix("torch."),
+        "lr_factors": factors_of(learner),
         "rating_range": None if learner.rating_range is None else list(learner.rating_range),
-        "item_ids": None if learner.item_ids is None else _pack_ids("item_ids", learner.item_ids),
+        "item_ids": None if learner.item_ids is None else _pack_ids("item_ids", ids_to_save(learner)),
         "features": {
             name: {
                 "ids": _pack_ids(f"{name} features", table.ids),
@@ -100,10 +104,14 @@ def load(directory: str | os.PathLike[str], *, module: nn.Module | None = None) 
     tables = _read_features(folder, description.get("features", {}))
     try:
         cls = classes[description["class"]]
-        model = _make_model(path, description, tables, module).to(getattr(torch, description["dtype"]))
-        learner: Learner = cls(model, **description["hyperparameters"]).to(getattr(torch, description["dtype"]))
+        dtype = getattr(torch, description["dtype"])
+        model = _make_model(description["model"], bool(description.get("module")), tables, module).to(dtype)
+        learner: Learner = cls(model, **description["hyperparameters"]).to(dtype)
         ids, limits = description["item_ids"], description["rating_range"]
-        learner.item_ids = None if ids is None else _unpack_ids(ids)
+        set_factors(learner, description.get("lr_factors", {}))
+        if ids is not None:
+            heads = learner.model.heads if isinstance(model, MultiTaskRecommender) else None
+            learner.item_ids = _unpack_ids(ids) if heads is None else pair_ids(heads, _unpack_ids(ids))
         learner.rating_range = None if limits is None else (float(limits[0]), float(limits[1]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a saved learner: {type(error).__name__}: {error}") from error
@@ -116,6 +124,12 @@ def load(directory: str | os.PathLike[str], *, module: nn.Module | None = None) 
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{weights}: does not hold the weights of this learner: {error}") from error
     return learner
+
+
+def ids_to_save(learner: Learner) -> NDArray[Any]:
+    """The original ids of the learner's items; of several heads, which have the same, those of one."""
+    ids: NDArray[Any] = learner.catalogue.ids
+    return learner.model.ids_of_one_head(ids) if isinstance(learner.model, MultiTaskRecommender) else ids
 
 
 def replace_file(path: Path, write: Any) -> None:
@@ -142,19 +156,35 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _make_model(
-    path: Path, description: dict[str, Any], tables: dict[str, Any], module: nn.Module | None
+def make_model(
+    learner: Learner, *, num_items: int, tables: dict[str, Any], module: nn.Module | None = None
 ) -> DotRecommender | ModuleRecommender:
-    if not description.get("module"):
-        return DotRecommender(**description["model"], **tables)
-    arguments = dict(description["model"])
+    """A new model like the learner's, of another number of items and with these tables of features."""
+    if module is None and isinstance(learner.model, ModuleRecommender) and "mlp" not in learner.model.hyperparameters:
+        kind = type(learner.model.module).__name__
+        raise ValueError(f"module: expected a {kind} for {num_items} items, which only you can make, got None")
+    arguments = {**learner.model.hyperparameters, "num_items": num_items}
+    if "mlp" in arguments:
+        arguments["mlp"] = {**arguments["mlp"], "num_items": num_items}
+    return _make_model(arguments, isinstance(learner.model, ModuleRecommender), tables, module)
+
+
+def _make_model(
+    arguments: dict[str, Any], is_module: bool, tables: dict[str, Any], module: nn.Module | None
+) -> DotRecommender | ModuleRecommender:
+    if "heads" in arguments:
+        heads = {name: Head(**head) for name, head in arguments["heads"].items()}
+        return MultiTaskRecommender(**{**arguments, "heads": heads}, **tables)
+    if not is_module:
+        return DotRecommender(**arguments, **tables)
+    arguments = dict(arguments)
     mlp = arguments.pop("mlp", None)
     if mlp is not None:
         return ModuleRecommender(MLPRecommender(**mlp, **tables), **arguments)
     if module is None:
         raise ValueError("module: expected the nn.Module that this learner was saved with, got None")
-    tables.pop("item_features", None)  # the module has its own
-    return ModuleRecommender(module, **arguments, **tables)
+    users = {name: table for name, table in tables.items() if name == "user_features"}  # of items it has its own
+    return ModuleRecommender(module, **arguments, **users)
 
 
 def _read_features(folder: Path, described: dict[str, Any]) -> dict[str, Any]:

@@ -1,15 +1,13 @@
 """Meta-learning algorithms as modules: calling one on a batch of tasks gives the outer loss to be minimised.
 
-    unique rows of the batch = model's nn.Embedding → functional.meta_step → loss, exact gradients on `backward()`
-
-so every optimiser, gradient clipping and DistributedDataParallel work as they do without us. Embeddings with sparse
-gradients are given them directly: `meta_step` reads the table itself, and what it returns is the gradient's rows.
+A learner says how a task adapts; its `tasks` do it, as the model asks for: `DotTasks` by the fused operators, and for
+any module `ModuleTasks`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,21 +15,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from metarec_fast import checkpoint, functional, serving, training
+from metarec_fast import checkpoint, freezing, pretrained, serving, training
 from metarec_fast._arguments import PAIRWISE, check_entries, check_outer_loss
-from metarec_fast._known_gradients import KnownGradients
 from metarec_fast.catalogue import Catalogue
 from metarec_fast.data import Interactions
+from metarec_fast.dot_tasks import DotTasks
 from metarec_fast.encoder import FeatureEncoder
 from metarec_fast.feature_matrix import FeatureMatrix
 from metarec_fast.functional import Steps
+from metarec_fast.head_tasks import HeadTasks
 from metarec_fast.mlp_recommender import MLPRecommender
 from metarec_fast.models import DotRecommender
 from metarec_fast.module_recommender import ModuleRecommender
 from metarec_fast.module_tasks import ModuleTasks
+from metarec_fast.multi_task import MultiTaskRecommender
 from metarec_fast.negatives import draw_negatives
 from metarec_fast.optim import SparseAdam
-from metarec_fast.reference import entry_losses
 from metarec_fast.results import FastWeights
 from metarec_fast.tasks import Entries, TaskBatch
 from metarec_fast.tower_tasks import TowerTasks
@@ -50,6 +49,7 @@ class Learner(nn.Module):
         hyperparameters: The constructor's arguments, the model apart.
         item_ids: Original ids of the model's items, [N]; `fit` sets them, or assign `log.item_ids`.
         rating_range: Lowest and highest target seen by `fit`, to which `evaluate` clips predictions.
+        lr_factors: By what the rate of a parameter is multiplied, by name; `scale_lr` sets them.
     """
 
     name: str
@@ -63,6 +63,11 @@ class Learner(nn.Module):
     fit = training.fit
     adapt = serving.adapt
     save = checkpoint.save
+    freeze = freezing.freeze
+    scale_lr = freezing.scale_lr
+    load_items = pretrained.load_items
+    load_from = pretrained.load_from
+    transfer = pretrained.transfer
 
     def __init__(
         self,
@@ -82,7 +87,7 @@ class Learner(nn.Module):
             raise ValueError(f"inner_lr: expected a number > 0, got {inner_lr!r}")
         self.model: Any = model
         self.inner_lr, self.inner_steps, self.first_order, self.adapted = inner_lr, inner_steps, first_order, adapt
-        self.outer_loss = check_outer_loss(model.loss if outer_loss is None else outer_loss)
+        self.outer_loss = {model.loss: 1.0} if outer_loss is None else check_outer_loss(outer_loss)
         self.hyperparameters: dict[str, Any] = {
             "inner_lr": inner_lr,
             "inner_steps": inner_steps,
@@ -92,6 +97,8 @@ class Learner(nn.Module):
             **extra,
         }
         self.rating_range: tuple[float, float] | None = None
+        self.lr_factors: dict[str, float] = {}
+        self._given = pretrained.Given()
         self._catalogue: Catalogue | None = None
         # Tables of features, which DistributedDataParallel would send around before every step.
         self._ddp_params_and_buffers_to_ignore = [
@@ -99,13 +106,17 @@ class Learner(nn.Module):
             for name, part in model.named_modules() if isinstance(part, FeatureEncoder)
             for buffer, _ in part.named_buffers()
         ]  # fmt: skip
-        self.tasks: ModuleTasks | None = None  # where the model is any module
+        self.tasks: DotTasks | ModuleTasks
         if isinstance(model, ModuleRecommender):
             if isinstance(inner_steps, bool) or not isinstance(inner_steps, int) or inner_steps < 0:
                 raise ValueError(f"inner_steps: a module needs a whole number ≥ 0, got {inner_steps!r}")
             self.default_outer_lr = self.module_outer_lr
             kind = TowerTasks if isinstance(model.module, MLPRecommender) else ModuleTasks
             self.tasks = kind(self, model, model.choose(adapt))
+        elif isinstance(model, MultiTaskRecommender):
+            self.tasks = HeadTasks(self, model)
+        else:
+            self.tasks = DotTasks(self, model)
 
     def forward(self, batch: TaskBatch) -> Tensor:
         """The outer loss of a batch, a scalar: how well tasks that adapted on their support predict their query.
@@ -116,28 +127,8 @@ class Learner(nn.Module):
             ValueError: The batch has no query or no targets.
             IndexError: An item id lies outside the model's table.
         """
-        if self.tasks is not None:
-            return self.tasks.meta_loss(self._prepare(batch, query="targets"))
-        takes_rows = torch.is_grad_enabled() and self._takes_rows()
-        batch = self._prepare(batch, query="targets", localized=not takes_rows)
-        if takes_rows:
-            loss: Tensor = self._loss_with_rows(batch)
-            return loss
-        unique, local = batch.localize()
-        rows, biases = self.model.lookup(unique)
-        support = self.weigh(local.support, batch.support.items)
-        local = batch.with_entries(support, local.query)  # its weights, which may be newer
-        block: dict[str, Any] = {
-            "item_table": rows,
-            "item_bias": biases,
-            "batch": local,
-            **self._settings(batch, batch.support),
-        }
-        if torch.is_grad_enabled():
-            return functional.meta_step(**block, outer_loss=self.outer_loss).loss
-        scores = functional.adapt_and_score(**block)
-        assert local.query is not None
-        return mean_task_loss(self.outer_loss, scores, local.query, local.weights)
+        needs_local = self.tasks.needs_local(training=torch.is_grad_enabled())
+        return self.tasks.meta_loss(self._prepare(batch, query="targets", localized=needs_local))
 
     def inner_loop(self, sizes: Tensor) -> dict[str, Any]:
         """How tasks with `sizes` [T] support entries adapt: the keyword arguments of `functional.adapt`."""
@@ -161,7 +152,12 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def initialize(self, log: Interactions, seed: int = 0) -> None:
-        """Gives the meta-parameters a start that fits the log; `fit` calls it unless the model has one already."""
+        """Gives the meta-parameters a start that fits the log; `fit` calls it unless the model has one already. What is
+        frozen, or came from `load_items` or `load_from`, stays."""
+        with self._given.kept(self):
+            self._initialize(log, seed)
+
+    def _initialize(self, log: Interactions, seed: int) -> None:
         self.model.initialize(log)
         self.know_items(log)
 
@@ -171,8 +167,13 @@ class Learner(nn.Module):
             self.item_ids = log.item_ids
 
     def parameter_groups(self, outer_lr: float | None = None) -> list[dict[str, Any]]:
-        """Parameters and their learning rates, for `torch.optim`; by default at `default_outer_lr`."""
-        return [{"params": list(self.parameters()), "lr": self._outer_lr(outer_lr)}]
+        """Parameters and their learning rates, for `torch.optim`; by default at `default_outer_lr`. Those that are
+        frozen are left out, others at what `scale_lr` makes of their rate."""
+        return freezing.scaled_groups(self, self._groups_at(self._outer_lr(outer_lr)))
+
+    def _groups_at(self, rate: float) -> list[dict[str, Any]]:
+        """Groups of all parameters, where items or what stands for them are trained at `rate`."""
+        return [{"params": list(self.parameters()), "lr": rate}]
 
     def default_epochs(self, num_batches: int) -> int:
         """At most how many epochs `fit` trains for, given the batches in one."""
@@ -180,12 +181,19 @@ class Learner(nn.Module):
 
     def default_optimizers(self, outer_lr: float | None = None) -> list[Optimizer]:
         """What `fit` uses unless told otherwise: Adam, and `optim.SparseAdam` for embeddings with sparse gradients."""
-        dense, sparse = self._split_groups(outer_lr)
-        optimizers: list[Optimizer] = []
-        if dense:
-            optimizers.append(Adam(dense, betas=(0.9, 0.99), fused=True))
-        if sparse:
-            optimizers.append(SparseAdam(sparse, betas=(0.9, 0.99)))
+        return self._optimizers(
+            outer_lr,
+            lambda dense: Adam(dense, betas=(0.9, 0.99), fused=True),
+            lambda sparse: SparseAdam(sparse, betas=(0.9, 0.99)),
+        )
+
+    def _optimizers(
+        self, outer_lr: float | None, *kinds: Callable[[list[dict[str, Any]]], Optimizer]
+    ) -> list[Optimizer]:
+        """An optimiser for the groups with dense gradients and one for those with sparse ones, where there are any."""
+        optimizers = [make(groups) for make, groups in zip(kinds, self._split_groups(outer_lr), strict=True) if groups]
+        if not optimizers:
+            raise ValueError("learner: every parameter is frozen, so that nothing is left to train")
         return optimizers
 
     @torch.no_grad()
@@ -196,12 +204,8 @@ class Learner(nn.Module):
             ValueError: The batch has no query.
             IndexError: An item id lies outside the model's table.
         """
-        if self.tasks is not None:
-            return self.tasks.predict(self._prepare(batch, query="items"))
-        batch = self._prepare(batch, query="items", localized=self.model.item_encoder is not None)
-        settings = self._settings(batch, batch.support)
-        table, item_bias, batch = self._rows_for(batch)
-        return functional.adapt_and_score(item_table=table, item_bias=item_bias, batch=batch, **settings)
+        needs_local = self.tasks.needs_local(training=False)
+        return self.tasks.predict(self._prepare(batch, query="items", localized=needs_local))
 
     @torch.no_grad()
     def fast_weights(self, batch: TaskBatch, users: FeatureMatrix | None = None) -> FastWeights:
@@ -210,12 +214,10 @@ class Learner(nn.Module):
         Args:
             users: Features of the tasks' users, [T, F]; by default those found by `batch.user_ids`.
         """
-        if self.tasks is not None:
+        if not isinstance(self.tasks, DotTasks):
             raise TypeError("fast_weights: the model is a module; fast_parameters has what adapts")
-        batch = self._prepare(batch, query=None, localized=self.model.item_encoder is not None)
-        settings = self._settings(batch, batch.support, users)
-        table, item_bias, batch = self._rows_for(batch)
-        return functional.adapt(item_table=table, item_bias=item_bias, support=batch.support, **settings)
+        needs_local = self.tasks.needs_local(training=False)
+        return self.tasks.adapt(self._prepare(batch, query=None, localized=needs_local), users)
 
     @torch.no_grad()
     def fast_parameters(self, batch: TaskBatch, users: Tensor | None = None) -> dict[str, Tensor]:
@@ -227,23 +229,15 @@ class Learner(nn.Module):
         Raises:
             TypeError: The model is no module but a `DotRecommender`, of which `fast_weights` are known.
         """
-        if self.tasks is None:
+        if isinstance(self.tasks, DotTasks):
             raise TypeError("fast_parameters: the model is a DotRecommender; fast_weights has what adapts")
-        return self.tasks.fast_parameters(self._prepare(batch, query=None), users)
+        return self.tasks.adapt(self._prepare(batch, query=None), users)
 
     @torch.no_grad()
     def score_catalogue(self, batch: TaskBatch) -> Tensor:
         """The scores of all items for each task of the batch, [T, N], after adapting on its support."""
-        if self.tasks is not None:
-            return self.tasks.score_catalogue(self._prepare(batch, query=None))
-        fast = self.fast_weights(batch)
-        table, item_bias = self.model.tables()
-        scores: Tensor = self.model.offset + item_bias + fast.bias[:, None] + fast.user @ table.T
-        if fast.items is not None:
-            tasks, items = batch.support.task_ids().to(scores.device), batch.support.items.to(scores.device)
-            own = fast.items.biases + (fast.user[tasks] * fast.items.rows).sum(1)
-            scores[tasks, items] = self.model.offset + fast.bias[tasks] + own
-        return scores
+        needs_local = self.tasks.needs_local(training=False)
+        return self.tasks.score_catalogue(self._prepare(batch, query=None, localized=needs_local))
 
     @property
     def item_ids(self) -> NDArray[Any] | None:
@@ -252,9 +246,10 @@ class Learner(nn.Module):
 
     @item_ids.setter
     def item_ids(self, ids: Any) -> None:
-        self._catalogue = None if ids is None else Catalogue(ids, self.model.num_items)
-        if self._catalogue is not None:
-            self.model.bind_items(self._catalogue.ids)
+        catalogue = None if ids is None else Catalogue(ids, self.model.num_items)
+        if catalogue is not None:
+            self.model.bind_items(catalogue.ids)
+        self._catalogue = catalogue
 
     @property
     def catalogue(self) -> Catalogue:
@@ -266,57 +261,6 @@ class Learner(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters.items())
 
-    def _takes_rows(self) -> bool:
-        """Whether the gradients of both item tables may be deposited as rows, past the embeddings' forward."""
-        model = self.model
-        plain = type(model).lookup is DotRecommender.lookup and type(model).tables is DotRecommender.tables
-        embeddings = model.item_embedding, model.item_bias
-        plain = plain and model.item_encoder is None
-        return plain and self.adapted == "user" and all(map(_is_plain_and_sparse, embeddings))
-
-    @torch.compiler.disable(reason="a compiled graph gives no sparse gradients")  # type: ignore[untyped-decorator]
-    def _loss_with_rows(self, batch: TaskBatch) -> Tensor:
-        """The outer loss, whose `backward` gives the item tables sparse gradients: a row per entry, uncoalesced."""
-        model = self.model
-        support = self.weigh(batch.support, batch.support.items)
-        batch = batch.with_entries(support, batch.query)
-        settings = self._settings(batch, support)
-        with torch.no_grad():
-            table, item_bias = model.tables()
-            result = functional.meta_step(
-                item_table=table, item_bias=item_bias, batch=batch, outer_loss=self.outer_loss, **settings
-            )
-        given = {
-            "item_table": model.item_embedding.weight,
-            "item_bias": model.item_bias.weight,
-            "support_weights": support.weights,
-            **settings,
-        }
-        inputs = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.requires_grad}
-        gradients = [result.grads[name] for name in inputs]
-        loss: Tensor = KnownGradients.apply("meta_step", result.loss, gradients, *inputs.values())
-        return loss
-
-    def _rows_for(self, batch: TaskBatch) -> tuple[Tensor, Tensor, TaskBatch]:
-        """Item vectors and biases and the batch, its support weighed, with ids into them: all items as they are, but
-        where features have to be added to them only the items of the batch."""
-        support = self.weigh(batch.support, batch.support.items)
-        if self.model.item_encoder is None:
-            return *self.model.tables(), batch.with_entries(support, batch.query)
-        unique, local = batch.localize()
-        return *self.model.lookup(unique), batch.with_entries(local.support.with_weights(support.weights), local.query)
-
-    def _settings(self, batch: TaskBatch, support: Entries, users: FeatureMatrix | None = None) -> dict[str, Any]:
-        """The keyword arguments of a functional operator, tables and batch apart, for the batch's support, weighed."""
-        encoder = self.model.user_encoder
-        if users is None and encoder is not None:
-            # Nothing known is a row of zeros, not no row: DDP waits for everybody's gradients.
-            known = batch.user_ids is not None
-            users = encoder.rows_of(batch.user_ids) if known else encoder.matrix.nothing(batch.num_tasks)
-        user, bias = self.start_of(support, users)
-        loop = self.inner_loop(support.sizes())
-        return {"user_init": user, "user_bias_init": bias, "offset": self.model.offset, **loop}
-
     def _prepare(self, batch: TaskBatch, query: str | None, localized: bool = False) -> TaskBatch:
         """The batch with the model's device and dtype, its ids checked against the table; asked whether `localized`."""
         if not isinstance(batch, TaskBatch):
@@ -326,8 +270,6 @@ class Learner(nn.Module):
         if self._catalogue is None and "item" in self.model.feature_tables() and len(batch.support):
             raise ValueError("item_ids: features of items are found by them; fit sets them, or assign learner.item_ids")
         targets, item_bias = batch.support.targets, self.model.offset.expand(self.model.num_items)
-        if self.tasks is None:
-            item_bias = self.model.item_bias.weight[:, 0]
         if batch.support.items.device != item_bias.device or (targets is not None and targets.dtype != item_bias.dtype):
             if localized and item_bias.device.type != "cpu" and batch.support.items.device.type == "cpu":
                 batch.localize()  # before it leaves: here nobody waits for the number of distinct items
@@ -347,7 +289,8 @@ class Learner(nn.Module):
         """Raises now what the operators would say on the first batch; constructors end with it."""
         nothing = torch.empty(0, dtype=torch.int64, device="cpu")
         batch = TaskBatch(Entries(nothing, nothing.float(), nothing.new_zeros(1)))
-        self.fast_weights(batch) if self.tasks is None else self.fast_parameters(batch)
+        with torch.no_grad():
+            self.tasks.adapt(self._prepare(batch, query=None))
 
     def _split_groups(self, outer_lr: float | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """`parameter_groups`, apart for those with dense and those with sparse gradients."""
@@ -450,61 +393,20 @@ class MetaSGD(Learner):
             model, inner_lr=inner_lr, inner_steps=inner_steps, first_order=first_order, adapt=adapt,
             outer_loss=outer_loss,
         )  # fmt: skip
-        start = math.log(inner_lr)
-        if self.tasks is None:
-            self.log_rates: Any = nn.Parameter(self.model.user_init.new_full((self.model.dim + 1,), start))
-        else:
-            self.log_rates = nn.ParameterList(nn.Parameter(torch.full_like(p, start)) for p in self.tasks.parameters())
+        self.log_rates: Any = self.tasks.new_rates(math.log(inner_lr))
         self._check()
 
     @property
     def rates(self) -> Any:
         """The step size of each coordinate, the user bias last, [D + 1]; of a module, of each parameter by name."""
-        if self.tasks is None:
-            return self.log_rates.exp()
-        return {name: rate.exp() for name, rate in zip(self.tasks.names, self.log_rates, strict=True)}
+        return self.tasks.preconditioner(self.log_rates)
 
     def inner_loop(self, sizes: Tensor) -> dict[str, Any]:
         return {**super().inner_loop(sizes), "inner_lr": 1.0, "preconditioner": self.rates}
 
-    def parameter_groups(self, outer_lr: float | None = None) -> list[dict[str, Any]]:
-        rate = self._outer_lr(outer_lr)
-        rates = [self.log_rates] if self.tasks is None else list(self.log_rates)
+    def _groups_at(self, rate: float) -> list[dict[str, Any]]:
+        rates = [self.log_rates] if isinstance(self.log_rates, Tensor) else list(self.log_rates)
         return [{"params": list(self.model.parameters()), "lr": rate}, {"params": rates, "lr": 5 * rate}]
-
-
-def mean_task_loss(
-    losses: Mapping[str, float], scores: Tensor, entries: Entries, task_weights: Tensor | None
-) -> Tensor:
-    """Σ_t ω_t L_t / Σ_t ω_t over tasks that have entries, L_t = Σ_i v_i ℓ_i / Σ_i v_i; 0 without entries.
-
-    Scores are [n], or [n, 1 + M] where entries have negatives.
-    """
-    candidates = scores if scores.dim() == 2 else scores[:, None]
-    errors = torch.zeros_like(candidates[:, 0])
-    for name, share in losses.items():
-        errors = errors + share * entry_losses(name, candidates, entries)
-    weights = torch.ones_like(errors) if entries.weights is None else entries.weights
-    zeros = errors.new_zeros(entries.num_tasks)
-    tasks = entries.task_ids()
-    totals, counts = zeros.index_add(0, tasks, weights * errors), zeros.index_add(0, tasks, weights)
-    present = counts > 0
-    importance = present.to(errors.dtype) if task_weights is None else present * task_weights
-    means = totals / torch.where(present, counts, 1.0)
-    return (importance * means).sum() / importance.sum().clamp(min=torch.finfo(errors.dtype).tiny)
-
-
-def _is_plain_and_sparse(embedding: nn.Embedding) -> bool:
-    """Whether looking rows up is all that the embedding does, and its gradient sparse."""
-    return (
-        type(embedding) is nn.Embedding
-        and embedding.sparse
-        and embedding.padding_idx is None
-        and embedding.max_norm is None
-        and not embedding.scale_grad_by_freq
-        and not embedding._forward_hooks
-        and not embedding._forward_pre_hooks
-    )
 
 
 def _select(groups: Iterable[dict[str, Any]], wanted: Any) -> list[dict[str, Any]]:

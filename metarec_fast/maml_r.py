@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from metarec_fast import warm_start as warm_starts
 from metarec_fast.data import Interactions
+from metarec_fast.dot_tasks import DotTasks
 from metarec_fast.factor_model import FactorModel
 from metarec_fast.feature_matrix import FeatureMatrix
 from metarec_fast.functional import Steps
 from metarec_fast.learners import Learner, OuterLoss
 from metarec_fast.models import DotRecommender
+from metarec_fast.multi_task import MultiTaskRecommender
 from metarec_fast.tasks import Entries, TaskBatch
 
 _PULL_PER_RATING = 0.008  # λ1/λ0 at the start
@@ -40,7 +42,8 @@ class MAMLR(Learner):
 
     Args:
         model: The meta-parameters.
-            On a module there is no warm start and there are no choices, and rates are one per adapted parameter.
+            On a module there is no warm start and there are no choices, and rates are one per adapted parameter; with
+            several heads there is no warm start.
         inner_lr: Where step sizes start if not warm-started; the step size if `learn_rates` is off.
         inner_steps: K, or "exact" for the limit of many steps, which needs neither rates nor momentum.
         first_order: Leave out second derivatives.
@@ -103,19 +106,21 @@ class MAMLR(Learner):
         if weigh_users not in ("equal", "ratings"):
             raise ValueError(f'weigh_users: expected "equal" or "ratings", got {weigh_users!r}')
         self.weigh_users, self.extra_count = weigh_users, extra_count
-        num_rates = self.model.dim + 1 if self.tasks is None else len(self.tasks.names)
-        if self.tasks is not None:
+        is_module = not isinstance(self.tasks, DotTasks)
+        if is_module:
             self.method, choices = False, False
+        if isinstance(model, MultiTaskRecommender):
+            self.method = False
 
         steps = inner_steps if isinstance(inner_steps, int) else 0
         base: Any = self.model
         like = base.offset
-        sparse = self.tasks is None and base.sparse
+        sparse = not is_module and base.sparse
         kind: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
         self.log_steps = self.log_rates = self.momentum = self.log_pull = self.log_weight = self.choice = None
         if learn_rates and steps > 0:
             self.log_steps = nn.Parameter(torch.zeros(steps, **kind))  # s [K]
-            self.log_rates = nn.Parameter(torch.full((num_rates,), math.log(inner_lr), **kind))  # A
+            self.log_rates = nn.Parameter(torch.full((self.tasks.num_rates,), math.log(inner_lr), **kind))  # A
         if momentum > 0 and steps > 0:
             self.momentum = nn.Parameter(torch.full((steps,), float(momentum), **kind))  # β [K]
         if pull:
@@ -148,9 +153,7 @@ class MAMLR(Learner):
     def inner_loop(self, sizes: Tensor) -> dict[str, Any]:
         loop = {**super().inner_loop(sizes), "extra_count": self.extra_count}
         if self.log_steps is not None and self.log_rates is not None:
-            loop["inner_lr"], loop["preconditioner"] = self.log_steps.exp(), self.log_rates.exp()
-            if self.tasks is not None:
-                loop["preconditioner"] = dict(zip(self.tasks.names, loop["preconditioner"], strict=True))
+            loop["inner_lr"], loop["preconditioner"] = self.log_steps.exp(), self.tasks.preconditioner(self.log_rates)
         if self.momentum is not None:
             loop["momentum"] = self.momentum
         if self.log_pull is not None:
@@ -170,9 +173,18 @@ class MAMLR(Learner):
 
     @torch.no_grad()
     def initialize(self, log: Interactions, seed: int = 0) -> None:
-        """Starts from a factor model of the log, or without a warm start (or for other losses) as MAML does."""
+        """Starts from a factor model of the log, or without a warm start (or for other losses) as MAML does; with item
+        vectors that are frozen or given, as MAML does too, at step sizes that suit them."""
+        super().initialize(log, seed)
+
+    def _initialize(self, log: Interactions, seed: int) -> None:
         if not isinstance(self.method, str) or self.model.loss != "squared":
-            super().initialize(log, seed)
+            super()._initialize(log, seed)
+            return
+        if self._given.holds(self, "model.item_embedding.weight"):
+            super()._initialize(log, seed)
+            with torch.device("cpu"):
+                self._suit_rates(self.model.tables()[0].cpu().double(), _shares(log), _PULL)
             return
         self.model.check_log(log)
         self.know_items(log)
@@ -209,8 +221,7 @@ class MAMLR(Learner):
                     f"factors.{name}_weights: expected shape [F, D + 1] = {expected}, as the model's {name} features "
                     f"have it, got {found}"
                 )
-        counts = torch.bincount(torch.from_numpy(log.items).long(), minlength=model.num_items).double()
-        share = counts / counts.sum()
+        share = _shares(log)
 
         # Users come from an isotropic Gaussian, so a rotation changes nothing but where rates are diagonal.
         table = factors.item_table.double()
@@ -233,21 +244,24 @@ class MAMLR(Learner):
             self.log_weight.weight.copy_(factors.support_weights.log()[:, None])
         if self.log_pull is not None:
             self.log_pull.copy_(torch.tensor([factors.pull, factors.pull * _PULL_PER_RATING]).log())
+        self._suit_rates(table, share, factors.pull)
+        model.initialized.fill_(True)
+
+    def _suit_rates(self, table: Tensor, share: Tensor, pull: float) -> None:
+        """Sets step sizes that fit the curvature of item vectors [N, D], given how often items occur, [N]."""
         if self.log_steps is not None and self.log_rates is not None:
             squares = torch.cat([share @ table.square(), torch.ones(1)])  # [D + 1], mean square of each input
-            self.log_rates.copy_((_FIRST_RATE / (squares + factors.pull / _TYPICAL_SUPPORT)).log())
+            self.log_rates.copy_((_FIRST_RATE / (squares + pull / _TYPICAL_SUPPORT)).log())
             self.log_steps.zero_()
-        model.initialized.fill_(True)
 
     def default_epochs(self, num_batches: int) -> int:
         """So many that there are some 600 steps, but 10 to 30: it starts near its goal."""
         return min(30, max(10, math.ceil(_ENOUGH_STEPS / num_batches)))
 
-    def parameter_groups(self, outer_lr: float | None = None) -> list[dict[str, Any]]:
-        """Items and their features at `outer_lr`; offset, start and pull at 5 times that; weights, choices and features
-        of users at 15 times; steps at 10 times. With a module, everything at `outer_lr`."""
-        rate = self._outer_lr(outer_lr)
-        if self.tasks is not None:
+    def _groups_at(self, rate: float) -> list[dict[str, Any]]:
+        """Items and their features at `rate`; offset, start and pull at 5 times that; weights, choices and features
+        of users at 15 times; steps at 10 times. With a module, everything at `rate`."""
+        if not isinstance(self.tasks, DotTasks):
             return [{"params": list(self.parameters()), "lr": rate}]
         model = self.model
         groups: list[tuple[float, list[Tensor | None]]] = [
@@ -258,8 +272,16 @@ class MAMLR(Learner):
             (15, [None if model.user_encoder is None else model.user_encoder.weight]),
             (10, [self.log_steps, self.log_rates, self.momentum]),
         ]
+        named = {parameter for _, parameters in groups for parameter in parameters}
+        groups.append((1, [parameter for parameter in self.parameters() if parameter not in named]))
         present = ((times, [p for p in parameters if p is not None]) for times, parameters in groups)
         return [{"params": parameters, "lr": times * rate} for times, parameters in present if parameters]
+
+
+def _shares(log: Interactions) -> Tensor:
+    """How often each item occurs, as a share of all ratings, [N]."""
+    counts = torch.bincount(torch.from_numpy(log.items).long(), minlength=log.num_items).double()
+    return counts / counts.sum()
 
 
 def _rotated(rows: Tensor | None, axes: Tensor) -> Tensor:

@@ -67,8 +67,8 @@ class DotRecommender(nn.Module):
         self.user_bias_init = nn.Parameter(torch.zeros(()))  # c at the start
         self.offset = nn.Parameter(torch.zeros(()))  # m
         self.register_buffer("initialized", torch.tensor(False))
-        self.user_encoder = _encoder("user_features", user_features, self.dim)
-        self.item_encoder = _encoder("item_features", item_features, self.dim, self.num_items)
+        self.user_encoder = encoder_of("user_features", user_features, self.dim)
+        self.item_encoder = encoder_of("item_features", item_features, self.dim, self.num_items)
         self._kept_tables = Kept()
         nn.init.normal_(self.item_embedding.weight, std=_TABLE_SCALE / self.dim**0.5)
         nn.init.zeros_(self.item_bias.weight)
@@ -169,7 +169,8 @@ class DotRecommender(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters.items())
 
 
-def _encoder(name: str, features: Features | None, dim: int, num_ids: int = 0) -> FeatureEncoder | None:
+def encoder_of(name: str, features: Features | None, dim: int, num_ids: int = 0) -> FeatureEncoder | None:
+    """What adds features to vectors of width `dim`, None for None; TypeError under the argument's name for others."""
     if features is None:
         return None
     if not isinstance(features, Features):

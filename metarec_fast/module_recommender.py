@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from metarec_fast._arguments import INNER_LOSSES
 from metarec_fast._columns import as_int
+from metarec_fast._names import match_names
 from metarec_fast.features import Features
 from metarec_fast.mlp_recommender import MLPRecommender
 from metarec_fast.models import averages, check_log
@@ -96,13 +96,7 @@ class ModuleRecommender(nn.Module):
             patterns = ["*"]
         elif adapt == "user":
             patterns = list(getattr(self.module, "adapts", patterns))
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(
-                    f"adapt: expected names of the module's parameters or patterns of them, got {pattern!r}; "
-                    f"they are {', '.join(names)}"
-                )
-        return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        return match_names("adapt", patterns, names, "the module's parameters")
 
     def users(self, user_ids: Any, num_tasks: int) -> Tensor | None:
         """Features of the users with these original ids, [T, F]; zeros for unknown ones; None without features."""

@@ -8,12 +8,12 @@ to its largest and run under vmap; entries that pad have weight 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from metarec_fast._known_gradients import KnownGradients
@@ -62,6 +62,23 @@ class ModuleTasks:
     def __init__(self, learner: Learner, model: ModuleRecommender, names: list[str]) -> None:
         self.learner, self.model, self.names = learner, model, names
 
+    @property
+    def num_rates(self) -> int:
+        """Step sizes that can be told apart: one for each parameter that adapts."""
+        return len(self.names)
+
+    def new_rates(self, value: float) -> nn.ParameterList:
+        """The same value for each number that adapts, in the shapes of the parameters."""
+        return nn.ParameterList(nn.Parameter(torch.full_like(p, value)) for p in self.parameters())
+
+    def preconditioner(self, log_rates: Iterable[Tensor]) -> Parameters:
+        """A of the inner loop by name, from its logarithm for each parameter."""
+        return {name: rate.exp() for name, rate in zip(self.names, log_rates, strict=True)}
+
+    def needs_local(self, training: bool) -> bool:
+        """Whether items are looked up that the batch names, each once."""
+        return False
+
     def meta_gradients(self, batch: TaskBatch) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
         """The outer loss, the learner's parameters and their gradients, chunk by chunk: only one chunk's graph is there
         at a time."""
@@ -106,7 +123,7 @@ class ModuleTasks:
         joined = torch.cat(scores) if scores else self.model.offset.new_zeros(0, width)
         return joined if batch.query.negatives is not None else joined[:, 0]
 
-    def fast_parameters(self, batch: TaskBatch, users: Tensor | None = None) -> Parameters:
+    def adapt(self, batch: TaskBatch, users: Tensor | None = None) -> Parameters:
         """The adapted parameters of each task, [T, ...]; features of the users [T, F] are found by `batch.user_ids`
         unless they are given."""
         support = self._weighed(batch)
@@ -127,6 +144,13 @@ class ModuleTasks:
             for tasks in self._chunks(batch.num_tasks)
         ]
         return torch.cat(scores) if scores else self.model.offset.new_zeros(0, len(everything))
+
+    def reptile_loss(self, batch: TaskBatch) -> Tensor:
+        """The mean support loss after adaptation, whose gradients are φ_0 − mean φ_K."""
+        with torch.no_grad():
+            found, adapted, changes = self.reptile_gradients(batch)
+        loss: Tensor = KnownGradients.apply("Reptile", found, changes, *adapted)
+        return loss
 
     def reptile_gradients(self, batch: TaskBatch) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
         """The mean support loss after adaptation, the parameters that adapt, and φ_0 − Σ_t ω_t φ_K,t / Σ_t ω_t."""

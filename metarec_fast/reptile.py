@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from metarec_fast import functional
 from metarec_fast._arguments import PAIRWISE
-from metarec_fast._known_gradients import KnownGradients
 from metarec_fast.functional import Steps
 from metarec_fast.learners import Learner
 from metarec_fast.models import DotRecommender
 from metarec_fast.optim import SparseSGD
-from metarec_fast.results import SparseRows
 from metarec_fast.tasks import TaskBatch
 
 
@@ -64,40 +60,8 @@ class Reptile(Learner):
             ValueError: The support has no targets.
             IndexError: An item id lies outside the model's table.
         """
-        batch = self._prepare(batch, query=None, localized=self.tasks is None)
-        if self.tasks is not None:
-            with torch.no_grad():
-                found, adapted, changes = self.tasks.reptile_gradients(batch)
-            return KnownGradients.apply("Reptile", found, changes, *adapted)  # type: ignore[no-any-return]
-        unique, local = batch.localize()
-        model, support = self.model, local.support
-        rows, biases = model.lookup(unique)
-        settings = self._settings(batch, batch.support)
-        del settings["first_order"]
-        result = functional.reptile_step(
-            item_table=rows.detach(), item_bias=biases.detach(), support=support, task_weights=batch.weights, **settings
-        )
-        user, bias, *items = result.grads.values()
-        # What does not move has a gradient of zero rather than none: DDP waits for everybody's.
-        moves = [_dense(each, len(unique)) for each in items] or [torch.zeros_like(rows), torch.zeros_like(biases)]
-        inputs = [settings["user_init"], settings["user_bias_init"], model.offset, rows, biases]
-        gradients = [user, bias, torch.zeros_like(model.offset), *moves]
-        if model.item_encoder is not None:
-            # What is an item's own and what features add to it move each on their own.
-            inputs[-2:] = model.item_embedding(unique), model.item_bias(unique).squeeze(1)
-            inputs.append(model.item_encoder(model.item_encoder.bound_rows(unique)))
-            moving = torch.zeros_like(biases).index_fill(0, support.items, 1).sum()
-            gradients.append(torch.cat([moves[0], moves[1][:, None]], 1) / moving.clamp(min=1))
-        loss: Tensor = KnownGradients.apply("Reptile", result.loss, gradients, *inputs)
-        return loss
+        return self.tasks.reptile_loss(self._prepare(batch, query=None, localized=True))
 
     def default_optimizers(self, outer_lr: float | None = None) -> list[Optimizer]:
         """SGD with rate ε = `outer_lr`, `optim.SparseSGD` for embeddings with sparse gradients."""
-        dense, sparse = self._split_groups(outer_lr)
-        return [SGD(dense), SparseSGD(sparse)] if sparse else [SGD(dense)]
-
-
-def _dense(gradient: Tensor | SparseRows, num_rows: int) -> Tensor:
-    """Rows of the block, [num_rows, D] or [num_rows]."""
-    assert isinstance(gradient, SparseRows)
-    return functional.sum_rows(gradient, num_rows)
+        return self._optimizers(outer_lr, SGD, SparseSGD)

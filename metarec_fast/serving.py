@@ -15,6 +15,8 @@ from metarec_fast import functional
 from metarec_fast._ids import as_column
 from metarec_fast.adapted_module import AdaptedModule
 from metarec_fast.models import check_probabilities
+from metarec_fast.module_tasks import ModuleTasks
+from metarec_fast.multi_task import MultiTaskRecommender
 from metarec_fast.results import AdaptedItems
 from metarec_fast.tasks import Entries, TaskBatch
 
@@ -105,6 +107,54 @@ class AdaptedUser:
         return f"AdaptedUser(dim={len(self.vector)}, seen={len(self.seen)})"
 
 
+class AdaptedHeads(AdaptedUser):
+    """As `AdaptedUser`, head by head; `learner.adapt` makes it where the model is a `MultiTaskRecommender`.
+
+    user = learner.adapt([("rating", "m3"), ("click", "m9")], [5.0, 1.0])
+    items, scores = user.recommend(k=10, head="rating")
+    """
+
+    def predict(self, items: Any, head: str | None = None) -> NDArray[Any]:
+        """The scores [n] of items under a head by original id, or without one of pairs (head, item).
+
+        An item that the learner does not know gets the mean of its head. With the logistic loss scores are log-odds.
+
+        Raises:
+            ValueError: There is no such head; those that there are are listed.
+        """
+        if head is not None:
+            self._learner.model.rows_of(head)
+            items = [(head, item) for item in list(as_column("items", items))]
+        return super().predict(items)
+
+    @torch.no_grad()
+    def recommend(
+        self, k: int = 10, exclude_seen: bool = True, head: str | None = None
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The k best items under a head and their scores, best first: original ids [k] and scores [k].
+
+        Args:
+            k: How many, 1 … N.
+            exclude_seen: Leave out the items adapted on, under whichever head; fewer may be left, and are returned.
+            head: Which; by default the first.
+
+        Raises:
+            ValueError: k is below 1 or above the number of items, or there is no such head.
+        """
+        learner, model = self._learner, self._learner.model
+        if not 1 <= k <= model.items_per_head:
+            raise ValueError(f"k: must be in [1, {model.items_per_head}], got {k}")
+        rows = model.rows_of(next(iter(model.heads)) if head is None else head)
+        vectors, biases = model.lookup(torch.arange(rows.start, rows.stop, device=self.vector.device))
+        scores = biases + vectors @ self.vector + self._constant()
+        seen = (self.seen % model.items_per_head).unique()
+        if exclude_seen:
+            scores[seen] = -torch.inf
+        best = scores.topk(min(k, len(scores) - (len(seen) if exclude_seen else 0)))
+        ids = model.ids_of_one_head(learner.catalogue.ids)
+        return ids[best.indices.cpu().numpy()], best.values.cpu().numpy()
+
+
 def adapt(
     learner: Learner, items: Any, ratings: Any, features: Mapping[str, Any] | None = None, *, user: Any = None
 ) -> AdaptedUser | AdaptedModule:
@@ -140,7 +190,9 @@ def adapt(
     bad = np.flatnonzero(~np.isfinite(targets))
     if bad.size:
         raise ValueError(f"ratings: must be finite, got {targets[bad[0]]} at position {bad[0]}")
-    if learner.model.loss == "logistic":
+    if isinstance(learner.model, MultiTaskRecommender):
+        learner.model.check_targets("ratings", np.maximum(rows, 0), np.where(rows < 0, 0, targets))
+    elif learner.model.loss == "logistic":
         check_probabilities("ratings", targets)
 
     known = rows >= 0
@@ -156,9 +208,10 @@ def adapt(
         torch.from_numpy(targets[known].astype(np.float64)).to(like.dtype),
         torch.tensor([0, int(known.sum())], device="cpu"),
     ).to(like.device)
-    if learner.tasks is not None:
+    if isinstance(learner.tasks, ModuleTasks):
         return AdaptedModule(learner, support, features, user)
-    return AdaptedUser(learner, support, _user_features(learner, features, user))
+    kind = AdaptedHeads if isinstance(learner.model, MultiTaskRecommender) else AdaptedUser
+    return kind(learner, support, _user_features(learner, features, user))
 
 
 def _user_features(learner: Learner, features: Mapping[str, Any] | None, user: Any) -> FeatureMatrix | None:

@@ -20,7 +20,9 @@ from metarec_fast import _known_gradients, tuning
 from metarec_fast._arguments import PAIRWISE
 from metarec_fast.checkpoint import replace_file
 from metarec_fast.features import fingerprint
+from metarec_fast.freezing import factors_of
 from metarec_fast.history import Epoch, History
+from metarec_fast.multi_task import MultiTaskRecommender
 from metarec_fast.optim import clip_grad_norm_
 from metarec_fast.reference import pointwise_loss
 from metarec_fast.sampler import Size, TaskSampler
@@ -354,7 +356,9 @@ def _rate_factor(step: int, total: int) -> float:
 
 def _judge(learner: Learner) -> str:
     """The loss by which validation judges: the model's, that is what its scores mean; but the outer loss where the
-    two are of different kinds, or several, and one of them compares items."""
+    two are of different kinds, or several, and one of them compares items, and where heads have weights."""
+    if isinstance(learner.model, MultiTaskRecommender):
+        return "outer_loss"
     inner: str = learner.model.loss
     outer = [name for name, share in learner.outer_loss.items() if share]
     if inner not in PAIRWISE and not any(loss in PAIRWISE for loss in outer):
@@ -414,6 +418,7 @@ def _describe(learner: Learner, train: Interactions, valid: Interactions | None)
         "hyperparameters": repr(learner.hyperparameters),
         "model": repr(learner.model.hyperparameters),
         **{f"{name}_features": tables[name] and fingerprint(tables[name]) for name in ("user", "item")},
+        "lr_factors": factors_of(learner),
         "train": _fingerprint(train),
         "valid": None if valid is None else _fingerprint(valid),
     }

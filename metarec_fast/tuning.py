@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
+from metarec_fast import freezing
 from metarec_fast._columns import as_int
 from metarec_fast.history import History, Trial, best_trial
 
@@ -190,7 +192,11 @@ def _search_space(
 def _rebuild(learner: Learner, values: Mapping[str, Any]) -> None:
     """Makes the learner, in place and around the model that it has, what its constructor makes of other values."""
     ids, training = learner.item_ids, learner.training
-    learner.__init__(learner.model, **{**learner.hyperparameters, **values})  # type: ignore[misc]
+    given, factors = learner._given, freezing.factors_of(learner)
+    with torch.no_grad(), given.kept(learner):
+        learner.__init__(learner.model, **{**learner.hyperparameters, **values})  # type: ignore[misc]
+    learner._given = given
+    freezing.set_factors(learner, factors)
     learner.item_ids = ids
     learner.train(training)
 

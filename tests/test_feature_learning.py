@@ -13,8 +13,8 @@ import torch
 
 import metarec_fast as mf
 from metarec_fast import functional, warm_start
+from metarec_fast.dot_tasks import mean_task_loss
 from metarec_fast.evaluation import evaluate
-from metarec_fast.learners import mean_task_loss
 
 ALGORITHMS = [mf.MAML, mf.FOMAML, mf.MetaSGD, mf.MAMLR, mf.Reptile]
 NUM_ITEMS = 40

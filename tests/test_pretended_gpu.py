@@ -37,6 +37,8 @@ def run(library: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         ("test_learners", "not compile", 80),
         ("test_serving", "", 20),
         ("test_autocast", "not compiled", 15),
+        ("test_heads", "", 30),
+        ("test_pretrained", "", 50),
     ],
 )
 def test_learners_and_operators_work_where_only_tensors_of_the_gpu_do(module, which, least, library):
