@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from metarec_fast import _library
-from metarec_fast._mlp_arguments import OUTER, Tower, TowerLoop
+from metarec_fast._arguments import OUTER_LOSSES, PAIRWISE
+from metarec_fast._mlp_arguments import Tower, TowerLoop
 from metarec_fast._ops import call
 from metarec_fast.results import SparseRows, TowerMetaStep
 from metarec_fast.tasks import Entries, TaskBatch
@@ -21,6 +23,7 @@ ops = torch.ops.metarec_fast
 
 def adapt_and_score(tower: Tower, batch: TaskBatch, loop: TowerLoop) -> Tensor:
     assert batch.query is not None
+    _check_available(tower, loop)
     inputs = _inputs(tower, batch.support)
     result: Tensor = ops.mlp_adapt_and_score(*inputs, batch.query.items, batch.query.offsets, *_loop(tower, loop))
     return result
@@ -29,11 +32,12 @@ def adapt_and_score(tower: Tower, batch: TaskBatch, loop: TowerLoop) -> Tensor:
 def meta_step(tower: Tower, batch: TaskBatch, loop: TowerLoop, losses: dict[str, float]) -> TowerMetaStep:
     query = batch.query
     assert query is not None
+    _check_available(tower, loop, losses)
     inputs = _inputs(tower, batch.support)
     loss, user_part, parameters, inner_lr, rows, ids = call(
-        ops.mlp_meta_step.default, (*inputs[:3], loop.inner_lr), *inputs,
-        query.items, query.offsets, query.targets, query.weights, batch.weights, *_loop(tower, loop),
-        *[float(losses.get(name, 0.0)) for name in OUTER],
+        ops.mlp_meta_step.default, (*inputs[:4], loop.inner_lr), *inputs,
+        query.items, query.offsets, query.targets, query.weights, query.negative_rows, query.log_q, batch.weights,
+        *_loop(tower, loop), *[float(losses.get(name, 0.0)) for name in OUTER_LOSSES],
     )  # fmt: skip
     layers, first = [], 0
     for weight, bias in tower.layers:
@@ -44,11 +48,21 @@ def meta_step(tower: Tower, batch: TaskBatch, loop: TowerLoop, losses: dict[str,
     return TowerMetaStep(loss, grads)
 
 
+def _check_available(tower: Tower, loop: TowerLoop, losses: Iterable[str] = ()) -> None:
+    for missing, is_wanted in {
+        "inner_lr: rates of tensors": loop.inner_lr.dim() == 2,
+        "item_bias": tower.item_bias is not None,
+        "losses of pairs": any(loss in PAIRWISE for loss in (loop.loss, *losses)),
+    }.items():
+        if is_wanted:
+            raise NotImplementedError(f"{missing}: the tower's kernels do not know them yet")
+
+
 def _inputs(tower: Tower, support: Entries) -> tuple[Any, ...]:
     parameters = torch.cat([part.reshape(-1) for layer in tower.layers for part in layer])
     return (
-        tower.user_part, tower.item_table, parameters, tower.widths,
-        support.items, support.offsets, support.targets, support.weights,
+        tower.user_part, tower.item_table, tower.item_bias, parameters, tower.widths, support.items, support.offsets,
+        support.targets, support.weights, support.negative_rows, support.log_q,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from problems import Draw, relative_error
 from torch.library import opcheck
-from towers import SQUARED, compare_with_reference, draw_loop, draw_tower, leaves_of
+from towers import SQUARED, compare_with_reference, draw_loop, draw_tower, gradients_of, leaves_of, raw_inputs
 
 from metarec_fast import _mlp_functional, _mlp_ops, mlp_reference
 from metarec_fast import functional as F
@@ -112,11 +112,9 @@ def test_opcheck_finds_nothing_and_it_compiles_into_one_graph():
     leaves, tower, loop = leaves_of(draw_tower(draw), draw_loop(draw, 2))
     batch = draw.batch(weights=True)
     query = batch.query
-    parameters = torch.cat([leaf.detach().reshape(-1) for leaf in leaves[3:]]).requires_grad_()
-    known = batch.support.items, batch.support.offsets, batch.support.targets, batch.support.weights
     arguments = (
-        leaves[0], leaves[1], parameters, tower.widths, *known, query.items, query.offsets, query.targets,
-        query.weights, batch.weights, *_mlp_ops._loop(tower, loop), 1.0, 0.0, 0.0,
+        *raw_inputs(tower, batch.support), query.items, query.offsets, query.targets, query.weights,
+        query.negative_rows, query.log_q, batch.weights, *_mlp_ops._loop(tower, loop), 1.0, 0.0, 0.0, 0.0, 0.0,
     )  # fmt: skip
     opcheck(torch.ops.metarec_fast.mlp_meta_step, arguments)
 
@@ -163,29 +161,22 @@ def test_inputs_need_not_be_contiguous():
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_float32_is_as_near_to_float64_as_the_reference_is(activation):
-    draw = Draw(8)
-    tower, batch, loop = draw_tower(draw, (32, 16), activation=activation), draw.batch(), draw_loop(draw, 5)
-    layers = [(weight.float(), bias.float()) for weight, bias in tower.layers]
-    single = Tower(tower.user_part.float(), tower.item_table.float(), layers, activation)
-    lower = TaskBatch(batch.support.to("cpu", torch.float32), batch.query.to("cpu", torch.float32))
-    rates = replace(loop, inner_lr=loop.inner_lr.float())
-
-    def errors(result):
-        layers = [part for layer in result.grads["layers"] for part in layer]
-        known = [part for layer in expected.grads["layers"] for part in layer]
-        for name in ("user_part", "inner_lr"):
-            layers, known = [*layers, result.grads[name]], [*known, expected.grads[name]]
-        layers, known = [*layers, result.grads["item_table"].rows], [*known, expected.grads["item_table"].rows]
-        return [relative_error(one.double(), other) for one, other in zip(layers, known, strict=True)]
-
-    expected = mlp_reference.meta_step(tower, batch, loop, SQUARED)
-    actual = F.mlp_meta_step(
-        single.user_part, single.item_table, layers, lower, inner_lr=rates.inner_lr, activation=activation
-    )
-    assert actual.loss.dtype == torch.float32
-    torch.testing.assert_close(actual.loss, expected.loss.float())
-    mine, others = errors(actual), errors(mlp_reference.meta_step(single, lower, rates, SQUARED))
-    # Of the same size, whatever gradient it is: some are sums of large terms that cancel.
+    mine, others = [], []
+    for seed in range(8, 13):
+        draw = Draw(seed)
+        tower, batch, loop = draw_tower(draw, (32, 16), activation=activation), draw.batch(), draw_loop(draw, 5)
+        layers = [(weight.float(), bias.float()) for weight, bias in tower.layers]
+        single = Tower(tower.user_part.float(), tower.item_table.float(), layers, activation)
+        lower = TaskBatch(batch.support.to("cpu", torch.float32), batch.query.to("cpu", torch.float32))
+        rates = replace(loop, inner_lr=loop.inner_lr.float())
+        expected = mlp_reference.meta_step(tower, batch, loop, SQUARED)
+        actual = _mlp_ops.meta_step(single, lower, rates, SQUARED)
+        assert actual.loss.dtype == torch.float32
+        torch.testing.assert_close(actual.loss, expected.loss.float(), rtol=1e-5, atol=0)  # some dozens of roundings
+        for result, errors in ((actual, mine), (mlp_reference.meta_step(single, lower, rates, SQUARED), others)):
+            pairs = zip(gradients_of(result), gradients_of(expected), strict=True)
+            errors.append(max(relative_error(one.double(), other) for one, other in pairs))
+    # Of the same size: some gradients are sums of large terms that cancel, a few of them so by chance.
     assert max(mine) < 3 * max(others) < 3e-4
 
 
@@ -231,11 +222,17 @@ def _call(**changes):
         ({"layers": [(torch.zeros(1, 10, dtype=DOUBLE), torch.zeros(2, dtype=DOUBLE))]}, ValueError,
          r"^layers\[0\] bias: expected shape \[out\]"),
         ({"activation": "tanh"}, ValueError, "^activation: expected one of relu, gelu, got 'tanh'"),
-        ({"loss": "bpr"}, ValueError, "^loss: expected one of squared, logistic, got 'bpr'"),
-        ({"outer_loss": "bpr"}, ValueError, "^outer_loss: expected one of squared, logistic, absolute, got 'bpr'"),
+        ({"loss": "absolute"}, ValueError, "^loss: expected one of squared, logistic, bpr, softmax, got 'absolute'"),
+        ({"loss": "bpr"}, ValueError, "^support.negatives: the loss 'bpr' compares with them, got None"),
+        ({"outer_loss": "hinge"}, ValueError, "^outer_loss: expected one of squared, .*, softmax, got 'hinge'"),
+        ({"outer_loss": "bpr"}, ValueError, "^query.negatives: the loss 'bpr' compares with them, got None"),
+        ({"item_bias": torch.zeros(59, dtype=DOUBLE)}, ValueError, r"^item_bias: expected shape \[N\] = \(60,\)"),
+        ({"item_bias": torch.zeros(60, dtype=DOUBLE, requires_grad=True)}, ValueError, "^item_bias: no gradient is"),
         ({"inner_steps": -1}, ValueError, "^inner_steps: must be ≥ 0, got -1"),
         ({"inner_steps": "exact"}, TypeError, "^inner_steps: expected an int, got 'exact'"),
-        ({"inner_lr": torch.zeros(4, dtype=DOUBLE)}, ValueError, r"^inner_lr: expected shape a scalar or \[K\]"),
+        ({"inner_lr": torch.zeros(4, dtype=DOUBLE)}, ValueError,
+         r"^inner_lr: expected shape a scalar, \[K\], \[1, P\] or \[K, P\] = .* or \(1, 6\) or \(5, 6\), got \(4,\)"),
+        ({"inner_lr": torch.zeros(5, 3, dtype=DOUBLE)}, ValueError, r"^inner_lr: expected shape .*, got \(5, 3\)"),
         ({"batch": None}, TypeError, "^batch: expected TaskBatch, got NoneType"),
     ],
 )  # fmt: skip

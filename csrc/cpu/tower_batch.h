@@ -27,7 +27,7 @@ class TowerBatch {
         query(entry_data<scalar_t>(inputs.query)),
         inputs_(inputs),
         table_(inputs.item_table, inputs.D()),
-        targets_(inputs.targets.const_data_ptr<scalar_t>()),
+        targets_(inputs.targets ? inputs.targets->const_data_ptr<scalar_t>() : nullptr),
         weights_(inputs.weights ? inputs.weights->const_data_ptr<scalar_t>() : nullptr) {
     check_ragged("support", inputs.support, inputs.N());
     check_ragged("query", inputs.query, inputs.N());
