@@ -2,7 +2,8 @@
 
     φ_{k+1} = φ_k − s_k A ∘ [∇L_S(φ_k) + ρ (φ_k − φ_0)] + β_k (φ_k − φ_{k−1})
 
-as on the dot-product model, with φ the parameters that adapt and A a rate for each of them. Tasks of a chunk are padded
+as on the dot-product model, with φ the parameters that adapt and A a rate for each of them; a mapping of step sizes has
+those of each parameter by name. Tasks of a chunk are padded
 to its largest and run under vmap; entries that pad have weight 0.
 """
 
@@ -235,7 +236,8 @@ class ModuleTasks:
                 if not isinstance(pull, float) or pull:
                     slope = slope + pull * (value - start[name])
                 scale = 1.0 if scales is None else scales[name]
-                moved[name] = value - _at(rate, step) * scale * slope
+                own = rate[name] if isinstance(rate, Mapping) else rate
+                moved[name] = value - _at(own, step) * scale * slope
                 if momentum is not None:
                     moved[name] = moved[name] + _at(momentum, step) * (value - before[name])
             now, before = moved, now
