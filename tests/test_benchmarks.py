@@ -85,6 +85,9 @@ def test_a_wrong_gradient_is_refused_by_name():
     wrong = {**right, "item_table": [SparseRows(torch.tensor([3]), torch.full((1, 4), 2.01))]}
     with pytest.raises(AssertionError, match="item_table: differs by 1.00e-02, where the largest number is 2.00e"):
         measure.check_equal(wrong, right, TINY)
+    few = {**right, "item_table": [SparseRows(torch.tensor([3]), torch.tensor([[2.01, 2.0, 2.0, 2.0]]))]}
+    with pytest.raises(AssertionError, match="item_table: differs by 1.00e-02, where the norm is 4.00e"):
+        measure.check_equal(few, right, CASES["mlp"])
     with pytest.raises(AssertionError, match="outputs"):
         measure.check_equal({"loss": torch.ones(())}, right, TINY)
 
