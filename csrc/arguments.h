@@ -25,6 +25,14 @@ inline void check_size(const char* name, const Tensor& tensor, int64_t size) {
                   "], got ", tensor.dim(), " dimensions and ", tensor.numel(), " numbers");
 }
 
+inline Loss parse_loss(const std::string& name) {
+  if (name == "squared") return Loss::kSquared;
+  if (name == "logistic") return Loss::kLogistic;
+  if (name == "bpr") return Loss::kBpr;
+  if (name == "softmax") return Loss::kSoftmax;
+  STD_TORCH_CHECK(false, "loss: expected squared, logistic, bpr or softmax, got '", name, "'");
+}
+
 // Entries of T tasks, one after the other: task t owns [offsets[t], offsets[t + 1]).
 struct RaggedItems {
   Tensor items;              // int64 [n]
@@ -214,14 +222,6 @@ struct LoopArguments {
   }
 
  private:
-  static Loss parse_loss(const std::string& name) {
-    if (name == "squared") return Loss::kSquared;
-    if (name == "logistic") return Loss::kLogistic;
-    if (name == "bpr") return Loss::kBpr;
-    if (name == "softmax") return Loss::kSoftmax;
-    STD_TORCH_CHECK(false, "loss: expected squared, logistic, bpr or softmax, got '", name, "'");
-  }
-
   static Form parse_form(const std::string& name) {
     if (name == "auto") return Form::kAuto;
     if (name == "gram") return Form::kGram;

@@ -31,9 +31,10 @@ const std::string kGradients =
 
 // An MLP tower, whose parameters are one vector, and the tasks that it adapts to.
 const std::string kTower =
-    "Tensor user_part, Tensor item_table, Tensor parameters, int[] widths, Tensor support_items, "
-    "Tensor support_offsets, Tensor support_targets, Tensor? support_weights, Tensor query_items, "
-    "Tensor query_offsets, ";
+    "Tensor user_part, Tensor item_table, Tensor? item_bias, Tensor parameters, int[] widths, "
+    "Tensor support_items, Tensor support_offsets, Tensor? support_targets, "
+    "Tensor? support_weights, Tensor? support_negatives, Tensor? support_log_q, "
+    "Tensor query_items, Tensor query_offsets, ";
 
 const std::string kTowerLoop =
     "Tensor inner_lr, int inner_steps, str activation, str loss, bool first_order";
@@ -86,8 +87,11 @@ STABLE_TORCH_LIBRARY(METAREC_NAMESPACE, m) {
          kTowerGradients + ")")
             .c_str());
   m.def(("mlp_meta_step(" + kTower +
-         "Tensor query_targets, Tensor? query_weights, Tensor? task_weights, " + kTowerLoop +
-         ", float outer_squared, float outer_logistic, float outer_absolute) -> (Tensor loss, " +
+         "Tensor? query_targets, Tensor? query_weights, Tensor? query_negatives, "
+         "Tensor? query_log_q, Tensor? task_weights, " +
+         kTowerLoop +
+         ", float outer_squared, float outer_logistic, float outer_absolute, "
+         "float outer_bpr, float outer_softmax) -> (Tensor loss, " +
          kTowerGradients + ")")
             .c_str());
   m.def("use_huge_pages(Tensor table) -> ()");

@@ -246,6 +246,19 @@ def check_batch(batch: TaskBatch, item_bias: Tensor, loss: str, outer_losses: It
     return TaskBatch.unchecked(support, query, batch.users, weights)
 
 
+def with_negatives(batch: TaskBatch) -> TaskBatch:
+    """The batch with each query entry followed by its negatives, if it has any."""
+    query = batch.query
+    if query is None or query.negative_rows is None:
+        return batch
+    items = torch.cat([query.items[:, None], query.negative_rows], dim=1)
+    width = items.shape[1]
+    flat = Entries.unchecked(
+        items.reshape(-1), None, query.offsets * width, max_size=query.max_size * width, max_item=query.max_item
+    )
+    return batch.with_entries(batch.support, flat)
+
+
 def check_outer_loss(outer_loss: str | Mapping[str, float]) -> dict[str, float]:
     """The weight of each outer loss, by name."""
     losses = {outer_loss: 1.0} if isinstance(outer_loss, str) else dict(outer_loss)

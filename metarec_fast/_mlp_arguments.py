@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from metarec_fast._arguments import (
     DTYPES,
+    INNER_LOSSES,
     Number,
     check_batch,
     check_gradients_of,
-    check_outer_loss,
     describe,
     fitting_tensor,
     is_autocast,
@@ -23,18 +23,17 @@ from metarec_fast.tasks import TaskBatch
 Layers = Sequence[tuple[Tensor, Tensor]]
 
 ACTIVATIONS = ("relu", "gelu")
-POINTWISE = ("squared", "logistic")
-OUTER = ("squared", "logistic", "absolute")
 
 
 @dataclass
 class Tower:
-    """p = W_L h_{L−1} + b_L,  h_l = σ(W_l h_{l−1} + b_l),  h_0 = [user part; item row]."""
+    """p_i = β_i + W_L h_{L−1} + b_L,  h_l = σ(W_l h_{l−1} + b_l),  h_0 = [user part; item row]."""
 
     user_part: Tensor  # [T, Du]
     item_table: Tensor  # [N, D]
     layers: list[tuple[Tensor, Tensor]]  # W_l [n_l, n_{l−1}], b_l [n_l], l = 1 … L
     activation: str
+    item_bias: Tensor | None = None  # β [N], a constant; none is 0
 
     @property
     def widths(self) -> list[int]:
@@ -46,13 +45,22 @@ class Tower:
 class TowerLoop:
     """φ ← φ − s_k ∇L_S(φ),  k = 0 … K−1,  of all weights and biases of the tower."""
 
-    inner_lr: Tensor  # s, scalar or [K]
+    inner_lr: Tensor  # s, scalar, [K], or [1, P] or [K, P] for the P = 2L tensors W_1, b_1, …, W_L, b_L
     inner_steps: int  # K
     loss: str = "squared"
     first_order: bool = False
 
 
-def check_tower(user_part: Tensor, item_table: Tensor, layers: Layers, activation: str, num_tasks: int) -> Tower:
+def check_tower(
+    user_part: Tensor,
+    item_table: Tensor,
+    layers: Layers,
+    activation: str,
+    item_bias: Tensor | None,
+    batch: TaskBatch,
+) -> Tower:
+    if not isinstance(batch, TaskBatch):
+        raise TypeError(f"batch: expected TaskBatch, got {type(batch).__name__}")
     if not isinstance(item_table, Tensor) or item_table.dim() != 2:
         raise ValueError(f"item_table: expected a tensor [N, D], got {describe(item_table)}")
     if item_table.shape[1] == 0:
@@ -61,8 +69,8 @@ def check_tower(user_part: Tensor, item_table: Tensor, layers: Layers, activatio
         item_table = item_table.float()
     if item_table.dtype not in DTYPES:
         raise TypeError(f"item_table: expected dtype float32 or float64, got {item_table.dtype}")
-    if not isinstance(user_part, Tensor) or user_part.dim() != 2 or user_part.shape[0] != num_tasks:
-        raise ValueError(f"user_part: expected a tensor [T, Du] with T = {num_tasks}, got {describe(user_part)}")
+    if not isinstance(user_part, Tensor) or user_part.dim() != 2 or user_part.shape[0] != batch.num_tasks:
+        raise ValueError(f"user_part: expected a tensor [T, Du] with T = {batch.num_tasks}, got {describe(user_part)}")
     user_part = fitting_tensor("user_part", user_part, item_table, (tuple(user_part.shape),), "[T, Du]")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
@@ -86,7 +94,9 @@ def check_tower(user_part: Tensor, item_table: Tensor, layers: Layers, activatio
                 fitting_tensor(f"{name} bias", bias, item_table, ((width,),), "[out]"),
             )
         )
-    return Tower(user_part, item_table, checked, activation)
+    if item_bias is not None:
+        item_bias = fitting_tensor("item_bias", item_bias, item_table, ((item_table.shape[0],),), "[N]")
+    return Tower(user_part, item_table, checked, activation, item_bias)
 
 
 def check_tower_loop(tower: Tower, inner_lr: Number, inner_steps: int, loss: str, first_order: bool) -> TowerLoop:
@@ -94,22 +104,16 @@ def check_tower_loop(tower: Tower, inner_lr: Number, inner_steps: int, loss: str
         raise TypeError(f"inner_steps: expected an int, got {inner_steps!r}")
     if inner_steps < 0:
         raise ValueError(f"inner_steps: must be ≥ 0, got {inner_steps}")
-    if loss not in POINTWISE:
-        raise ValueError(f"loss: expected one of {', '.join(POINTWISE)}, got {loss!r}")
-    rates = fitting_tensor("inner_lr", inner_lr, tower.item_table, ((), (inner_steps,)), "a scalar or [K]")
+    if loss not in INNER_LOSSES:
+        raise ValueError(f"loss: expected one of {', '.join(INNER_LOSSES)}, got {loss!r}")
+    tensors = 2 * len(tower.layers)
+    shapes = (), (inner_steps,), (1, tensors), (inner_steps, tensors)
+    rates = fitting_tensor("inner_lr", inner_lr, tower.item_table, shapes, "a scalar, [K], [1, P] or [K, P]")
     return TowerLoop(rates, inner_steps, loss, bool(first_order))
 
 
 def check_tower_batch(tower: Tower, batch: TaskBatch, loss: str, outer: Sequence[str]) -> TaskBatch:
     return check_batch(batch, tower.item_table[:, :1].squeeze(1), loss, outer)
-
-
-def check_pointwise(outer_loss: str | Mapping[str, float]) -> dict[str, float]:
-    losses = check_outer_loss(outer_loss)
-    for name in losses:
-        if name not in OUTER:
-            raise ValueError(f"outer_loss: expected one of {', '.join(OUTER)}, got {name!r}")
-    return losses
 
 
 def check_tower_differentiation(tower: Tower, loop: TowerLoop, batch: TaskBatch) -> None:
@@ -121,5 +125,5 @@ def check_tower_differentiation(tower: Tower, loop: TowerLoop, batch: TaskBatch)
     check_gradients_of(
         {"user_part": tower.user_part, "item_table": tower.item_table, "inner_lr": loop.inner_lr, **parameters},
         batch,
-        {"support.weights": batch.support.weights},
+        {"support.weights": batch.support.weights, "item_bias": tower.item_bias},
     )

@@ -14,16 +14,17 @@ from metarec_fast._known_gradients import Once, is_known_one
 
 ops = torch.ops.metarec_fast
 
-USER_PART, ITEM_TABLE, PARAMETERS, SUPPORT_ITEMS, QUERY_ITEMS = 0, 1, 2, 4, 8
-INNER_LR, META_STEP_INNER_LR = 10, 13  # of mlp_adapt_and_score, and behind the query that mlp_meta_step judges
+USER_PART, ITEM_TABLE, PARAMETERS, SUPPORT_ITEMS, SUPPORT_NEGATIVES = 0, 1, 3, 5, 9
+QUERY_ITEMS, QUERY_NEGATIVES = 11, 15  # the latter of mlp_meta_step
+INNER_LR, META_STEP_INNER_LR = 13, 18  # of mlp_adapt_and_score, and behind the query that mlp_meta_step judges
 FIRST_ORDER = 4  # behind inner_lr
 
 
-def _gradients(args: tuple[Any, ...], inner_lr: int) -> tuple[Tensor, ...]:
+def _gradients(args: tuple[Any, ...], inner_lr: int, query: tuple[int, ...]) -> tuple[Tensor, ...]:
     """Fake gradients of user_part, parameters and inner_lr, item rows and their ids."""
     table, items = args[ITEM_TABLE], args[QUERY_ITEMS]
-    support = 0 if args[inner_lr + FIRST_ORDER] else args[SUPPORT_ITEMS].shape[0]
-    count = support + items.shape[0]
+    support = () if args[inner_lr + FIRST_ORDER] else (SUPPORT_ITEMS, SUPPORT_NEGATIVES)
+    count = sum(args[place].numel() for place in (*support, *query) if args[place] is not None)
     dense = (table.new_empty(args[place].shape) for place in (USER_PART, PARAMETERS, inner_lr))
     return *dense, table.new_empty((count, table.shape[1])), items.new_empty((count,))
 
@@ -34,11 +35,12 @@ def _fake_score(*args: Any) -> Tensor:
 
 
 def _fake_score_backward(grad_scores: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return _gradients(args, INNER_LR)
+    return _gradients(args, INNER_LR, (QUERY_ITEMS,))
 
 
 def _fake_meta_step(*args: Any) -> tuple[Tensor, ...]:
-    return args[ITEM_TABLE].new_empty(()), *_gradients(args, META_STEP_INNER_LR)
+    gradients = _gradients(args, META_STEP_INNER_LR, (QUERY_ITEMS, QUERY_NEGATIVES))
+    return args[ITEM_TABLE].new_empty(()), *gradients
 
 
 def _at_places(ctx: Any, inner_lr: int, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:

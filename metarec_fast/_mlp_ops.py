@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _library
-from metarec_fast._mlp_arguments import OUTER, Tower, TowerLoop
+from metarec_fast._arguments import OUTER_LOSSES
+from metarec_fast._mlp_arguments import Tower, TowerLoop
 from metarec_fast._ops import call
 from metarec_fast.results import SparseRows, TowerMetaStep
 from metarec_fast.tasks import Entries, TaskBatch
@@ -31,9 +32,9 @@ def meta_step(tower: Tower, batch: TaskBatch, loop: TowerLoop, losses: dict[str,
     assert query is not None
     inputs = _inputs(tower, batch.support)
     loss, user_part, parameters, inner_lr, rows, ids = call(
-        ops.mlp_meta_step.default, (*inputs[:3], loop.inner_lr), *inputs,
-        query.items, query.offsets, query.targets, query.weights, batch.weights, *_loop(tower, loop),
-        *[float(losses.get(name, 0.0)) for name in OUTER],
+        ops.mlp_meta_step.default, (*inputs[:4], loop.inner_lr), *inputs,
+        query.items, query.offsets, query.targets, query.weights, query.negative_rows, query.log_q, batch.weights,
+        *_loop(tower, loop), *[float(losses.get(name, 0.0)) for name in OUTER_LOSSES],
     )  # fmt: skip
     layers, first = [], 0
     for weight, bias in tower.layers:
@@ -47,8 +48,8 @@ def meta_step(tower: Tower, batch: TaskBatch, loop: TowerLoop, losses: dict[str,
 def _inputs(tower: Tower, support: Entries) -> tuple[Any, ...]:
     parameters = torch.cat([part.reshape(-1) for layer in tower.layers for part in layer])
     return (
-        tower.user_part, tower.item_table, parameters, tower.widths,
-        support.items, support.offsets, support.targets, support.weights,
+        tower.user_part, tower.item_table, tower.item_bias, parameters, tower.widths, support.items, support.offsets,
+        support.targets, support.weights, support.negative_rows, support.log_q,
     )  # fmt: skip
 
 

@@ -47,8 +47,10 @@ class DotTasks:
         """How many step sizes can be told apart: of each coordinate of the user vector, and of the bias."""
         return self.model.dim + 1
 
-    def new_rates(self, value: float) -> nn.Parameter:
-        """The same value for each of them, the user bias last, [D + 1]."""
+    def new_rates(self, of: str, value: float) -> nn.Parameter:
+        """The same value for each coordinate ("weight") that adapts, the user bias last, [D + 1]."""
+        if of != "weight":
+            raise ValueError(f"rates: expected one of weight of a DotRecommender, got {of!r}")
         return nn.Parameter(self.model.user_init.new_full((self.num_rates,), value))
 
     def preconditioner(self, log_rates: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from metarec_fast._arguments import (
     check_step_weights,
     check_task_weights,
     is_autocast,
+    with_negatives,
 )
 from metarec_fast._mlp_functional import mlp_adapt_and_score, mlp_meta_step
 from metarec_fast.results import FastWeights, MetaStep, SparseRows, TopK
@@ -141,7 +142,7 @@ def adapt_and_score(
     )  # fmt: skip
     batch = check_batch(batch, model.item_bias, loss, outer_losses=())
     check_differentiation(model, loop, batch)
-    candidates = _with_negatives(batch)
+    candidates = with_negatives(batch)
     run = _either(_ops.adapt_and_score, reference.adapt_and_score, item_table)
     _, scores = run(model, candidates, loop)
     negatives = None if batch.query is None else batch.query.negative_rows
@@ -348,19 +349,6 @@ def _count_tasks(name: str, tasks: Entries | TaskBatch) -> int:
     if not isinstance(tasks, expected):
         raise TypeError(f"{name}: expected {expected.__name__}, got {type(tasks).__name__}")
     return tasks.num_tasks
-
-
-def _with_negatives(batch: TaskBatch) -> TaskBatch:
-    """The batch with each query entry followed by its negatives, if it has any."""
-    query = batch.query
-    if query is None or query.negative_rows is None:
-        return batch
-    items = torch.cat([query.items[:, None], query.negative_rows], dim=1)
-    width = items.shape[1]
-    flat = Entries.unchecked(
-        items.reshape(-1), None, query.offsets * width, max_size=query.max_size * width, max_item=query.max_item
-    )
-    return batch.with_entries(batch.support, flat)
 
 
 __all__ = [

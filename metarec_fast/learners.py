@@ -103,7 +103,7 @@ class Learner(nn.Module):
         # Tables of features, which DistributedDataParallel would send around before every step.
         self._ddp_params_and_buffers_to_ignore = [
             f"model.{name}.{buffer}"
-            for name, part in model.named_modules() if isinstance(part, FeatureEncoder)
+            for name, part in model.named_modules() if isinstance(part, (FeatureEncoder, MLPRecommender))
             for buffer, _ in part.named_buffers()
         ]  # fmt: skip
         self.tasks: DotTasks | ModuleTasks
@@ -375,6 +375,11 @@ class MetaSGD(Learner):
 
     Args:
         inner_lr: Where all step sizes start. The other arguments are those of `MAML`.
+        rates: What has a step size of its own: "weight", each coordinate; or of a module "tensor", each weight matrix
+            and bias vector that adapts, or "step", each of them in each step (MAML++, Antoniou et al. 2019).
+
+    Raises:
+        ValueError, TypeError: An argument does not fit; the message names it.
     """
 
     name = "meta-sgd"
@@ -388,20 +393,25 @@ class MetaSGD(Learner):
         first_order: bool = False,
         adapt: str | Sequence[str] = "user",
         outer_loss: OuterLoss | None = None,
+        rates: str = "weight",
     ) -> None:
         super().__init__(
             model, inner_lr=inner_lr, inner_steps=inner_steps, first_order=first_order, adapt=adapt,
-            outer_loss=outer_loss,
+            outer_loss=outer_loss, rates=rates,
         )  # fmt: skip
-        self.log_rates: Any = self.tasks.new_rates(math.log(inner_lr))
+        self.rates_of = rates
+        self.log_rates: Any = self.tasks.new_rates(rates, math.log(inner_lr))
         self._check()
 
     @property
     def rates(self) -> Any:
-        """The step size of each coordinate, the user bias last, [D + 1]; of a module, of each parameter by name."""
+        """The step size of each coordinate, the user bias last, [D + 1]; of a module, of each parameter by name: of its
+        shape, a scalar or [K]."""
         return self.tasks.preconditioner(self.log_rates)
 
     def inner_loop(self, sizes: Tensor) -> dict[str, Any]:
+        if self.rates_of != "weight":
+            return {**super().inner_loop(sizes), "inner_lr": self.rates}
         return {**super().inner_loop(sizes), "inner_lr": 1.0, "preconditioner": self.rates}
 
     def _groups_at(self, rate: float) -> list[dict[str, Any]]:

@@ -2,22 +2,24 @@
 
     φ_{k+1} = φ_k − s_k A ∘ [∇L_S(φ_k) + ρ (φ_k − φ_0)] + β_k (φ_k − φ_{k−1})
 
-as on the dot-product model, with φ the parameters that adapt and A a rate for each of them. Tasks of a chunk are padded
-to its largest and run under vmap; entries that pad have weight 0.
+as on the dot-product model, with φ the parameters that adapt and A a rate for each of them; a mapping of step sizes has
+those of each parameter by name. Tasks of a chunk are padded to its largest and run under vmap; entries that pad have
+weight 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from metarec_fast._compiled_chunks import CompiledChunks
 from metarec_fast._known_gradients import KnownGradients
-from metarec_fast._ragged import pad
+from metarec_fast._padded_tasks import Padded, largest_twice, padded_tasks, task_of
+from metarec_fast._peak_memory import peak_memory
 from metarec_fast.reference import entry_losses
 from metarec_fast.tasks import Entries, TaskBatch
 
@@ -26,28 +28,9 @@ if TYPE_CHECKING:
     from metarec_fast.module_recommender import ModuleRecommender
 
 Parameters = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Padded:
-    """Entries of T tasks, or under vmap of one: without the first dimension."""
-
-    items: Tensor  # int64 [T, S]
-    weights: Tensor  # [T, S], 0 where there is no entry
-    targets: Tensor | None  # [T, S]
-    negatives: Tensor | None  # int64 [T, S, M]
-    log_q: Tensor | None  # [T, S, 1 + M]
-
-    @property
-    def candidates(self) -> Tensor:
-        """Each entry's item and its negatives, [..., S, 1 + M]."""
-        own = self.items[..., None]
-        return own if self.negatives is None else torch.cat([own, self.negatives], -1)
-
-    def parts(self) -> dict[str, Tensor]:
-        """What is there, for vmap to go through."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in named.items() if value is not None}
+Found = TypeVar("Found")
+Work = Callable[[TaskBatch, Entries, slice], Found]
+"""Something found of some tasks of a batch whose support is weighed."""
 
 
 class ModuleTasks:
@@ -61,15 +44,21 @@ class ModuleTasks:
 
     def __init__(self, learner: Learner, model: ModuleRecommender, names: list[str]) -> None:
         self.learner, self.model, self.names = learner, model, names
+        self._compiled = CompiledChunks(self._chunk, type(model.module).__name__)
+        self._measured: dict[Any, tuple[int, ...]] = {}  # bytes that one and two tasks of some sizes take
 
     @property
     def num_rates(self) -> int:
         """Step sizes that can be told apart: one for each parameter that adapts."""
         return len(self.names)
 
-    def new_rates(self, value: float) -> nn.ParameterList:
-        """The same value for each number that adapts, in the shapes of the parameters."""
-        return nn.ParameterList(nn.Parameter(torch.full_like(p, value)) for p in self.parameters())
+    def new_rates(self, of: str, value: float) -> nn.ParameterList:
+        """The same value for what has a rate of its own: each "weight" that adapts, each parameter ("tensor"), or each
+        of them in each "step"."""
+        shapes: dict[str, Any] = {"tensor": (), "step": (self.learner.inner_steps,)}
+        if of not in ("weight", *shapes):
+            raise ValueError(f"rates: expected one of weight, tensor, step of a module, got {of!r}")
+        return nn.ParameterList(nn.Parameter(p.new_full(shapes.get(of, p.shape), value)) for p in self.parameters())
 
     def preconditioner(self, log_rates: Iterable[Tensor]) -> Parameters:
         """A of the inner loop by name, from its logarithm for each parameter."""
@@ -84,17 +73,20 @@ class ModuleTasks:
         at a time."""
         inputs = [parameter for parameter in self.learner.parameters() if parameter.requires_grad]
         totals = [torch.zeros_like(value) for value in inputs]
-        support = self._weighed(batch)
-        loss = torch.zeros_like(self.model.offset)
-        for tasks, share in self._shares(batch):
+        shares, loss = self._shares(batch), torch.zeros_like(self.model.offset)
+
+        def differentiate(batch: TaskBatch, support: Entries, tasks: slice) -> tuple[Tensor, Sequence[Tensor | None]]:
             with torch.enable_grad():
-                part = self._outer_losses(batch, support, tasks) @ share
-            loss += part.detach()
-            if part.requires_grad:
-                found = torch.autograd.grad(part, inputs, allow_unused=True, retain_graph=True)
-                for total, gradient in zip(totals, found, strict=True):
-                    if gradient is not None:
-                        total += gradient
+                part = self._outer_losses(batch, support, tasks) @ shares[tasks]
+            if not part.requires_grad:
+                return part, [None] * len(inputs)
+            return part.detach(), torch.autograd.grad(part, inputs, allow_unused=True, retain_graph=True)
+
+        for _, (part, found) in self._by_chunks(batch, self._weighed(batch), differentiate):
+            loss += part
+            for total, gradient in zip(totals, found, strict=True):
+                if gradient is not None:
+                    total += gradient
         return loss, inputs, totals
 
     def meta_loss(self, batch: TaskBatch) -> Tensor:
@@ -107,18 +99,22 @@ class ModuleTasks:
 
     def outer_loss(self, batch: TaskBatch) -> Tensor:
         """The outer loss without gradients."""
-        support = self._weighed(batch)
-        losses = [self._outer_losses(batch, support, tasks) @ share for tasks, share in self._shares(batch)]
+        chunks = self._by_chunks(batch, self._weighed(batch), self._outer_losses)
+        shares = self._shares(batch)
+        losses = [found @ shares[tasks] for tasks, found in chunks]
         return torch.stack(losses).sum() if losses else torch.zeros_like(self.model.offset)
 
     def predict(self, batch: TaskBatch) -> Tensor:
         """Scores of the query, [n], or [n, 1 + M] with negatives."""
         assert batch.query is not None
-        support, scores = self._weighed(batch), []
-        for tasks in self._chunks(batch.num_tasks):
-            query = _padded(batch.query, tasks)
-            found = self._run(batch, support, tasks, self._scores, query)
-            scores.append(found[query.weights > 0])
+
+        def score(batch: TaskBatch, support: Entries, tasks: slice) -> Tensor:
+            assert batch.query is not None
+            query = padded_tasks(batch.query, tasks)
+            found: Tensor = self._run(batch, support, tasks, self._scores, query)[query.weights > 0]
+            return found
+
+        scores = [found for _, found in self._by_chunks(batch, self._weighed(batch), score)]
         width = 1 if batch.query.negative_rows is None else 1 + batch.query.negative_rows.shape[1]
         joined = torch.cat(scores) if scores else self.model.offset.new_zeros(0, width)
         return joined if batch.query.negatives is not None else joined[:, 0]
@@ -126,23 +122,27 @@ class ModuleTasks:
     def adapt(self, batch: TaskBatch, users: Tensor | None = None) -> Parameters:
         """The adapted parameters of each task, [T, ...]; features of the users [T, F] are found by `batch.user_ids`
         unless they are given."""
-        support = self._weighed(batch)
-        chunks = [
-            self._run(batch, support, tasks, lambda fast, _, __: fast, None, users)
-            for tasks in self._chunks(batch.num_tasks)
-        ]
+
+        def adapt(batch: TaskBatch, support: Entries, tasks: slice) -> Parameters:
+            fast: Parameters = self._run(batch, support, tasks, lambda fast, _, __: fast, None, users)
+            return fast
+
+        chunks = [found for _, found in self._by_chunks(batch, self._weighed(batch), adapt)]
         if not chunks:
             return {name: value.new_zeros(0, *value.shape) for name, value in self._start().items()}
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in self.names}
 
     def score_catalogue(self, batch: TaskBatch) -> Tensor:
         """Scores of every item for each task, [T, N]."""
-        support = self._weighed(batch)
-        everything = torch.arange(self.model.num_items, device=support.items.device)
-        scores = [
-            self._run(batch, support, tasks, lambda fast, _, user: self._call(fast, everything, user), None)
-            for tasks in self._chunks(batch.num_tasks)
-        ]
+        everything = torch.arange(self.model.num_items, device=batch.support.items.device)
+
+        def score(batch: TaskBatch, support: Entries, tasks: slice) -> Tensor:
+            found: Tensor = self._run(
+                batch, support, tasks, lambda fast, _, user: self._call(fast, everything, user), None
+            )
+            return found
+
+        scores = [found for _, found in self._by_chunks(batch, self._weighed(batch), score)]
         return torch.cat(scores) if scores else self.model.offset.new_zeros(0, len(everything))
 
     def reptile_loss(self, batch: TaskBatch) -> Tensor:
@@ -154,16 +154,19 @@ class ModuleTasks:
 
     def reptile_gradients(self, batch: TaskBatch) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
         """The mean support loss after adaptation, the parameters that adapt, and φ_0 − Σ_t ω_t φ_K,t / Σ_t ω_t."""
-        start, support = self._start(), self._weighed(batch)
+        start = self._start()
 
         def adapted(fast: Parameters, entries: Padded, user: Tensor | None) -> tuple[Parameters, Tensor]:
             return fast, self._mean_loss({self.model.loss: 1.0}, fast, entries, user)
 
+        def adapt(batch: TaskBatch, support: Entries, tasks: slice) -> tuple[Parameters, Tensor]:
+            found: tuple[Parameters, Tensor] = self._run(batch, support, tasks, adapted, padded_tasks(support, tasks))
+            return found
+
         weights = self._task_weights(batch, torch.ones_like(batch.support.sizes(), dtype=torch.bool))
         moves = {name: torch.zeros_like(value) for name, value in start.items()}
         loss = torch.zeros_like(self.model.offset)
-        for tasks in self._chunks(batch.num_tasks):
-            fast, losses = self._run(batch, support, tasks, adapted, _padded(support, tasks))
+        for tasks, (fast, losses) in self._by_chunks(batch, self._weighed(batch), adapt):
             loss += losses @ weights[tasks]
             for name, value in fast.items():
                 moves[name] += torch.tensordot(weights[tasks], start[name] - value, 1)
@@ -186,15 +189,37 @@ class ModuleTasks:
     def _start(self) -> Parameters:
         return {name: self._parameter(name) for name in self.names}
 
-    def _chunks(self, num_tasks: int) -> Iterator[slice]:
-        size = self.model.chunk_size
-        return (slice(begin, min(begin + size, num_tasks)) for begin in range(0, num_tasks, size))
+    def _by_chunks(self, batch: TaskBatch, support: Entries, work: Work[Found]) -> Iterator[tuple[slice, Found]]:
+        """What is found of the tasks, `chunk_size` at a time, or as many as fit into the model's `memory_limit`."""
+        size = self.model.chunk_size if self.model.memory_limit is None else self._fitting(batch, support, work)
+        for begin in range(0, batch.num_tasks, size):
+            tasks = slice(begin, min(begin + size, batch.num_tasks))
+            yield tasks, work(batch, support, tasks)
 
-    def _shares(self, batch: TaskBatch) -> Iterator[tuple[slice, Tensor]]:
-        """Chunks, and the share of the outer loss that each of their tasks has."""
+    def _fitting(self, batch: TaskBatch, support: Entries, work: Work[Found]) -> int:
+        """How many tasks fit into the memory limit: what one and two take is measured, once for tasks of such sizes."""
+        limit, query = self.model.memory_limit, batch.query
+        assert limit is not None
+        if batch.num_tasks < 2:
+            return 1
+        sizes = [(p.size_bound, p.candidates) for p in (support, query) if p is not None]
+        key = work.__qualname__, torch.is_grad_enabled(), *sizes
+        if key not in self._measured:
+            large = largest_twice(support)
+            twice = batch.with_entries(large, None if query is None else largest_twice(query))
+            twice.user_ids = None if batch.user_ids is None else batch.user_ids[:2]
+            self._measured[key] = tuple(
+                peak_memory(lambda count=count: work(twice, large, slice(0, count)), support.items.device)  # type: ignore[misc]
+                for count in (1, 2)
+            )
+        one, two = self._measured[key]
+        count = max(1, 1 + (limit - one) // max(1, two - one))
+        return 1 << (count.bit_length() - 1) if self.model.compiled else count
+
+    def _shares(self, batch: TaskBatch) -> Tensor:
+        """The share of the outer loss that each task has, [T]."""
         assert batch.query is not None
-        shares = self._task_weights(batch, batch.query.sizes() > 0)
-        return ((tasks, shares[tasks]) for tasks in self._chunks(batch.num_tasks))
+        return self._task_weights(batch, batch.query.sizes() > 0)
 
     def _task_weights(self, batch: TaskBatch, counted: Tensor) -> Tensor:
         """ω_t / Σ ω_t of the tasks that count, 0 for others, [T]."""
@@ -206,7 +231,7 @@ class ModuleTasks:
     def _outer_losses(self, batch: TaskBatch, support: Entries, tasks: slice) -> Tensor:
         """The mean query loss of each task, [t]."""
         assert batch.query is not None
-        losses: Tensor = self._run(batch, support, tasks, self._query_loss, _padded(batch.query, tasks))
+        losses: Tensor = self._run(batch, support, tasks, self._query_loss, padded_tasks(batch.query, tasks))
         return losses
 
     def _run(
@@ -225,26 +250,35 @@ class ModuleTasks:
             users = self.model.users(ids, tasks.stop - tasks.start)
         else:
             users = users[tasks]
-        known = _padded(support, tasks)
-        pull = loop.get("prior_pull", 0.0)
-        pulls = pull[tasks] if isinstance(pull, Tensor) and pull.dim() else None
-        mapped = {
-            "known": known.parts(), "given": {} if given is None else given.parts(),
-            **({} if users is None else {"user": users}), **({} if pulls is None else {"pull": pulls}),
-        }  # fmt: skip
-
-        def one(start: Parameters, task: dict[str, Any]) -> Any:
-            user = task.get("user")
-            fast = self._adapt(start, _task(task["known"]), user, {**loop, "prior_pull": task.get("pull", pull)})
-            return then(fast, _task(task["given"]) if given is not None else None, user)
-
+        known = padded_tasks(support, tasks)
+        mapped: dict[str, Any] = {"known": known.parts(), "given": {} if given is None else given.parts()}
+        if users is not None:
+            mapped["user"] = users
+        pull = loop.pop("prior_pull", 0.0)
+        if isinstance(pull, Tensor) and pull.dim():
+            mapped["pull"] = pull[tasks]
+        else:
+            loop["prior_pull"] = pull
         try:
-            return vmap(one, in_dims=(None, 0), randomness="different")(self._start(), mapped)
+            if self.model.compiled and then == self._query_loss:
+                return self._compiled(then, loop, self._start(), mapped=mapped, num_tasks=tasks.stop - tasks.start)
+            return self._chunk(then, loop, self._start(), mapped)
         except RuntimeError as error:
             if "vmap" in str(error) or "functorch" in str(error):
                 kind = type(self.model.module).__name__
                 raise RuntimeError(f"{kind} cannot run for many users at once (torch.func.vmap): {error}") from error
             raise
+
+    def _chunk(self, then: Callable[..., Any], loop: Mapping[str, Any], start: Parameters, mapped: Any) -> Any:
+        """`then` of tasks whose parts are those of `mapped`, [t, ...]."""
+
+        def one(start: Parameters, task: dict[str, Any]) -> Any:
+            user = task.get("user")
+            own = {**loop, "prior_pull": task["pull"]} if "pull" in task else loop
+            fast = self._adapt(start, task_of(task["known"]), user, own)
+            return then(fast, task_of(task["given"]) if task["given"] else None, user)
+
+        return vmap(one, in_dims=(None, 0), randomness="different")(start, mapped)
 
     def _adapt(self, start: Parameters, support: Padded, user: Tensor | None, loop: Mapping[str, Any]) -> Parameters:
         """φ_K of one task."""
@@ -259,7 +293,8 @@ class ModuleTasks:
                 if not isinstance(pull, float) or pull:
                     slope = slope + pull * (value - start[name])
                 scale = 1.0 if scales is None else scales[name]
-                moved[name] = value - _at(rate, step) * scale * slope
+                own = rate[name] if isinstance(rate, Mapping) else rate
+                moved[name] = value - _at(own, step) * scale * slope
                 if momentum is not None:
                     moved[name] = moved[name] + _at(momentum, step) * (value - before[name])
             now, before = moved, now
@@ -297,24 +332,3 @@ class ModuleTasks:
 def _at(values: Any, step: int) -> Any:
     """The value of a step, of a number or of one for each."""
     return values[step] if isinstance(values, Tensor) and values.dim() else values
-
-
-def _task(parts: Mapping[str, Tensor]) -> Padded:
-    return Padded(**{field.name: parts.get(field.name) for field in fields(Padded)})  # type: ignore[arg-type]
-
-
-def _padded(entries: Entries, tasks: slice) -> Padded:
-    """The entries of some tasks, padded with item 0 of weight 0."""
-    offsets = entries.offsets[tasks.start : tasks.stop + 1]
-    rows = slice(int(offsets[0]), int(offsets[-1]))
-    offsets = offsets - offsets[0]
-
-    def padded(values: Tensor | None) -> Tensor | None:
-        return None if values is None else pad(values[rows], offsets)
-
-    kind = next((v for v in (entries.targets, entries.weights, entries.log_q) if v is not None), None)
-    ones = torch.ones(len(entries), dtype=None if kind is None else kind.dtype, device=entries.items.device)
-    items, weights = padded(entries.items), padded(ones if entries.weights is None else entries.weights)
-    assert items is not None
-    assert weights is not None
-    return Padded(items, weights, padded(entries.targets), padded(entries.negative_rows), padded(entries.log_q))

@@ -42,7 +42,7 @@ def pointwise_loss(name: str, scores: Tensor, targets: Tensor) -> Tensor:
     raise ValueError(f"loss: expected 'squared', 'logistic' or 'absolute', got {name!r}")
 
 
-def entry_losses(name: str, scores: Tensor, entries: Entries | _Task) -> Tensor:
+def entry_losses(name: str, scores: Tensor, entries: Entries | Task) -> Tensor:
     """ℓ [n] of every entry, from the scores [n, 1 + M] of its item and its negatives."""
     own = scores[:, 0]
     if name == "bpr":
@@ -54,7 +54,7 @@ def entry_losses(name: str, scores: Tensor, entries: Entries | _Task) -> Tensor:
     return pointwise_loss(name, own, entries.targets)
 
 
-def adapt_task(start: TaskWeights, model: Model, support: _Task, loop: InnerLoop, task: int) -> list[TaskWeights]:
+def adapt_task(start: TaskWeights, model: Model, support: Task, loop: InnerLoop, task: int) -> list[TaskWeights]:
     """The fast weights φ_0 … φ_K of one task.
 
     φ_{k+1} = φ_k − s_k A ∘ [∇L_S(φ_k) + ρ (φ_k − φ_0)] + β_k (φ_k − φ_{k−1}),   φ_{−1} = φ_0
@@ -86,7 +86,7 @@ def adapt_task(start: TaskWeights, model: Model, support: _Task, loop: InnerLoop
 
 def adapt(model: Model, support: Entries, loop: InnerLoop) -> FastWeights:
     """φ_K of every task."""
-    tasks = _split_tasks(support)
+    tasks = split_tasks(support)
     last = [adapt_task(_start(model, task, t), model, task, loop, t)[-1] for t, task in enumerate(tasks)]
     user, bias = _stack(model, last)
     if loop.adapt != "all":
@@ -100,7 +100,7 @@ def adapt(model: Model, support: Entries, loop: InnerLoop) -> FastWeights:
 def adapt_and_score(model: Model, batch: TaskBatch, loop: InnerLoop) -> tuple[FastWeights, Tensor]:
     """φ_K of every task and the scores [n] of its query items."""
     assert batch.query is not None
-    supports, queries = _split_tasks(batch.support), _split_tasks(batch.query)
+    supports, queries = split_tasks(batch.support), split_tasks(batch.query)
     last = [adapt_task(_start(model, task, t), model, task, loop, t)[-1] for t, task in enumerate(supports)]
     scores = [
         score(weights, model, query.items, support if loop.adapt == "all" else None)
@@ -115,7 +115,7 @@ def outer_loss(
     """L = Σ_t ω_t L_Q,t / Σ_t ω_t over tasks with a query, L_Q,t = Σ_k κ_k Σ_q v_q ℓ(p_q, y_q) / Σ_q v_q at φ_k."""
     assert batch.query is not None
     total, count = model.offset * 0, model.offset.new_zeros(())
-    for t, (support, query) in enumerate(zip(_split_tasks(batch.support), _split_tasks(batch.query), strict=True)):
+    for t, (support, query) in enumerate(zip(split_tasks(batch.support), split_tasks(batch.query), strict=True)):
         if query.items.numel() == 0:
             continue
         path = adapt_task(_start(model, support, t), model, support, loop, t)
@@ -193,7 +193,7 @@ def reptile_step(model: Model, support: Entries, task_weights: Tensor | None, lo
     A row or bias moves by the mean over the tasks that hold its item; the first of a task's entries that hold it has
     the task's part of it, the others have zeros.
     """
-    tasks = _split_tasks(support)
+    tasks = split_tasks(support)
     weights = model.item_bias.new_ones(len(tasks)) if task_weights is None else task_weights
     holders = torch.zeros_like(model.item_bias)
     for task, weight in zip(tasks, weights, strict=True):
@@ -228,7 +228,7 @@ def score_top_k(
     """The k items with the largest b_i + c + u·e_i for each user; among equals the smaller id comes first."""
     items = torch.full((user.shape[0], k), -1, dtype=torch.int64, device=user.device)
     scores = user.new_full((user.shape[0], k), float("-inf"))
-    excluded = None if exclude is None else _split_tasks(exclude)
+    excluded = None if exclude is None else split_tasks(exclude)
     for t in range(user.shape[0]):
         all_scores = (item_bias + user_bias[t] + item_table.to(user.dtype) @ user[t]).nan_to_num(
             nan=float("-inf"), posinf=float("inf"), neginf=float("-inf")
@@ -294,7 +294,7 @@ def sparse_sgd(param: Tensor, gradient: SparseRows, *, lr: float) -> None:
 
 
 @dataclass(frozen=True)
-class _Task:
+class Task:
     items: Tensor  # [n]
     targets: Tensor  # [n]
     weights: Tensor  # [n]
@@ -304,7 +304,7 @@ class _Task:
     position: Tensor  # [n], where in `distinct` an entry's item stands
 
 
-def _split_tasks(entries: Entries) -> list[_Task]:
+def split_tasks(entries: Entries) -> list[Task]:
     targets = torch.zeros(len(entries), device=entries.items.device) if entries.targets is None else entries.targets
     weights = torch.ones_like(targets) if entries.weights is None else entries.weights
     sizes = entries.sizes().tolist()
@@ -313,10 +313,10 @@ def _split_tasks(entries: Entries) -> list[_Task]:
         candidates = torch.cat([candidates, entries.negative_rows], dim=1)
     log_q = [None] * len(sizes) if entries.log_q is None else entries.log_q.split(sizes)
     parts = zip(*(part.split(sizes) for part in (entries.items, targets, weights, candidates)), log_q, strict=True)
-    return [_Task(*part, *torch.unique(part[0], return_inverse=True)) for part in parts]
+    return [Task(*part, *torch.unique(part[0], return_inverse=True)) for part in parts]
 
 
-def _start(model: Model, support: _Task, task: int) -> TaskWeights:
+def _start(model: Model, support: Task, task: int) -> TaskWeights:
     user = model.user_init[task] if model.user_init.dim() == 2 else model.user_init
     bias = model.user_bias_init[task] if model.user_bias_init.dim() == 1 else model.user_bias_init
     return TaskWeights(user, bias, _rows(model, support.distinct), model.item_bias[support.distinct])
@@ -327,7 +327,7 @@ def _rows(model: Model, items: Tensor) -> Tensor:
     return model.item_table[items].to(model.item_bias.dtype)
 
 
-def score(weights: TaskWeights, model: Model, items: Tensor, support: _Task | None) -> Tensor:
+def score(weights: TaskWeights, model: Model, items: Tensor, support: Task | None) -> Tensor:
     """p_i = m + b_i + c + u·e_i for items of any shape; with `support`, its items by their adapted rows."""
     rows, biases = _rows(model, items), model.item_bias[items]
     if support is not None and support.distinct.numel():
@@ -338,7 +338,7 @@ def score(weights: TaskWeights, model: Model, items: Tensor, support: _Task | No
     return model.offset + biases + weights.bias + rows @ weights.user
 
 
-def _inner_gradient(now: TaskWeights, model: Model, support: _Task, loop: InnerLoop) -> TaskWeights:
+def _inner_gradient(now: TaskWeights, model: Model, support: Task, loop: InnerLoop) -> TaskWeights:
     """∇L_S at φ = `now`, itself differentiable unless first_order."""
     everything = [now.user, now.bias, now.rows, now.biases]
     if support.items.numel() == 0:
@@ -365,7 +365,7 @@ def _moved(now: TaskWeights, gradient: TaskWeights, move) -> TaskWeights:  # typ
 
 
 def _solve_ridge(
-    start: TaskWeights, model: Model, support: _Task, pull: Tensor | float, extra_count: float
+    start: TaskWeights, model: Model, support: Task, pull: Tensor | float, extra_count: float
 ) -> TaskWeights:
     """(Xᵀ W X + λ I)(φ − φ_0) = Xᵀ W (y − p_0),  λ = ρ (|S| + n0)/2,  X the support rows with a 1 appended."""
     count = support.items.numel()

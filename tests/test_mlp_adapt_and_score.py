@@ -5,10 +5,11 @@ import torch
 from problems import Draw, relative_error
 from torch import nn
 from torch.library import opcheck
-from towers import draw_loop, draw_tower, leaves_of
+from towers import draw_loop, draw_tower, leaves_of, raw_inputs
 
 from metarec_fast import _mlp_ops, mlp_reference
 from metarec_fast import functional as F
+from metarec_fast._mlp_arguments import TowerLoop
 from metarec_fast.tasks import Entries, TaskBatch
 
 pytestmark = pytest.mark.cpu
@@ -20,7 +21,8 @@ pytestmark = pytest.mark.cpu
 def test_scores_and_every_gradient_equal_the_reference(hidden, activation, first_order):
     draw = Draw(len(hidden))
     tower, batch = draw_tower(draw, hidden, activation=activation), draw.batch(weights=True)
-    leaves, tower, loop = leaves_of(tower, draw_loop(draw, 4, first_order=first_order, loss="logistic"))
+    rates = 0.05 * draw.uniform(4, 2 * len(tower.layers))
+    leaves, tower, loop = leaves_of(tower, TowerLoop(rates, 4, "logistic", first_order))
     actual, expected = (run(tower, batch, loop) for run in (_mlp_ops.adapt_and_score, mlp_reference.adapt_and_score))
     assert relative_error(actual, expected) < 1e-12
     arriving = draw.normal(len(expected))
@@ -30,7 +32,7 @@ def test_scores_and_every_gradient_equal_the_reference(hidden, activation, first
 
 
 def test_the_reference_is_sgd_on_the_module_it_stands_for():
-    """One task, by hand: torch.nn and torch.optim."""
+    """One task, by hand: torch.nn and torch.optim, a rate for each tensor."""
     draw = Draw(1)
     tower, batch = draw_tower(draw, num_tasks=1), draw.batch((13,), (4,))
     module = nn.Sequential(nn.Linear(10, 9), nn.ReLU(), nn.Linear(9, 5), nn.ReLU(), nn.Linear(5, 1)).double()
@@ -41,14 +43,16 @@ def test_the_reference_is_sgd_on_the_module_it_stands_for():
     def inputs(entries):
         return torch.cat([tower.user_part.expand(len(entries), -1), tower.item_table[entries.items]], dim=1)
 
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
+    rates = [0.05, 0.02, 0.0, 0.03, 0.04, 0.01]
+    groups = [{"params": [value], "lr": rate} for value, rate in zip(module.parameters(), rates, strict=True)]
+    optimizer = torch.optim.SGD(groups)
     for _ in range(3):
         optimizer.zero_grad()
         nn.functional.mse_loss(module(inputs(batch.support))[:, 0], batch.support.targets).backward()
         optimizer.step()
     expected = module(inputs(batch.query))[:, 0].detach()
-    scores = F.mlp_adapt_and_score(tower.user_part, tower.item_table, tower.layers, batch, inner_lr=0.05, inner_steps=3)
-    torch.testing.assert_close(scores, expected)
+    rates = torch.tensor([rates], dtype=torch.float64)
+    torch.testing.assert_close(mlp_reference.adapt_and_score(tower, batch, TowerLoop(rates, 3)), expected)
 
 
 def test_scores_have_the_gradients_that_meta_step_has():
@@ -68,7 +72,7 @@ def test_scores_have_the_gradients_that_meta_step_has():
 def test_gradcheck_in_double_precision():
     draw = Draw(3)
     tower = draw_tower(draw, (4, 3), num_tasks=3, user_width=2, dim=2, num_items=5, activation="gelu")
-    leaves, tower, loop = leaves_of(tower, draw_loop(draw, 2))
+    leaves, tower, loop = leaves_of(tower, TowerLoop(0.05 * draw.uniform(1, 6), 2))
     batch = draw.batch((3, 0, 5), (2, 1, 3), num_items=5, weights=True)
     assert torch.autograd.gradcheck(lambda *_: _mlp_ops.adapt_and_score(tower, batch, loop), tuple(leaves))
 
@@ -77,12 +81,8 @@ def test_opcheck_finds_nothing_and_it_compiles_into_one_graph():
     draw = Draw(4)
     leaves, tower, loop = leaves_of(draw_tower(draw), draw_loop(draw, 2))
     batch = draw.batch(weights=True)
-    known = batch.support.items, batch.support.offsets, batch.support.targets, batch.support.weights
-    parameters = torch.cat([leaf.detach().reshape(-1) for leaf in leaves[3:]]).requires_grad_()
-    arguments = (
-        leaves[0], leaves[1], parameters, tower.widths, *known, batch.query.items, batch.query.offsets,
-        *_mlp_ops._loop(tower, loop),
-    )  # fmt: skip
+    query = batch.query.items, batch.query.offsets
+    arguments = *raw_inputs(tower, batch.support), *query, *_mlp_ops._loop(tower, loop)
     opcheck(torch.ops.metarec_fast.mlp_adapt_and_score, arguments)
 
     def score(table):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from problems import Draw, relative_error
 from torch.library import opcheck
-from towers import SQUARED, compare_with_reference, draw_loop, draw_tower, leaves_of
+from towers import SQUARED, compare_with_reference, draw_loop, draw_tower, gradients_of, leaves_of, raw_inputs
 
 from metarec_fast import _mlp_functional, _mlp_ops, mlp_reference
 from metarec_fast import functional as F
@@ -65,14 +65,40 @@ def test_large_supports_have_a_first_layer_of_their_own(hidden, activation, firs
     compare_with_reference(tower, draw.batch(sizes, (3, 9, 4), weights=True), loop)
 
 
-def test_one_rate_for_all_steps_has_the_sum_of_their_gradients():
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_every_tensor_may_have_a_rate_of_its_own(hidden, activation, first_order, steps):
+    draw = Draw(20 + len(hidden))
+    tower, batch = draw_tower(draw, hidden, activation=activation), draw.batch(weights=True)  # 40 entries are many
+    for shape in ((1, 2 * len(tower.layers)), (5, 2 * len(tower.layers))):
+        rates = 0.05 * draw.uniform(*shape)[:steps]
+        compare_with_reference(tower, batch, TowerLoop(rates, steps, first_order=first_order))
+
+
+def test_a_rate_of_zero_freezes_a_tensor_and_has_a_gradient_nevertheless():
+    """The last layer alone adapts (ANIL): the weights before it are what they are for a tower of inputs H."""
+    draw = Draw(19)
+    tower, batch = draw_tower(draw, activation="gelu"), draw.batch()
+    rates = torch.tensor([[0, 0, 0, 0, 0.05, 0.02]], dtype=DOUBLE)
+    loop = TowerLoop(rates, 3)
+    compare_with_reference(tower, batch, loop)
+    assert _mlp_ops.meta_step(tower, batch, loop, SQUARED).grads["inner_lr"].abs().min() > 0
+    frozen = _mlp_ops.adapt_and_score(tower, batch, TowerLoop(0 * rates, 3))
+    torch.testing.assert_close(frozen, _mlp_ops.adapt_and_score(tower, batch, TowerLoop(rates, 0)))
+
+
+def test_one_rate_for_all_has_the_sum_of_their_gradients():
     draw = Draw(1)
     tower, batch = draw_tower(draw), draw.batch()
-    one, each = (
-        _mlp_ops.meta_step(tower, batch, TowerLoop(torch.full(shape, 0.03, dtype=DOUBLE), 4), SQUARED)
-        for shape in ((), (4,))
+    one, steps, tensors, each = (
+        _mlp_ops.meta_step(tower, batch, TowerLoop(torch.full(shape, 0.03, dtype=DOUBLE), 4), SQUARED).grads["inner_lr"]
+        for shape in ((), (4,), (1, 6), (4, 6))
     )
-    torch.testing.assert_close(one.grads["inner_lr"], each.grads["inner_lr"].sum())
+    torch.testing.assert_close(steps, each.sum(1))
+    torch.testing.assert_close(tensors, each.sum(0, keepdim=True))
+    torch.testing.assert_close(one, each.sum())
 
 
 def test_the_loss_has_the_same_gradients_by_backward_and_only_once():
@@ -102,21 +128,19 @@ def test_the_loss_of_the_reference_has_gradients_too():
 def test_gradcheck_in_double_precision():
     draw = Draw(3)
     tower = draw_tower(draw, (4,), num_tasks=3, user_width=2, dim=2, num_items=5, activation="gelu")
-    leaves, tower, loop = leaves_of(tower, draw_loop(draw, 2))
+    leaves, tower, loop = leaves_of(tower, draw_loop(draw, 2, inner_lr=0.05 * draw.uniform(2, 4)))
     batch = draw.batch((3, 0, 5), (2, 1, 3), num_items=5, weights=True)
     assert torch.autograd.gradcheck(lambda *_: _mlp_ops.meta_step(tower, batch, loop, SQUARED).loss, tuple(leaves))
 
 
 def test_opcheck_finds_nothing_and_it_compiles_into_one_graph():
     draw = Draw(4)
-    leaves, tower, loop = leaves_of(draw_tower(draw), draw_loop(draw, 2))
+    leaves, tower, loop = leaves_of(draw_tower(draw), draw_loop(draw, 2, inner_lr=0.05 * draw.uniform(2, 6)))
     batch = draw.batch(weights=True)
     query = batch.query
-    parameters = torch.cat([leaf.detach().reshape(-1) for leaf in leaves[3:]]).requires_grad_()
-    known = batch.support.items, batch.support.offsets, batch.support.targets, batch.support.weights
     arguments = (
-        leaves[0], leaves[1], parameters, tower.widths, *known, query.items, query.offsets, query.targets,
-        query.weights, batch.weights, *_mlp_ops._loop(tower, loop), 1.0, 0.0, 0.0,
+        *raw_inputs(tower, batch.support), query.items, query.offsets, query.targets, query.weights,
+        query.negative_rows, query.log_q, batch.weights, *_mlp_ops._loop(tower, loop), 1.0, 0.0, 0.0, 0.0, 0.0,
     )  # fmt: skip
     opcheck(torch.ops.metarec_fast.mlp_meta_step, arguments)
 
@@ -163,29 +187,22 @@ def test_inputs_need_not_be_contiguous():
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_float32_is_as_near_to_float64_as_the_reference_is(activation):
-    draw = Draw(8)
-    tower, batch, loop = draw_tower(draw, (32, 16), activation=activation), draw.batch(), draw_loop(draw, 5)
-    layers = [(weight.float(), bias.float()) for weight, bias in tower.layers]
-    single = Tower(tower.user_part.float(), tower.item_table.float(), layers, activation)
-    lower = TaskBatch(batch.support.to("cpu", torch.float32), batch.query.to("cpu", torch.float32))
-    rates = replace(loop, inner_lr=loop.inner_lr.float())
-
-    def errors(result):
-        layers = [part for layer in result.grads["layers"] for part in layer]
-        known = [part for layer in expected.grads["layers"] for part in layer]
-        for name in ("user_part", "inner_lr"):
-            layers, known = [*layers, result.grads[name]], [*known, expected.grads[name]]
-        layers, known = [*layers, result.grads["item_table"].rows], [*known, expected.grads["item_table"].rows]
-        return [relative_error(one.double(), other) for one, other in zip(layers, known, strict=True)]
-
-    expected = mlp_reference.meta_step(tower, batch, loop, SQUARED)
-    actual = F.mlp_meta_step(
-        single.user_part, single.item_table, layers, lower, inner_lr=rates.inner_lr, activation=activation
-    )
-    assert actual.loss.dtype == torch.float32
-    torch.testing.assert_close(actual.loss, expected.loss.float())
-    mine, others = errors(actual), errors(mlp_reference.meta_step(single, lower, rates, SQUARED))
-    # Of the same size, whatever gradient it is: some are sums of large terms that cancel.
+    mine, others = [], []
+    for seed in range(8, 13):
+        draw = Draw(seed)
+        tower, batch, loop = draw_tower(draw, (32, 16), activation=activation), draw.batch(), draw_loop(draw, 5)
+        layers = [(weight.float(), bias.float()) for weight, bias in tower.layers]
+        single = Tower(tower.user_part.float(), tower.item_table.float(), layers, activation)
+        lower = TaskBatch(batch.support.to("cpu", torch.float32), batch.query.to("cpu", torch.float32))
+        rates = replace(loop, inner_lr=loop.inner_lr.float())
+        expected = mlp_reference.meta_step(tower, batch, loop, SQUARED)
+        actual = _mlp_ops.meta_step(single, lower, rates, SQUARED)
+        assert actual.loss.dtype == torch.float32
+        torch.testing.assert_close(actual.loss, expected.loss.float(), rtol=1e-5, atol=0)  # some dozens of roundings
+        for result, errors in ((actual, mine), (mlp_reference.meta_step(single, lower, rates, SQUARED), others)):
+            pairs = zip(gradients_of(result), gradients_of(expected), strict=True)
+            errors.append(max(relative_error(one.double(), other) for one, other in pairs))
+    # Of the same size: some gradients are sums of large terms that cancel, a few of them so by chance.
     assert max(mine) < 3 * max(others) < 3e-4
 
 
@@ -231,11 +248,17 @@ def _call(**changes):
         ({"layers": [(torch.zeros(1, 10, dtype=DOUBLE), torch.zeros(2, dtype=DOUBLE))]}, ValueError,
          r"^layers\[0\] bias: expected shape \[out\]"),
         ({"activation": "tanh"}, ValueError, "^activation: expected one of relu, gelu, got 'tanh'"),
-        ({"loss": "bpr"}, ValueError, "^loss: expected one of squared, logistic, got 'bpr'"),
-        ({"outer_loss": "bpr"}, ValueError, "^outer_loss: expected one of squared, logistic, absolute, got 'bpr'"),
+        ({"loss": "absolute"}, ValueError, "^loss: expected one of squared, logistic, bpr, softmax, got 'absolute'"),
+        ({"loss": "bpr"}, ValueError, "^support.negatives: the loss 'bpr' compares with them, got None"),
+        ({"outer_loss": "hinge"}, ValueError, "^outer_loss: expected one of squared, .*, softmax, got 'hinge'"),
+        ({"outer_loss": "bpr"}, ValueError, "^query.negatives: the loss 'bpr' compares with them, got None"),
+        ({"item_bias": torch.zeros(59, dtype=DOUBLE)}, ValueError, r"^item_bias: expected shape \[N\] = \(60,\)"),
+        ({"item_bias": torch.zeros(60, dtype=DOUBLE, requires_grad=True)}, ValueError, "^item_bias: no gradient is"),
         ({"inner_steps": -1}, ValueError, "^inner_steps: must be ≥ 0, got -1"),
         ({"inner_steps": "exact"}, TypeError, "^inner_steps: expected an int, got 'exact'"),
-        ({"inner_lr": torch.zeros(4, dtype=DOUBLE)}, ValueError, r"^inner_lr: expected shape a scalar or \[K\]"),
+        ({"inner_lr": torch.zeros(4, dtype=DOUBLE)}, ValueError,
+         r"^inner_lr: expected shape a scalar, \[K\], \[1, P\] or \[K, P\] = .* or \(1, 6\) or \(5, 6\), got \(4,\)"),
+        ({"inner_lr": torch.zeros(5, 3, dtype=DOUBLE)}, ValueError, r"^inner_lr: expected shape .*, got \(5, 3\)"),
         ({"batch": None}, TypeError, "^batch: expected TaskBatch, got NoneType"),
     ],
 )  # fmt: skip

@@ -3,6 +3,7 @@
 
 #include "activation.h"
 #include "tower.h"
+#include "tower_loss.h"
 
 namespace metarec_fast::cpu {
 
@@ -12,7 +13,7 @@ struct LayerStep {
   scalar_t *weight, *transposed, *bias;  // before the step, l ≥ 2
   scalar_t *hidden, *slope;              // H_l, σ'(Z_l), l < L
   scalar_t* bend;                        // of gelu, (Δ_{l+1} W_{l+1}) ∘ σ''(Z_l)
-  scalar_t* delta;                       // Δ_l
+  scalar_t *delta, *sums;                // Δ_l, 1ᵀ Δ_l
 };
 
 template <typename scalar_t>
@@ -21,11 +22,12 @@ class TowerPath {
   using Layer = typename Tower<scalar_t>::Layer;
 
   TowerPath(const Tower<scalar_t>& tower, const TowerSettings<scalar_t>& settings,
-            const scalar_t* user, const TowerEntries<scalar_t>& support,
-            const TowerEntries<scalar_t>& query, Arena<scalar_t>& arena,
-            std::vector<LayerStep<scalar_t>>& path)
+            const TowerLoss<scalar_t>& loss, const scalar_t* user,
+            const TowerEntries<scalar_t>& support, const TowerEntries<scalar_t>& query,
+            Arena<scalar_t>& arena, std::vector<LayerStep<scalar_t>>& path)
       : tower_(tower),
         settings_(settings),
+        loss_(loss),
         S_(support),
         Q_(query),
         arena_(arena),
@@ -42,8 +44,8 @@ class TowerPath {
     for (int64_t k = 0; k <= K_; ++k) allocate(k, k == K_ ? Q_.rows : S_.rows);
   }
 
-  // φ_1 … φ_K; targets and shares c are [S], filled up with zeros.
-  void adapt(const scalar_t* targets, const scalar_t* shares) {
+  // φ_1 … φ_K
+  void adapt() {
     from_user_ = arena_.take(n_);
     product({user_, 0, 1}, 1, tower_.user.transposed, n_, tower_.user.in, n_, 1,
             {tower_.item.bias, 0}, from_user_, n_);
@@ -56,7 +58,7 @@ class TowerPath {
     } else {
       multiply_inputs();
     }
-    for (int64_t k = 0; k < K_; ++k) step(k, targets, shares);
+    for (int64_t k = 0; k < K_; ++k) step(k);
   }
 
   // p of the query, [Q], by φ_K.
@@ -70,7 +72,7 @@ class TowerPath {
       if (K_ > 0)
         product({cross_, width_, 1}, Q_.rows, A(K_), n_, S_.count, n_, -1, {out, n_}, out, n_);
     }
-    put_scores(up(K_, out, Q_.rows), Q_.count, scores);
+    put_scores(up(K_, out, Q_.rows), Q_, scores);
   }
 
  protected:
@@ -126,6 +128,7 @@ class TowerPath {
       const int64_t size = rows * layer.out_stride;
       mine = {};
       mine.delta = arena_.take(size);
+      mine.sums = k < K_ ? arena_.take_zeros(layer.out_stride) : nullptr;
       if (l < L_) {
         mine.hidden = arena_.take(size);
         mine.slope = arena_.take(size);
@@ -146,7 +149,7 @@ class TowerPath {
 
   // G, G_q, X W_1ᵀ + b_1 and A_0.
   void multiply_inputs() {
-    const scalar_t shift = 1 + dot(user_, user_, tower_.user.in_stride);
+    const scalar_t shift = dot(user_, user_, tower_.user.in_stride);
     scalar_t* columns = arena_.take(D_ * width_);
     transpose(S_.items, D_, S_.rows, D_, columns, width_);
     scalar_t* shifts = arena_.take(width_);
@@ -227,8 +230,11 @@ class TowerPath {
 
   static constexpr int64_t kColumn = kLanes<scalar_t>;  // the stride of layer L's numbers
 
-  static void put_scores(const scalar_t* out, int64_t count, scalar_t* scores) {
-    for (int64_t i = 0; i < count; ++i) scores[i] = out[i * kColumn];
+  static void put_scores(const scalar_t* out, const TowerEntries<scalar_t>& entries,
+                         scalar_t* scores) {
+    for (int64_t i = 0; i < entries.count; ++i) scores[i] = out[i * kColumn];
+    if (entries.biases != nullptr)
+      for (int64_t i = 0; i < entries.count; ++i) scores[i] += entries.biases[i];
   }
   static void put_column(const scalar_t* numbers, const TowerEntries<scalar_t>& entries,
                          scalar_t* column) {
@@ -236,7 +242,7 @@ class TowerPath {
       store(column + i * kColumn) = first_lane(i < entries.count ? numbers[i] : scalar_t{0});
   }
 
-  void step(int64_t k, const scalar_t* targets, const scalar_t* shares) {
+  void step(int64_t k) {
     scalar_t* out = L_ == 1 ? at(k, 1).delta : at(k, 1).hidden;
     if (is_large())
       first_of_large(k, S_.rows, out);
@@ -244,47 +250,61 @@ class TowerPath {
       product({gram_, width_, 1}, S_.rows, A(k), n_, k == 0 ? 0 : S_.count, n_, -1, {first_, n_},
               out, n_);
     out = up(k, out, S_.rows);
-    std::fill(scores_ + S_.count, scores_ + width_, scalar_t{0});
-    put_scores(out, S_.count, scores_);
-    scalar_t* curvatures = curvatures_ + k * width_;
-    for (int64_t i = 0; i < width_; i += kLanes<scalar_t>) {
-      const Vector<scalar_t> share = load(shares + i), p = load(scores_ + i), y = load(targets + i);
-      differentiate_loss<VectorMath<scalar_t>, Vector<scalar_t>>(
-          settings_.loss, share, p, y, store(scores_ + i), store(curvatures + i));
-    }
+    put_scores(out, S_, scores_);
+    loss_.differentiate(scores_, curvatures_ + k * width_);
     put_column(scores_, S_, at(k, L_).delta);
     down(k, S_.rows);
+    update(k);
+  }
 
-    const scalar_t rate = settings_.inner_lr[k];
-    if (!is_large())
-      for (int64_t i = 0; i < S_.rows * n_; i += kLanes<scalar_t>)
-        store(A(k + 1) + i) = load(A(k) + i) + rate * load(at(k, 1).delta + i);
-    for (int64_t l = lowest_; l <= L_; ++l) {
+  // φ_{k+1}
+  void update(int64_t k) {
+    for (int64_t l = 1; l <= L_; ++l) {
       const Layer& layer = this->layer(l);
       const LayerStep<scalar_t>&now = at(k, l), &next = at(k + 1, l);
+      const scalar_t rate = settings_.inner_lr.weight(k, l),
+                     bias_rate = settings_.inner_lr.bias(k, l);
+      add_row_sums(now.delta, S_.count, layer.out_stride, scalar_t{1}, now.sums);
+      if (l < lowest_) {
+        update_first(k, rate, bias_rate);
+        continue;
+      }
       outer(layer, now.delta, hidden(k, l - 1), S_.count, -rate, {now.weight, layer.in_stride},
             next.weight);
       if (layer.out > 1)
         transpose(next.weight, layer.in_stride, layer.out, layer.in, next.transposed,
                   layer.out_stride);
-      std::copy_n(now.bias, layer.out_stride, next.bias);
-      add_row_sums(now.delta, S_.count, layer.out_stride, -rate, next.bias);
+      for (int64_t i = 0; i < layer.out_stride; i += kLanes<scalar_t>)
+        store(next.bias + i) = load(now.bias + i) - bias_rate * load(now.sums + i);
+    }
+  }
+
+  // A_{k+1}, and the bias of layer 1 where it has been added already.
+  void update_first(int64_t k, scalar_t rate, scalar_t bias_rate) {
+    const LayerStep<scalar_t>& now = at(k, 1);
+    for (int64_t i = 0; i < S_.rows * n_; i += kLanes<scalar_t>)
+      store(A(k + 1) + i) = load(A(k) + i) + rate * load(now.delta + i);
+    for (int64_t i = 0; i < n_; i += kLanes<scalar_t>) {
+      const Vector<scalar_t> change = bias_rate * load(now.sums + i);
+      store(from_user_ + i) -= change;
+      for (int64_t s = 0; s < S_.rows; ++s) store(first_ + s * n_ + i) -= change;
     }
   }
 
   const Tower<scalar_t>& tower_;
   const TowerSettings<scalar_t>& settings_;
+  const TowerLoss<scalar_t>& loss_;
   const TowerEntries<scalar_t>&S_, &Q_;
   Arena<scalar_t>& arena_;
   std::vector<LayerStep<scalar_t>>& path_;  // [K + 1, L]; the last is the query by φ_K
   const int64_t L_, K_, lowest_;      // layers, steps, the first layer with weights of its own
   const int64_t D_, n_;               // strides of item rows and of layer 1
   const int64_t width_;               // stride of G, and of numbers by support entry
-  scalar_t *user_, *from_user_;       // u; b_1 + W_1 u
+  scalar_t *user_, *from_user_;       // u; b_1 of the step + W_1 u
   scalar_t *gram_, *cross_;           // G [S, S], G_q [Q, S]
-  scalar_t *first_, *coefficients_;   // X W_1ᵀ + b_1 [S, n_1], A_0 … A_K
+  scalar_t *first_, *coefficients_;   // X W_1ᵀ + b_1 of the step [S, n_1], A_0 … A_K
   scalar_t *inputs_, *query_inputs_;  // of a large task: X, X_q, users' part included
-  scalar_t *curvatures_, *scores_;    // c ℓ''(p) [K, S], scratch [S]
+  scalar_t *curvatures_, *scores_;    // of the loss [K, S], scratch [S]
 };
 
 }  // namespace metarec_fast::cpu
