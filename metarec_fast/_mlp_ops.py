@@ -50,7 +50,6 @@ def meta_step(tower: Tower, batch: TaskBatch, loop: TowerLoop, losses: dict[str,
 
 def _check_available(tower: Tower, loop: TowerLoop, losses: Iterable[str] = ()) -> None:
     for missing, is_wanted in {
-        "inner_lr: rates of tensors": loop.inner_lr.dim() == 2,
         "item_bias": tower.item_bias is not None,
         "losses of pairs": any(loss in PAIRWISE for loss in (loop.loss, *losses)),
     }.items():

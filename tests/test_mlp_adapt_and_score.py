@@ -21,7 +21,8 @@ pytestmark = pytest.mark.cpu
 def test_scores_and_every_gradient_equal_the_reference(hidden, activation, first_order):
     draw = Draw(len(hidden))
     tower, batch = draw_tower(draw, hidden, activation=activation), draw.batch(weights=True)
-    leaves, tower, loop = leaves_of(tower, draw_loop(draw, 4, first_order=first_order, loss="logistic"))
+    rates = 0.05 * draw.uniform(4, 2 * len(tower.layers))
+    leaves, tower, loop = leaves_of(tower, TowerLoop(rates, 4, "logistic", first_order))
     actual, expected = (run(tower, batch, loop) for run in (_mlp_ops.adapt_and_score, mlp_reference.adapt_and_score))
     assert relative_error(actual, expected) < 1e-12
     arriving = draw.normal(len(expected))
@@ -71,7 +72,7 @@ def test_scores_have_the_gradients_that_meta_step_has():
 def test_gradcheck_in_double_precision():
     draw = Draw(3)
     tower = draw_tower(draw, (4, 3), num_tasks=3, user_width=2, dim=2, num_items=5, activation="gelu")
-    leaves, tower, loop = leaves_of(tower, draw_loop(draw, 2))
+    leaves, tower, loop = leaves_of(tower, TowerLoop(0.05 * draw.uniform(1, 6), 2))
     batch = draw.batch((3, 0, 5), (2, 1, 3), num_items=5, weights=True)
     assert torch.autograd.gradcheck(lambda *_: _mlp_ops.adapt_and_score(tower, batch, loop), tuple(leaves))
 

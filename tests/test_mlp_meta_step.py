@@ -65,14 +65,40 @@ def test_large_supports_have_a_first_layer_of_their_own(hidden, activation, firs
     compare_with_reference(tower, draw.batch(sizes, (3, 9, 4), weights=True), loop)
 
 
-def test_one_rate_for_all_steps_has_the_sum_of_their_gradients():
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_every_tensor_may_have_a_rate_of_its_own(hidden, activation, first_order, steps):
+    draw = Draw(20 + len(hidden))
+    tower, batch = draw_tower(draw, hidden, activation=activation), draw.batch(weights=True)  # 40 entries are many
+    for shape in ((1, 2 * len(tower.layers)), (5, 2 * len(tower.layers))):
+        rates = 0.05 * draw.uniform(*shape)[:steps]
+        compare_with_reference(tower, batch, TowerLoop(rates, steps, first_order=first_order))
+
+
+def test_a_rate_of_zero_freezes_a_tensor_and_has_a_gradient_nevertheless():
+    """The last layer alone adapts (ANIL): the weights before it are what they are for a tower of inputs H."""
+    draw = Draw(19)
+    tower, batch = draw_tower(draw, activation="gelu"), draw.batch()
+    rates = torch.tensor([[0, 0, 0, 0, 0.05, 0.02]], dtype=DOUBLE)
+    loop = TowerLoop(rates, 3)
+    compare_with_reference(tower, batch, loop)
+    assert _mlp_ops.meta_step(tower, batch, loop, SQUARED).grads["inner_lr"].abs().min() > 0
+    frozen = _mlp_ops.adapt_and_score(tower, batch, TowerLoop(0 * rates, 3))
+    torch.testing.assert_close(frozen, _mlp_ops.adapt_and_score(tower, batch, TowerLoop(rates, 0)))
+
+
+def test_one_rate_for_all_has_the_sum_of_their_gradients():
     draw = Draw(1)
     tower, batch = draw_tower(draw), draw.batch()
-    one, each = (
-        _mlp_ops.meta_step(tower, batch, TowerLoop(torch.full(shape, 0.03, dtype=DOUBLE), 4), SQUARED)
-        for shape in ((), (4,))
+    one, steps, tensors, each = (
+        _mlp_ops.meta_step(tower, batch, TowerLoop(torch.full(shape, 0.03, dtype=DOUBLE), 4), SQUARED).grads["inner_lr"]
+        for shape in ((), (4,), (1, 6), (4, 6))
     )
-    torch.testing.assert_close(one.grads["inner_lr"], each.grads["inner_lr"].sum())
+    torch.testing.assert_close(steps, each.sum(1))
+    torch.testing.assert_close(tensors, each.sum(0, keepdim=True))
+    torch.testing.assert_close(one, each.sum())
 
 
 def test_the_loss_has_the_same_gradients_by_backward_and_only_once():
@@ -102,14 +128,14 @@ def test_the_loss_of_the_reference_has_gradients_too():
 def test_gradcheck_in_double_precision():
     draw = Draw(3)
     tower = draw_tower(draw, (4,), num_tasks=3, user_width=2, dim=2, num_items=5, activation="gelu")
-    leaves, tower, loop = leaves_of(tower, draw_loop(draw, 2))
+    leaves, tower, loop = leaves_of(tower, draw_loop(draw, 2, inner_lr=0.05 * draw.uniform(2, 4)))
     batch = draw.batch((3, 0, 5), (2, 1, 3), num_items=5, weights=True)
     assert torch.autograd.gradcheck(lambda *_: _mlp_ops.meta_step(tower, batch, loop, SQUARED).loss, tuple(leaves))
 
 
 def test_opcheck_finds_nothing_and_it_compiles_into_one_graph():
     draw = Draw(4)
-    leaves, tower, loop = leaves_of(draw_tower(draw), draw_loop(draw, 2))
+    leaves, tower, loop = leaves_of(draw_tower(draw), draw_loop(draw, 2, inner_lr=0.05 * draw.uniform(2, 6)))
     batch = draw.batch(weights=True)
     query = batch.query
     arguments = (

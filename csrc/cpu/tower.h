@@ -108,7 +108,7 @@ class Tower {
 template <typename scalar_t>
 struct TowerSettings {
   int64_t steps;
-  PerIndex<scalar_t> inner_lr;
+  TowerRates<const scalar_t> inner_lr;
   Activation activation;
   Loss loss;
   bool first_order;

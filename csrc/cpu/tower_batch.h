@@ -18,11 +18,8 @@ class TowerBatch {
  public:
   explicit TowerBatch(const TowerInputs& inputs)
       : tower(inputs, largest(inputs.support)),
-        settings{inputs.steps,
-                 {inputs.inner_lr.const_data_ptr<scalar_t>(), inputs.inner_lr.dim() == 0 ? 0 : 1},
-                 inputs.activation,
-                 inputs.loss,
-                 inputs.first_order},
+        settings{inputs.steps, inputs.rates(inputs.inner_lr.const_data_ptr<scalar_t>()),
+                 inputs.activation, inputs.loss, inputs.first_order},
         support(entry_data<scalar_t>(inputs.support)),
         query(entry_data<scalar_t>(inputs.query)),
         inputs_(inputs),
@@ -113,8 +110,10 @@ class TowerSums {
     const Tensor& like = inputs.item_table;
     user_part_ = empty(like, inputs.dtype(), {inputs.T(), inputs.Du()});
     parameters_ = empty(like, inputs.dtype(), {inputs.parameters.size(0)});
-    inner_lr_ = inputs.inner_lr.dim() == 0 ? empty(like, inputs.dtype(), {})
-                                           : empty(like, inputs.dtype(), {inputs.inner_lr.size(0)});
+    const Tensor& rates = inputs.inner_lr;
+    inner_lr_ = rates.dim() == 0   ? empty(like, inputs.dtype(), {})
+                : rates.dim() == 1 ? empty(like, inputs.dtype(), {rates.size(0)})
+                                   : empty(like, inputs.dtype(), {rates.size(0), rates.size(1)});
     rows_ = empty_result(like, inputs.dtype(), {places.size(), inputs.D()});
     ids_ = row_ids(inputs.support, inputs.query, places);
     query_begin_ = places.query_begin();
@@ -129,10 +128,7 @@ class TowerSums {
   TowerGradients<scalar_t> of_task(int64_t block, int64_t t, const EntryData<scalar_t>& support,
                                    const EntryData<scalar_t>& query) const {
     scalar_t *record = records_ + block * record_size_, *rows = data(rows_);
-    return {record,
-            record + tower_.record_size,
-            inner_lr_.dim() == 0 ? 0 : 1,
-            data(user_part_) + t * inputs_.Du(),
+    return {record, inputs_.rates(record + tower_.record_size), data(user_part_) + t * inputs_.Du(),
             inputs_.first_order ? nullptr : rows + support.begin(t) * inputs_.D(),
             rows + (query_begin_ + query.begin(t)) * inputs_.D()};
   }

@@ -12,7 +12,7 @@ struct LayerStep {
   scalar_t *weight, *transposed, *bias;  // before the step, l ≥ 2
   scalar_t *hidden, *slope;              // H_l, σ'(Z_l), l < L
   scalar_t* bend;                        // of gelu, (Δ_{l+1} W_{l+1}) ∘ σ''(Z_l)
-  scalar_t* delta;                       // Δ_l
+  scalar_t *delta, *sums;                // Δ_l, 1ᵀ Δ_l
 };
 
 template <typename scalar_t>
@@ -126,6 +126,7 @@ class TowerPath {
       const int64_t size = rows * layer.out_stride;
       mine = {};
       mine.delta = arena_.take(size);
+      mine.sums = k < K_ ? arena_.take_zeros(layer.out_stride) : nullptr;
       if (l < L_) {
         mine.hidden = arena_.take(size);
         mine.slope = arena_.take(size);
@@ -146,7 +147,7 @@ class TowerPath {
 
   // G, G_q, X W_1ᵀ + b_1 and A_0.
   void multiply_inputs() {
-    const scalar_t shift = 1 + dot(user_, user_, tower_.user.in_stride);
+    const scalar_t shift = dot(user_, user_, tower_.user.in_stride);
     scalar_t* columns = arena_.take(D_ * width_);
     transpose(S_.items, D_, S_.rows, D_, columns, width_);
     scalar_t* shifts = arena_.take(width_);
@@ -254,21 +255,40 @@ class TowerPath {
     }
     put_column(scores_, S_, at(k, L_).delta);
     down(k, S_.rows);
+    update(k);
+  }
 
-    const scalar_t rate = settings_.inner_lr[k];
-    if (!is_large())
-      for (int64_t i = 0; i < S_.rows * n_; i += kLanes<scalar_t>)
-        store(A(k + 1) + i) = load(A(k) + i) + rate * load(at(k, 1).delta + i);
-    for (int64_t l = lowest_; l <= L_; ++l) {
+  // φ_{k+1}
+  void update(int64_t k) {
+    for (int64_t l = 1; l <= L_; ++l) {
       const Layer& layer = this->layer(l);
       const LayerStep<scalar_t>&now = at(k, l), &next = at(k + 1, l);
+      const scalar_t rate = settings_.inner_lr.weight(k, l),
+                     bias_rate = settings_.inner_lr.bias(k, l);
+      add_row_sums(now.delta, S_.count, layer.out_stride, scalar_t{1}, now.sums);
+      if (l < lowest_) {
+        update_first(k, rate, bias_rate);
+        continue;
+      }
       outer(layer, now.delta, hidden(k, l - 1), S_.count, -rate, {now.weight, layer.in_stride},
             next.weight);
       if (layer.out > 1)
         transpose(next.weight, layer.in_stride, layer.out, layer.in, next.transposed,
                   layer.out_stride);
-      std::copy_n(now.bias, layer.out_stride, next.bias);
-      add_row_sums(now.delta, S_.count, layer.out_stride, -rate, next.bias);
+      for (int64_t i = 0; i < layer.out_stride; i += kLanes<scalar_t>)
+        store(next.bias + i) = load(now.bias + i) - bias_rate * load(now.sums + i);
+    }
+  }
+
+  // A_{k+1}, and the bias of layer 1 where it has been added already.
+  void update_first(int64_t k, scalar_t rate, scalar_t bias_rate) {
+    const LayerStep<scalar_t>& now = at(k, 1);
+    for (int64_t i = 0; i < S_.rows * n_; i += kLanes<scalar_t>)
+      store(A(k + 1) + i) = load(A(k) + i) + rate * load(now.delta + i);
+    for (int64_t i = 0; i < n_; i += kLanes<scalar_t>) {
+      const Vector<scalar_t> change = bias_rate * load(now.sums + i);
+      store(from_user_ + i) -= change;
+      for (int64_t s = 0; s < S_.rows; ++s) store(first_ + s * n_ + i) -= change;
     }
   }
 
@@ -280,9 +300,9 @@ class TowerPath {
   const int64_t L_, K_, lowest_;      // layers, steps, the first layer with weights of its own
   const int64_t D_, n_;               // strides of item rows and of layer 1
   const int64_t width_;               // stride of G, and of numbers by support entry
-  scalar_t *user_, *from_user_;       // u; b_1 + W_1 u
+  scalar_t *user_, *from_user_;       // u; b_1 of the step + W_1 u
   scalar_t *gram_, *cross_;           // G [S, S], G_q [Q, S]
-  scalar_t *first_, *coefficients_;   // X W_1ᵀ + b_1 [S, n_1], A_0 … A_K
+  scalar_t *first_, *coefficients_;   // X W_1ᵀ + b_1 of the step [S, n_1], A_0 … A_K
   scalar_t *inputs_, *query_inputs_;  // of a large task: X, X_q, users' part included
   scalar_t *curvatures_, *scores_;    // c ℓ''(p) [K, S], scratch [S]
 };

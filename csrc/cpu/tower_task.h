@@ -6,24 +6,26 @@
 //     Δ_L = c ∘ ℓ'(p, y)            Δ_l = (Δ_{l+1} W_{l+1}) ∘ σ'(Z_l)            c = w/S
 //     W_l ← W_l − s_k Δ_lᵀ H_{l−1}      b_l ← b_l − s_k 1ᵀ Δ_l                   K times
 //
+// with a rate s_k for each tensor: below, that of the W_l or b_l whose gradient it stands beside.
 // The inputs of layer 1 stay, so its weights are never copied: after k steps they are W_1 − A_kᵀ X,
-// with A_{k+1} = A_k + s_k Δ_1 [S, n_1], and with G = X Xᵀ + 1 (the bias)
+// with A_{k+1} = A_k + s_k Δ_1 [S, n_1], and with G = X Xᵀ
 //
 //     Z_1 = X W_1ᵀ + b_1 − G A_k        of the query  Z_1 = X_q W_1ᵀ + b_1 − G_q A_K,  G_q = X_q Xᵀ
-//     + 1
 //
 // The query's Δ are found in the same way from dL/dp. Then, with M_l, m_l the gradients of W_l, b_l
 // after the last step (l ≥ 2) and Ā that of A,
 //
 //     M_l = Δ_q,lᵀ H_q,l−1      m_l = 1ᵀ Δ_q,l      Ā = −G_qᵀ Δ_q,1      Ḡ_q = −Δ_q,1 A_Kᵀ
 //     for k = K−1 … 0, everything of step k:
-//         D_l = −s_k U_l,  U_l = H_{l−1} M_lᵀ + m_l,  l ≥ 2;      D_1 = s_k Ā      (gradients of
-//         Δ_l) s̄_k = Ā·Δ_1 − Σ_{l≥2} U_l·Δ_l H̄_{l−1} = −s_k Δ_l M_l l = 1 … L−1:  E = D_l ∘ σ'(Z_l)
-//         D_{l+1} += E W_{l+1}ᵀ      M_{l+1} += Δ_{l+1}ᵀ E Z̄_L = D_L ∘ c ∘ ℓ''(p) l = L … 2:
-//         H̄_{l−1} += Z̄_l W_l     M_l += Z̄_lᵀ H_{l−1}        m_l += 1ᵀ Z̄_l
+//         D_l = −s_k V_l − s_k 1 m_lᵀ,  V_l = H_{l−1} M_lᵀ,  V_1 = −Ā      (gradients of Δ_l)
+//         s̄_k = −V_l·Δ_l of W_l,  −m_l·(1ᵀ Δ_l) of b_l      H̄_{l−1} = −s_k Δ_l M_l
+//         l = 1 … L−1:  E = D_l ∘ σ'(Z_l)
+//                       D_{l+1} += E W_{l+1}ᵀ      M_{l+1} += Δ_{l+1}ᵀ E
+//         Z̄_L = D_L ∘ c ∘ ℓ''(p)
+//         l = L … 2:    H̄_{l−1} += Z̄_l W_l     M_l += Z̄_lᵀ H_{l−1}
 //                       Z̄_{l−1} = H̄_{l−1} ∘ σ'(Z_{l−1}) + D_{l−1} ∘ (Δ_l W_l) ∘ σ''(Z_{l−1})
-//         Ā −= G Z̄_1      Ḡ −= Z̄_1 A_kᵀ      Z̄ += Z̄_1
-//     W̄_l = M_l, b̄_l = m_l;     W̄_1 = Z̄ᵀ X + Δ_q,1ᵀ X_q,   b̄_1 = 1ᵀ Z̄ + 1ᵀ Δ_q,1
+//         m_l += 1ᵀ Z̄_l      Ā −= G Z̄_1      Ḡ −= Z̄_1 A_kᵀ      Z̄ += Z̄_1
+//     W̄_l = M_l, b̄_l = m_l;     W̄_1 = Z̄ᵀ X + Δ_q,1ᵀ X_q
 //     X̄_q = Δ_q,1 W_1 + Ḡ_q X        X̄ = Z̄ W_1 + (Ḡ + Ḡᵀ) X + Ḡ_qᵀ X_q
 //
 // Where S > 2 n_0 that costs more than it saves, S² numbers above all: layer 1 of such a task has
@@ -40,12 +42,11 @@ namespace metarec_fast::cpu {
 // Where the gradients of a task go.
 template <typename scalar_t>
 struct TowerGradients {
-  scalar_t* record;    // of a block of tasks, added to
-  scalar_t* inner_lr;  // the same, by step or (stride 0) of all
-  int64_t inner_lr_stride;
-  scalar_t* user;          // [Du]
-  scalar_t* support_rows;  // [S, D], or nullptr
-  scalar_t* query_rows;    // [Q, D]
+  scalar_t* record;               // of a block of tasks, added to
+  TowerRates<scalar_t> inner_lr;  // the same
+  scalar_t* user;                 // [Du]
+  scalar_t* support_rows;         // [S, D], or nullptr
+  scalar_t* query_rows;           // [Q, D]
 };
 
 template <typename scalar_t>
@@ -61,7 +62,7 @@ class TowerTask : public TowerPath<scalar_t> {
     down(K_, Q_.rows);
     begin_adjoint();
     for (int64_t k = K_ - 1; k >= 0; --k) {
-      grads.inner_lr[k * grads.inner_lr_stride] += undo_update(k);
+      undo_update(k, grads.inner_lr);
       if (!settings_.first_order) undo_gradient(k);
     }
     finish(grads);
@@ -84,12 +85,12 @@ class TowerTask : public TowerPath<scalar_t> {
       mine.of_delta = arena_.take(size);
       mine.of_score = arena_.take(size);
       if (l < L_) mine.scratch = arena_.take(size);
+      mine.bias = arena_.take_zeros(layer.out_stride);
+      add_row_sums(at(K_, l).delta, Q_.count, layer.out_stride, scalar_t{1}, mine.bias);
       if (l < lowest_) continue;
       mine.weight = arena_.take(layer.out * layer.in_stride);
       mine.transposed = arena_.take(layer.out == 1 ? 0 : layer.in_stride * layer.out_stride);
-      mine.bias = arena_.take_zeros(layer.out_stride);
       outer(layer, at(K_, l).delta, hidden(K_, l - 1), Q_.count, 1, {}, mine.weight);
-      add_row_sums(at(K_, l).delta, Q_.count, layer.out_stride, scalar_t{1}, mine.bias);
     }
     if (K_ == 0) return;
     if (is_large()) {
@@ -111,38 +112,47 @@ class TowerTask : public TowerPath<scalar_t> {
     grad_first_ = arena_.take_zeros(S_.rows * n_);
   }
 
-  // D_l, and H̄_{l−1} as far as it comes from the update of step k; returns s̄_k.
-  scalar_t undo_update(int64_t k) {
-    const scalar_t rate = settings_.inner_lr[k];
-    Vector<scalar_t> total = {};
-    for (int64_t l = lowest_; l <= L_; ++l) {
+  // D_l, H̄_{l−1} as far as it comes from the update of step k, and s̄_k, which is added.
+  void undo_update(int64_t k, const TowerRates<scalar_t>& grad_rates) {
+    for (int64_t l = 1; l <= L_; ++l) {
       const Layer& layer = this->layer(l);
+      const LayerStep<scalar_t>& now = at(k, l);
       auto& mine = grad_weights_[l];
+      const scalar_t rate = settings_.inner_lr.weight(k, l);
+      grad_rates.bias(k, l) -= dot(mine.bias, now.sums, layer.out_stride);
+      if (l < lowest_) {
+        undo_rate(k, l, grad_coefficients_, /*sign=*/-1, grad_rates);
+        continue;
+      }
       if (layer.out > 1)
         transpose(mine.weight, layer.in_stride, layer.out, layer.in, mine.transposed,
                   layer.out_stride);
-      times_transposed(layer, hidden(k, l - 1), S_.rows, mine.weight, mine.transposed, 1,
-                       {mine.bias, 0}, mine.of_delta);
-      for (int64_t i = 0; i < S_.rows * layer.out_stride; i += kLanes<scalar_t>) {
-        Vector<scalar_t>& here = store(mine.of_delta + i);
-        total -= here * load(at(k, l).delta + i);
-        here *= -rate;
-      }
+      times_transposed(layer, hidden(k, l - 1), S_.rows, mine.weight, mine.transposed, 1, {},
+                       mine.of_delta);
+      undo_rate(k, l, mine.of_delta, /*sign=*/1, grad_rates);
       if (settings_.first_order) continue;
-      if (l > 1)
-        times(layer, at(k, l).delta, S_.rows, mine.weight, -rate, {},
-              grad_weights_[l - 1].of_score);
-      else
-        times(layer, at(k, 1).delta, S_.rows, mine.weight, -rate, {grad_inputs_, layer.in_stride},
-              grad_inputs_);
+      scalar_t* grad = l > 1 ? grad_weights_[l - 1].of_score : grad_inputs_;
+      const Start<scalar_t> start{l > 1 ? nullptr : grad, layer.in_stride};
+      times(layer, now.delta, S_.rows, mine.weight, -rate, start, grad);
     }
-    if (is_large()) return sum_lanes<scalar_t>(total);
-    for (int64_t i = 0; i < S_.rows * n_; i += kLanes<scalar_t>) {
-      const Vector<scalar_t> here = load(grad_coefficients_ + i);
-      total += here * load(at(k, 1).delta + i);
-      store(grad_weights_[1].of_delta + i) = rate * here;
-    }
-    return sum_lanes<scalar_t>(total);
+  }
+
+  // D_l and s̄_k of W_l, given V_l, or −V_l.
+  void undo_rate(int64_t k, int64_t l, const scalar_t* products, scalar_t sign,
+                 const TowerRates<scalar_t>& grad_rates) {
+    const int64_t width = layer(l).out_stride;
+    const scalar_t rate = -sign * settings_.inner_lr.weight(k, l),
+                   bias_rate = settings_.inner_lr.bias(k, l);
+    const scalar_t *delta = at(k, l).delta, *bias = grad_weights_[l].bias;
+    scalar_t* of_delta = grad_weights_[l].of_delta;
+    Vector<scalar_t> total = {};
+    for (int64_t s = 0, i = 0; s < S_.rows; ++s)
+      for (int64_t o = 0; o < width; o += kLanes<scalar_t>, i += kLanes<scalar_t>) {
+        const Vector<scalar_t> here = load(products + i);
+        total += here * load(delta + i);
+        store(of_delta + i) = rate * here - bias_rate * load(bias + o);
+      }
+    grad_rates.weight(k, l) -= sign * sum_lanes<scalar_t>(total);
   }
 
   // From D_l and H̄_{l−1} through step k's gradient to its weights. `of_score` is H̄, then Z̄.
@@ -177,14 +187,14 @@ class TowerTask : public TowerPath<scalar_t> {
         for (int64_t i = 0; i < S_.rows * layer.in_stride; i += kLanes<scalar_t>)
           store(below.of_score + i) += load(below.of_delta + i) * load(inside.bend + i);
     }
-    const scalar_t* grad = grad_weights_[1].of_score;
+    const auto& mine = grad_weights_[1];
+    const scalar_t* grad = mine.of_score;
+    add_row_sums(grad, S_.count, n_, scalar_t{1}, mine.bias);
     if (is_large()) {
       const Layer& first = tower_.whole;
-      const auto& mine = grad_weights_[1];
       times(first, grad, S_.rows, at(k, 1).weight, 1, {grad_inputs_, first.in_stride},
             grad_inputs_);
       outer(first, grad, inputs_, S_.count, 1, {mine.weight, first.in_stride}, mine.weight);
-      add_row_sums(grad, S_.count, n_, scalar_t{1}, mine.bias);
       return;
     }
     for (int64_t i = 0; i < S_.rows * n_; i += kLanes<scalar_t>)
@@ -202,20 +212,17 @@ class TowerTask : public TowerPath<scalar_t> {
     const Layer &item = tower_.item, &user = tower_.user;
     const scalar_t* delta = at(K_, 1).delta;
     const bool whole = K_ > 0 && !settings_.first_order;  // the support has gradients too
-    for (int64_t l = 2; l <= L_; ++l) {
+    for (int64_t l = 1; l <= L_; ++l) {
       const Layer& layer = tower_[l];
       const auto& mine = grad_weights_[l];
-      add_to(mine.weight, layer.out * layer.in_stride, grads.record + layer.weight_at);
       add_to(mine.bias, layer.out_stride, grads.record + layer.bias_at);
+      if (l > 1) add_to(mine.weight, layer.out * layer.in_stride, grads.record + layer.weight_at);
     }
     if (is_large()) return finish_large(grads);
     scalar_t* weight = grads.record + item.weight_at;
     outer(item, delta, Q_.items, Q_.count, 1, {weight, D_}, weight);
     if (whole) outer(item, grad_first_, S_.items, S_.count, 1, {weight, D_}, weight);
-    scalar_t* sums = arena_.take_zeros(n_);  // over all entries
-    add_row_sums(delta, Q_.count, n_, scalar_t{1}, sums);
-    if (whole) add_row_sums(grad_first_, S_.count, n_, scalar_t{1}, sums);
-    add_to(sums, n_, grads.record + item.bias_at);
+    const scalar_t* sums = grad_weights_[1].bias;  // over all entries
     scalar_t* user_weight = grads.record + user.weight_at;
     product({sums, 1, 0}, user.out, user_, user.in_stride, 1, user.in_stride, 1,
             {user_weight, user.in_stride}, user_weight, user.in_stride);
@@ -258,7 +265,6 @@ class TowerTask : public TowerPath<scalar_t> {
       add(row, user.in, grads.record + user.weight_at + o * user.in_stride);
       add(row + user.in, item.in, grads.record + item.weight_at + o * item.in_stride);
     }
-    add_to(mine.bias, n_, grads.record + item.bias_at);
 
     scalar_t* rows = arena_.take(Q_.rows * whole.in_stride);
     times(whole, at(K_, 1).delta, Q_.rows, at(K_, 1).weight, 1, {}, rows);
