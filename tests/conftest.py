@@ -5,9 +5,10 @@ import pytest
 import torch
 
 OPERATORS_AND_LEARNERS = {
-    "test_adapt_and_score", "test_autocast", "test_checkpoint", "test_full_adaptation",
-    "test_learners", "test_meta_step", "test_models", "test_optim", "test_pairwise_learners", "test_pairwise_losses",
-    "test_reptile_step", "test_score_top_k", "test_serving", "test_sum_rows", "test_training",
+    "test_adapt_and_score", "test_autocast", "test_checkpoint", "test_full_adaptation", "test_learners",
+    "test_meta_step", "test_mlp_adapt_and_score", "test_mlp_meta_step", "test_models", "test_optim",
+    "test_pairwise_learners", "test_pairwise_losses", "test_reptile_step", "test_score_top_k", "test_serving",
+    "test_sum_rows", "test_training",
 }  # fmt: skip
 """Modules whose tests make their tensors on the device; all others are about something on the CPU, and stay there."""
 DEVICE_FIRST = OPERATORS_AND_LEARNERS | {"test_cuda", "test_compile", "test_transfer", "test_library"}
