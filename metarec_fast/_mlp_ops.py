@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from metarec_fast import _library
-from metarec_fast._arguments import OUTER_LOSSES, PAIRWISE
+from metarec_fast._arguments import OUTER_LOSSES
 from metarec_fast._mlp_arguments import Tower, TowerLoop
 from metarec_fast._ops import call
 from metarec_fast.results import SparseRows, TowerMetaStep
@@ -23,7 +22,6 @@ ops = torch.ops.metarec_fast
 
 def adapt_and_score(tower: Tower, batch: TaskBatch, loop: TowerLoop) -> Tensor:
     assert batch.query is not None
-    _check_available(tower, loop)
     inputs = _inputs(tower, batch.support)
     result: Tensor = ops.mlp_adapt_and_score(*inputs, batch.query.items, batch.query.offsets, *_loop(tower, loop))
     return result
@@ -32,7 +30,6 @@ def adapt_and_score(tower: Tower, batch: TaskBatch, loop: TowerLoop) -> Tensor:
 def meta_step(tower: Tower, batch: TaskBatch, loop: TowerLoop, losses: dict[str, float]) -> TowerMetaStep:
     query = batch.query
     assert query is not None
-    _check_available(tower, loop, losses)
     inputs = _inputs(tower, batch.support)
     loss, user_part, parameters, inner_lr, rows, ids = call(
         ops.mlp_meta_step.default, (*inputs[:4], loop.inner_lr), *inputs,
@@ -46,15 +43,6 @@ def meta_step(tower: Tower, batch: TaskBatch, loop: TowerLoop, losses: dict[str,
         first = last
     grads = {"user_part": user_part, "item_table": SparseRows(ids, rows), "layers": layers, "inner_lr": inner_lr}
     return TowerMetaStep(loss, grads)
-
-
-def _check_available(tower: Tower, loop: TowerLoop, losses: Iterable[str] = ()) -> None:
-    for missing, is_wanted in {
-        "item_bias": tower.item_bias is not None,
-        "losses of pairs": any(loss in PAIRWISE for loss in (loop.loss, *losses)),
-    }.items():
-        if is_wanted:
-            raise NotImplementedError(f"{missing}: the tower's kernels do not know them yet")
 
 
 def _inputs(tower: Tower, support: Entries) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from problems import Draw
-from towers import draw_tower
+from towers import draw_tower, gradients_of
 
 from metarec_fast import _library
 from metarec_fast import functional as F
@@ -40,10 +40,16 @@ def results(dtype):
             found += [run.loss, *gradients]
         for activation in ("relu", "gelu"):
             tower = draw_tower(draw, (2 * dim, 9), dim=dim, activation=activation)
-            rates = {"inner_lr": 0.02, "activation": activation, "loss": "logistic"}
-            run = F.mlp_meta_step(tower.user_part, tower.item_table, tower.layers, batch, **rates)
-            layers = [part for layer in run.grads["layers"] for part in layer]
-            found += [run.loss, run.grads["user_part"], run.grads["item_table"].rows, run.grads["inner_lr"], *layers]
+            parts = tower.user_part, tower.item_table, tower.layers
+            rates = {"inner_lr": 0.02 * draw.uniform(5, 6), "activation": activation}
+            mixture = {"bpr": 0.5, "softmax": 0.5}
+            runs = [
+                F.mlp_meta_step(*parts, batch, loss="logistic", **rates),
+                F.mlp_meta_step(*parts, draw.batch(negatives=3), loss="bpr", outer_loss=mixture, **rates),
+                F.mlp_meta_step(*parts, pairs, loss="softmax", outer_loss=mixture, **rates),
+            ]
+            for run in runs:
+                found += [run.loss, *gradients_of(run)]
         users = draw.normal(3, dim)
         found += [*F.score_top_k(users, users[:, 0], *arguments[1:], k=4)]
     return [tensor.detach() for tensor in found]

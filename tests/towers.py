@@ -71,11 +71,15 @@ def gradients_of(result: TowerMetaStep) -> list[Tensor]:
 def compare_with_reference(
     tower: Tower, batch: TaskBatch, loop: TowerLoop, losses: dict[str, float] = SQUARED, tolerance: float = 1e-10
 ) -> None:
-    """The kernels' loss and every gradient against autograd through the reference, in float64."""
+    """The kernels' loss and every gradient against autograd through the reference, in float64.
+
+    What differences of scores do not depend on, the last bias say, has a gradient that is zero but for rounding.
+    """
     actual = _mlp_ops.meta_step(tower, batch, loop, losses)
     expected = mlp_reference.meta_step(tower, batch, loop, losses)
     assert relative_error(actual.loss, expected.loss) < tolerance
-    for place, pair in enumerate(zip(gradients_of(actual), gradients_of(expected), strict=True)):
-        assert relative_error(*pair) < tolerance, place
+    for place, (one, other) in enumerate(zip(gradients_of(actual), gradients_of(expected), strict=True)):
+        zero = other.numel() > 0 and other.abs().max() < 1e-14
+        assert (one.abs().max() < 1e-14) if zero else relative_error(one, other) < tolerance, place
     assert torch.equal(actual.grads["item_table"].ids, expected.grads["item_table"].ids)
     assert torch.isfinite(expected.loss)

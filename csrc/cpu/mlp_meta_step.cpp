@@ -46,7 +46,8 @@ MlpMetaStepTuple mlp_meta_step_cpu(
       return tensor ? tensor->const_data_ptr<scalar_t>() : nullptr;
     };
     const TowerBatch<scalar_t> batch(inputs);
-    const QueryLoss<scalar_t> outer{outer_loss, data(asked), data(entry_weights), nullptr};
+    const QueryLoss<scalar_t> outer{outer_loss, data(asked), data(entry_weights),
+                                    batch.query.log_q};
     const scalar_t* omega = data(omegas);
     double total = 0;
     for (int64_t t = 0; t < inputs.T(); ++t)
@@ -57,13 +58,14 @@ MlpMetaStepTuple mlp_meta_step_cpu(
     const TowerSums<scalar_t> sums(inputs, batch.tower, blocks.size());
     const auto judge = [&](int64_t block, int64_t t, TowerTask<scalar_t>& task,
                            Arena<scalar_t>& arena) {
-      const int64_t begin = batch.query.begin(t), count = batch.query.size(t);
-      scalar_t *scores = arena.take(count), *grad_scores = arena.take(count);
+      const int64_t begin = batch.query.begin(t), count = batch.query.size(t),
+                    group = batch.query.candidates();
+      scalar_t *scores = arena.take(count * group), *grad_scores = arena.take(count * group);
       task.score(scores);
       const scalar_t share = normaliser * (omega == nullptr ? scalar_t{1} : omega[t]) /
                              outer.total(begin, begin + count);
-      sums.add_loss(
-          block, judge_query(outer, scores, begin, count, /*group=*/1, share, arena, grad_scores));
+      sums.add_loss(block,
+                    judge_query(outer, scores, begin, count, group, share, arena, grad_scores));
       task.adjoint(grad_scores, sums.of_task(block, t, batch.support, batch.query));
     };
     batch.run(blocks, judge, [&](int64_t t) { sums.add_nothing(t, batch.support); });

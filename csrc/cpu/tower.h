@@ -110,22 +110,31 @@ struct TowerSettings {
   int64_t steps;
   TowerRates<const scalar_t> inner_lr;
   Activation activation;
-  Loss loss;
   bool first_order;
 };
 
-// Rows [count, D] of a task's items and what is known of them.
+// Of a task, all candidates of its entries: rows and biases of their items.
 template <typename scalar_t>
 struct TowerEntries {
-  int64_t count, rows;  // rows: count up to a multiple of kRowsAtOnce
-  scalar_t* items;      // [rows, D]
+  int64_t count, rows;         // rows: count up to a multiple of kRowsAtOnce
+  scalar_t* items;             // [rows, D]
+  scalar_t* biases = nullptr;  // [count], if there are any
 
-  TowerEntries(const ItemTable<scalar_t>& table, const int64_t* ids, int64_t count_in,
-               int64_t stride, Arena<scalar_t>& arena)
-      : count(count_in), rows((count + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce) {
+  TowerEntries(const ItemTable<scalar_t>& table, const scalar_t* item_bias,
+               const EntryData<scalar_t>& entries, int64_t task, int64_t stride,
+               Arena<scalar_t>& arena)
+      : count(entries.size(task) * entries.candidates()),
+        rows((count + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce) {
     items = arena.take(rows * stride);
-    for (int64_t i = 0; i < count; ++i) table.read(ids[i], items + i * stride);
-    std::fill(items + count * stride, items + rows * stride, scalar_t{0});
+    if (item_bias != nullptr) biases = arena.take(count);
+    scalar_t* row = items;
+    for (int64_t entry = entries.begin(task); entry < entries.begin(task + 1); ++entry)
+      for (int64_t j = 0; j < entries.candidates(); ++j, row += stride) {
+        const int64_t item = entries.candidate(entry, j);
+        table.read(item, row);
+        if (item_bias != nullptr) biases[(row - items) / stride] = item_bias[item];
+      }
+    std::fill(row, items + rows * stride, scalar_t{0});
   }
 };
 

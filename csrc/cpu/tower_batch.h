@@ -19,11 +19,12 @@ class TowerBatch {
   explicit TowerBatch(const TowerInputs& inputs)
       : tower(inputs, largest(inputs.support)),
         settings{inputs.steps, inputs.rates(inputs.inner_lr.const_data_ptr<scalar_t>()),
-                 inputs.activation, inputs.loss, inputs.first_order},
+                 inputs.activation, inputs.first_order},
         support(entry_data<scalar_t>(inputs.support)),
         query(entry_data<scalar_t>(inputs.query)),
         inputs_(inputs),
         table_(inputs.item_table, inputs.D()),
+        item_bias_(inputs.item_bias ? inputs.item_bias->const_data_ptr<scalar_t>() : nullptr),
         targets_(inputs.targets ? inputs.targets->const_data_ptr<scalar_t>() : nullptr),
         weights_(inputs.weights ? inputs.weights->const_data_ptr<scalar_t>() : nullptr) {
     check_ragged("support", inputs.support, inputs.N());
@@ -33,7 +34,7 @@ class TowerBatch {
   // Records of all blocks together stay below kMostNumbers, if eight do.
   TaskBlocks blocks() const {
     const int64_t most = std::clamp<int64_t>(kMostNumbers / tower.record_size, 8, kMostTowerBlocks);
-    const int64_t cost = tower.record_size * (2 + 3 * inputs_.steps);
+    const int64_t cost = tower.record_size * (2 + 3 * inputs_.steps) * support.candidates();
     return TaskBlocks(inputs_.T(), support.offsets, query.offsets, cost, most);
   }
 
@@ -45,25 +46,15 @@ class TowerBatch {
       Arena<scalar_t>& arena = worker.arena;
       arena.reset();
       if (t + 1 < last) ask_for_rows(t + 1);
-      const int64_t begin = support.begin(t), count = support.size(t),
-                    stride = tower.item.in_stride;
-      const TowerEntries<scalar_t> known(table_, support.items + begin, count, stride, arena);
-      const TowerEntries<scalar_t> asked(table_, query.items + query.begin(t), query.size(t),
-                                         stride, arena);
-      scalar_t *targets = arena.take(count + kRowsAtOnce),
-               *shares = arena.take(count + kRowsAtOnce);
-      const int64_t width = padded<scalar_t>(count + kRowsAtOnce);
-      for (int64_t i = 0; i < width; ++i) {
-        const bool real = i < count;
-        targets[i] = real ? targets_[begin + i] : 0;
-        shares[i] =
-            real ? (weights_ == nullptr ? 1 : weights_[begin + i]) / static_cast<scalar_t>(count)
-                 : 0;
-      }
+      const int64_t stride = tower.item.in_stride;
+      const TowerEntries<scalar_t> known(table_, item_bias_, support, t, stride, arena);
+      const TowerEntries<scalar_t> asked(table_, item_bias_, query, t, stride, arena);
+      const TowerLoss<scalar_t> loss(inputs_.loss, support, support.begin(t), support.size(t),
+                                     targets_, weights_, arena);
       const scalar_t* user =
           inputs_.user_part.template const_data_ptr<scalar_t>() + t * inputs_.Du();
-      TowerTask<scalar_t> task(tower, settings, user, known, asked, arena, worker.path);
-      task.adapt(targets, shares);
+      TowerTask<scalar_t> task(tower, settings, loss, user, known, asked, arena, worker.path);
+      task.adapt();
       body(block, t, task, arena);
     });
   }
@@ -80,23 +71,26 @@ class TowerBatch {
     std::vector<LayerStep<scalar_t>> path;
   };
 
+  // Candidates of the largest task.
   static int64_t largest(const RaggedItems& entries) {
     const int64_t* offsets = entries.offsets.const_data_ptr<int64_t>();
     int64_t result = 0;
     for (int64_t t = 0; t < entries.num_tasks; ++t)
       result = std::max(result, offsets[t + 1] - offsets[t]);
-    return result;
+    return result * entries.candidates();
   }
 
   void ask_for_rows(int64_t t) const {
     for (const EntryData<scalar_t>* entries : {&support, &query})
       for (int64_t i = entries->begin(t); i < entries->begin(t + 1); ++i)
-        prefetch_row<false, 2>(table_.data + entries->items[i] * table_.row_bytes,
-                               table_.row_bytes);
+        for (int64_t j = 0; j < entries->candidates(); ++j)
+          prefetch_row<false, 2>(table_.data + entries->candidate(i, j) * table_.row_bytes,
+                                 table_.row_bytes);
   }
 
   const TowerInputs& inputs_;
   const ItemTable<scalar_t> table_;
+  const scalar_t* item_bias_;
   const scalar_t* targets_;
   const scalar_t* weights_;
 };
@@ -105,8 +99,11 @@ template <typename scalar_t>
 class TowerSums {
  public:
   TowerSums(const TowerInputs& inputs, const Tower<scalar_t>& tower, int64_t num_blocks)
-      : inputs_(inputs), tower_(tower), num_blocks_(num_blocks) {
-    const ItemRows places{inputs.support.size(), 0, inputs.query.size(), 0, !inputs.first_order};
+      : inputs_(inputs),
+        tower_(tower),
+        places_{inputs.support.size(), inputs.support.num_negatives(), inputs.query.size(),
+                inputs.query.num_negatives(), !inputs.first_order},
+        num_blocks_(num_blocks) {
     const Tensor& like = inputs.item_table;
     user_part_ = empty(like, inputs.dtype(), {inputs.T(), inputs.Du()});
     parameters_ = empty(like, inputs.dtype(), {inputs.parameters.size(0)});
@@ -114,9 +111,8 @@ class TowerSums {
     inner_lr_ = rates.dim() == 0   ? empty(like, inputs.dtype(), {})
                 : rates.dim() == 1 ? empty(like, inputs.dtype(), {rates.size(0)})
                                    : empty(like, inputs.dtype(), {rates.size(0), rates.size(1)});
-    rows_ = empty_result(like, inputs.dtype(), {places.size(), inputs.D()});
-    ids_ = row_ids(inputs.support, inputs.query, places);
-    query_begin_ = places.query_begin();
+    rows_ = empty_result(like, inputs.dtype(), {places_.size(), inputs.D()});
+    ids_ = row_ids(inputs.support, inputs.query, places_);
     loss_at_ = tower.record_size + padded<scalar_t>(inner_lr_.numel());
     record_size_ = loss_at_ + kLanes<scalar_t>;
     static thread_local Arena<scalar_t> kept;
@@ -127,18 +123,24 @@ class TowerSums {
   // Where the gradients of task t go.
   TowerGradients<scalar_t> of_task(int64_t block, int64_t t, const EntryData<scalar_t>& support,
                                    const EntryData<scalar_t>& query) const {
-    scalar_t *record = records_ + block * record_size_, *rows = data(rows_);
-    return {record, inputs_.rates(record + tower_.record_size), data(user_part_) + t * inputs_.Du(),
-            inputs_.first_order ? nullptr : rows + support.begin(t) * inputs_.D(),
-            rows + (query_begin_ + query.begin(t)) * inputs_.D()};
+    scalar_t* record = records_ + block * record_size_;
+    return {record,
+            inputs_.rates(record + tower_.record_size),
+            data(user_part_) + t * inputs_.Du(),
+            data(rows_),
+            places_,
+            inputs_.D(),
+            support.begin(t),
+            query.begin(t)};
   }
 
   // A task without a query, whose gradients are zero.
   void add_nothing(int64_t t, const EntryData<scalar_t>& support) const {
     std::fill_n(data(user_part_) + t * inputs_.Du(), inputs_.Du(), scalar_t{0});
-    if (!inputs_.first_order)
-      std::fill_n(data(rows_) + support.begin(t) * inputs_.D(), support.size(t) * inputs_.D(),
-                  scalar_t{0});
+    for (int64_t entry = support.begin(t); places_.support && entry < support.begin(t + 1); ++entry)
+      for (int64_t j = 0; j < support.candidates(); ++j)
+        std::fill_n(data(rows_) + places_.of_support(entry, j) * inputs_.D(), inputs_.D(),
+                    scalar_t{0});
   }
 
   void add_loss(int64_t block, scalar_t loss) const {
@@ -164,7 +166,8 @@ class TowerSums {
 
   const TowerInputs& inputs_;
   const Tower<scalar_t>& tower_;
-  int64_t num_blocks_, query_begin_, loss_at_, record_size_;
+  const ItemRows places_;
+  int64_t num_blocks_, loss_at_, record_size_;
   Tensor user_part_, parameters_, inner_lr_, rows_, ids_;
   scalar_t* records_;
 };

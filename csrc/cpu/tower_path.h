@@ -3,6 +3,7 @@
 
 #include "activation.h"
 #include "tower.h"
+#include "tower_loss.h"
 
 namespace metarec_fast::cpu {
 
@@ -21,11 +22,12 @@ class TowerPath {
   using Layer = typename Tower<scalar_t>::Layer;
 
   TowerPath(const Tower<scalar_t>& tower, const TowerSettings<scalar_t>& settings,
-            const scalar_t* user, const TowerEntries<scalar_t>& support,
-            const TowerEntries<scalar_t>& query, Arena<scalar_t>& arena,
-            std::vector<LayerStep<scalar_t>>& path)
+            const TowerLoss<scalar_t>& loss, const scalar_t* user,
+            const TowerEntries<scalar_t>& support, const TowerEntries<scalar_t>& query,
+            Arena<scalar_t>& arena, std::vector<LayerStep<scalar_t>>& path)
       : tower_(tower),
         settings_(settings),
+        loss_(loss),
         S_(support),
         Q_(query),
         arena_(arena),
@@ -42,8 +44,8 @@ class TowerPath {
     for (int64_t k = 0; k <= K_; ++k) allocate(k, k == K_ ? Q_.rows : S_.rows);
   }
 
-  // φ_1 … φ_K; targets and shares c are [S], filled up with zeros.
-  void adapt(const scalar_t* targets, const scalar_t* shares) {
+  // φ_1 … φ_K
+  void adapt() {
     from_user_ = arena_.take(n_);
     product({user_, 0, 1}, 1, tower_.user.transposed, n_, tower_.user.in, n_, 1,
             {tower_.item.bias, 0}, from_user_, n_);
@@ -56,7 +58,7 @@ class TowerPath {
     } else {
       multiply_inputs();
     }
-    for (int64_t k = 0; k < K_; ++k) step(k, targets, shares);
+    for (int64_t k = 0; k < K_; ++k) step(k);
   }
 
   // p of the query, [Q], by φ_K.
@@ -70,7 +72,7 @@ class TowerPath {
       if (K_ > 0)
         product({cross_, width_, 1}, Q_.rows, A(K_), n_, S_.count, n_, -1, {out, n_}, out, n_);
     }
-    put_scores(up(K_, out, Q_.rows), Q_.count, scores);
+    put_scores(up(K_, out, Q_.rows), Q_, scores);
   }
 
  protected:
@@ -228,8 +230,11 @@ class TowerPath {
 
   static constexpr int64_t kColumn = kLanes<scalar_t>;  // the stride of layer L's numbers
 
-  static void put_scores(const scalar_t* out, int64_t count, scalar_t* scores) {
-    for (int64_t i = 0; i < count; ++i) scores[i] = out[i * kColumn];
+  static void put_scores(const scalar_t* out, const TowerEntries<scalar_t>& entries,
+                         scalar_t* scores) {
+    for (int64_t i = 0; i < entries.count; ++i) scores[i] = out[i * kColumn];
+    if (entries.biases != nullptr)
+      for (int64_t i = 0; i < entries.count; ++i) scores[i] += entries.biases[i];
   }
   static void put_column(const scalar_t* numbers, const TowerEntries<scalar_t>& entries,
                          scalar_t* column) {
@@ -237,7 +242,7 @@ class TowerPath {
       store(column + i * kColumn) = first_lane(i < entries.count ? numbers[i] : scalar_t{0});
   }
 
-  void step(int64_t k, const scalar_t* targets, const scalar_t* shares) {
+  void step(int64_t k) {
     scalar_t* out = L_ == 1 ? at(k, 1).delta : at(k, 1).hidden;
     if (is_large())
       first_of_large(k, S_.rows, out);
@@ -245,14 +250,8 @@ class TowerPath {
       product({gram_, width_, 1}, S_.rows, A(k), n_, k == 0 ? 0 : S_.count, n_, -1, {first_, n_},
               out, n_);
     out = up(k, out, S_.rows);
-    std::fill(scores_ + S_.count, scores_ + width_, scalar_t{0});
-    put_scores(out, S_.count, scores_);
-    scalar_t* curvatures = curvatures_ + k * width_;
-    for (int64_t i = 0; i < width_; i += kLanes<scalar_t>) {
-      const Vector<scalar_t> share = load(shares + i), p = load(scores_ + i), y = load(targets + i);
-      differentiate_loss<VectorMath<scalar_t>, Vector<scalar_t>>(
-          settings_.loss, share, p, y, store(scores_ + i), store(curvatures + i));
-    }
+    put_scores(out, S_, scores_);
+    loss_.differentiate(scores_, curvatures_ + k * width_);
     put_column(scores_, S_, at(k, L_).delta);
     down(k, S_.rows);
     update(k);
@@ -294,6 +293,7 @@ class TowerPath {
 
   const Tower<scalar_t>& tower_;
   const TowerSettings<scalar_t>& settings_;
+  const TowerLoss<scalar_t>& loss_;
   const TowerEntries<scalar_t>&S_, &Q_;
   Arena<scalar_t>& arena_;
   std::vector<LayerStep<scalar_t>>& path_;  // [K + 1, L]; the last is the query by φ_K
@@ -304,7 +304,7 @@ class TowerPath {
   scalar_t *gram_, *cross_;           // G [S, S], G_q [Q, S]
   scalar_t *first_, *coefficients_;   // X W_1ᵀ + b_1 of the step [S, n_1], A_0 … A_K
   scalar_t *inputs_, *query_inputs_;  // of a large task: X, X_q, users' part included
-  scalar_t *curvatures_, *scores_;    // c ℓ''(p) [K, S], scratch [S]
+  scalar_t *curvatures_, *scores_;    // of the loss [K, S], scratch [S]
 };
 
 }  // namespace metarec_fast::cpu

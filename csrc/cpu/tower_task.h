@@ -1,9 +1,10 @@
 // An MLP tower whose weights adapt to each task, and the exact way back.
 //
-// Layers l = 1 … L, inputs H_0 = X [S, n_0] (user part and item row of every support entry):
+// Layers l = 1 … L, inputs H_0 = X [S, n_0] (user part and item row of the S candidates of the
+// support: its entries' items, and their negatives where the loss compares with them):
 //
 //     Z_l = H_{l−1} W_lᵀ + b_l      H_l = σ(Z_l), l < L      p = Z_L, one column
-//     Δ_L = c ∘ ℓ'(p, y)            Δ_l = (Δ_{l+1} W_{l+1}) ∘ σ'(Z_l)            c = w/S
+//     Δ_L = ∂L_S/∂p                 Δ_l = (Δ_{l+1} W_{l+1}) ∘ σ'(Z_l)
 //     W_l ← W_l − s_k Δ_lᵀ H_{l−1}      b_l ← b_l − s_k 1ᵀ Δ_l                   K times
 //
 // with a rate s_k for each tensor: below, that of the W_l or b_l whose gradient it stands beside.
@@ -21,7 +22,7 @@
 //         s̄_k = −V_l·Δ_l of W_l,  −m_l·(1ᵀ Δ_l) of b_l      H̄_{l−1} = −s_k Δ_l M_l
 //         l = 1 … L−1:  E = D_l ∘ σ'(Z_l)
 //                       D_{l+1} += E W_{l+1}ᵀ      M_{l+1} += Δ_{l+1}ᵀ E
-//         Z̄_L = D_L ∘ c ∘ ℓ''(p)
+//         Z̄_L = (∂²L_S/∂p²) D_L
 //         l = L … 2:    H̄_{l−1} += Z̄_l W_l     M_l += Z̄_lᵀ H_{l−1}
 //                       Z̄_{l−1} = H̄_{l−1} ∘ σ'(Z_{l−1}) + D_{l−1} ∘ (Δ_l W_l) ∘ σ''(Z_{l−1})
 //         m_l += 1ᵀ Z̄_l      Ā −= G Z̄_1      Ḡ −= Z̄_1 A_kᵀ      Z̄ += Z̄_1
@@ -32,7 +33,7 @@
 // weights of its own, as others have, and X̄ = Σ_k H̄_0, X̄_q = Δ_q,1 W_1.
 //
 // First order leaves out what is inside the loop, but for s̄_k, and X̄. Rows of all matrices are
-// filled up to a multiple of kRowsAtOnce; those have c = 0, so nothing comes from them.
+// filled up to a multiple of kRowsAtOnce, where Δ = 0, so that nothing comes from them.
 #pragma once
 
 #include "tower_path.h"
@@ -45,8 +46,18 @@ struct TowerGradients {
   scalar_t* record;               // of a block of tasks, added to
   TowerRates<scalar_t> inner_lr;  // the same
   scalar_t* user;                 // [Du]
-  scalar_t* support_rows;         // [S, D], or nullptr
-  scalar_t* query_rows;           // [Q, D]
+  scalar_t* rows;                 // of items [·, D], by `places`
+  const ItemRows& places;
+  int64_t dim, support_begin, query_begin;  // D; the task's first entries
+
+  scalar_t* support_row(int64_t candidate) const {
+    const int64_t group = 1 + places.support_negatives;
+    return rows + dim * places.of_support(support_begin + candidate / group, candidate % group);
+  }
+  scalar_t* query_row(int64_t candidate) const {
+    const int64_t group = 1 + places.query_negatives;
+    return rows + dim * places.of_query(query_begin + candidate / group, candidate % group);
+  }
 };
 
 template <typename scalar_t>
@@ -72,8 +83,9 @@ class TowerTask : public TowerPath<scalar_t> {
   using Base::at, Base::A, Base::is_large, Base::layer, Base::hidden, Base::curved, Base::down;
   using Base::L_, Base::K_, Base::lowest_, Base::D_, Base::n_, Base::width_;
   using Base::product, Base::times, Base::times_transposed, Base::outer, Base::put_column;
+  using Base::scores_, Base::kColumn;
   using Base::tower_, Base::settings_, Base::S_, Base::Q_, Base::arena_;
-  using Base::user_, Base::gram_, Base::cross_, Base::inputs_, Base::curvatures_, Base::kColumn;
+  using Base::user_, Base::gram_, Base::cross_, Base::inputs_, Base::loss_, Base::curvatures_;
 
   // The gradients of what the last step left.
   void begin_adjoint() {
@@ -169,9 +181,9 @@ class TowerTask : public TowerPath<scalar_t> {
             next.weight);
     }
     const auto& last = grad_weights_[L_];
-    for (int64_t i = 0; i < S_.rows; ++i)
-      store(last.of_score + i * kColumn) =
-          first_lane(last.of_delta[i * kColumn] * curvatures_[k * width_ + i]);
+    for (int64_t i = 0; i < S_.count; ++i) scores_[i] = last.of_delta[i * kColumn];
+    loss_.bend(curvatures_ + k * width_, scores_);
+    put_column(scores_, S_, last.of_score);
     for (int64_t l = L_; l >= 2; --l) {
       const Layer& layer = tower_[l];
       const auto &mine = grad_weights_[l], &below = grad_weights_[l - 1];
@@ -241,11 +253,11 @@ class TowerTask : public TowerPath<scalar_t> {
         store(grad_user + i) += shift * load(user_ + i);
     }
     copy_out(grad_user, user.in, grads.user);
-    for (int64_t i = 0; i < Q_.count; ++i)
-      copy_out(rows + i * D_, item.in, grads.query_rows + i * item.in);
-    if (grads.support_rows == nullptr || S_.count == 0) return;
+    for (int64_t i = 0; i < Q_.count; ++i) copy_out(rows + i * D_, item.in, grads.query_row(i));
+    if (!grads.places.support || S_.count == 0) return;
     if (!whole) {
-      std::fill_n(grads.support_rows, S_.count * item.in, scalar_t{0});
+      for (int64_t i = 0; i < S_.count; ++i)
+        std::fill_n(grads.support_row(i), item.in, scalar_t{0});
       return;
     }
     times(item, grad_first_, S_.rows, item.weight, 1, {}, rows);
@@ -253,8 +265,7 @@ class TowerTask : public TowerPath<scalar_t> {
          {std::tuple(grad_gram_, width_, int64_t{1}), std::tuple(grad_gram_, int64_t{1}, width_)})
       product({left, row, column}, S_.rows, S_.items, D_, S_.count, D_, 1, {rows, D_}, rows, D_);
     product({grad_cross_, 1, width_}, S_.rows, Q_.items, D_, Q_.count, D_, 1, {rows, D_}, rows, D_);
-    for (int64_t i = 0; i < S_.count; ++i)
-      copy_out(rows + i * D_, item.in, grads.support_rows + i * item.in);
+    for (int64_t i = 0; i < S_.count; ++i) copy_out(rows + i * D_, item.in, grads.support_row(i));
   }
 
   void finish_large(const TowerGradients<scalar_t>& grads) {
@@ -269,14 +280,13 @@ class TowerTask : public TowerPath<scalar_t> {
     scalar_t* rows = arena_.take(Q_.rows * whole.in_stride);
     times(whole, at(K_, 1).delta, Q_.rows, at(K_, 1).weight, 1, {}, rows);
     std::fill_n(grads.user, user.in, scalar_t{0});
-    const auto put = [&](const scalar_t* from, int64_t count, scalar_t* result) {
-      for (int64_t i = 0; i < count; ++i, from += whole.in_stride) {
-        add(from, user.in, grads.user);
-        std::copy_n(from + user.in, item.in, result + i * item.in);
-      }
+    const auto put = [&](const scalar_t* from, scalar_t* result) {
+      add(from, user.in, grads.user);
+      std::copy_n(from + user.in, item.in, result);
     };
-    put(rows, Q_.count, grads.query_rows);
-    if (grads.support_rows != nullptr) put(grad_inputs_, S_.count, grads.support_rows);
+    for (int64_t i = 0; i < Q_.count; ++i) put(rows + i * whole.in_stride, grads.query_row(i));
+    for (int64_t i = 0; grads.places.support && i < S_.count; ++i)
+      put(grad_inputs_ + i * whole.in_stride, grads.support_row(i));
   }
 
   static void add_to(const scalar_t* from, int64_t count, scalar_t* result) {
