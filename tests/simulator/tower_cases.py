@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ MIXTURE = {"squared": 0.5, "logistic": 0.25, "absolute": 0.25}
 def adapting_towers(dtype: torch.dtype, dim: int, sizes: tuple[int, ...]) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Supports of more than twice an input's width have a first layer of their own; for narrow rows there is one."""
     for name, tower, batch, loop in _problems(dtype, dim, sizes):
-        yield f"mlp_meta_step, {name}", lambda t=tower, b=batch, l=loop: _mlp_ops.meta_step(t, b, l, MIXTURE)
+        outer = {loop.loss: 1.0} if batch.support.negatives is not None else MIXTURE
+        yield f"mlp_meta_step, {name}", lambda t=tower, b=batch, l=loop, o=outer: _mlp_ops.meta_step(t, b, l, o)
         yield f"mlp_adapt_and_score, {name}", lambda t=tower, b=batch, l=loop: differentiated(t, b, l)
 
 
@@ -44,6 +46,9 @@ def _problems(
     yield "several tiles", tower((70, 33), user_width=0), draw.batch(sizes, (4, 35, 0, 7, 1, 0)), loop(1)
     rates = {"inner_lr": 0.01 * draw.uniform(2, 6)}
     yield "rates of tensors", tower(activation="gelu"), draw.batch(sizes), loop(**rates)
+    for loss in ("bpr", "softmax"):
+        pairs = draw.batch(sizes, negatives=2, log_q=loss == "softmax", weights=True)
+        yield loss, replace(tower(), item_bias=draw.normal(60)), pairs, loop(loss=loss)
     yield "no step", tower(), draw.batch(sizes), loop(0)
     yield "many tasks", tower(num_tasks=16), draw.batch(sizes[:2] * 8), loop()
 
