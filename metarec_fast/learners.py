@@ -96,7 +96,7 @@ class Learner(nn.Module):
         # Tables of features, which DistributedDataParallel would send around before every step.
         self._ddp_params_and_buffers_to_ignore = [
             f"model.{name}.{buffer}"
-            for name, part in model.named_modules() if isinstance(part, FeatureEncoder)
+            for name, part in model.named_modules() if isinstance(part, (FeatureEncoder, MLPRecommender))
             for buffer, _ in part.named_buffers()
         ]  # fmt: skip
         self.tasks: ModuleTasks | None = None  # where the model is any module
@@ -432,6 +432,11 @@ class MetaSGD(Learner):
 
     Args:
         inner_lr: Where all step sizes start. The other arguments are those of `MAML`.
+        rates: What has a step size of its own: "weight", each coordinate; or of a module "tensor", each weight matrix
+            and bias vector that adapts, or "step", each of them in each step (MAML++, Antoniou et al. 2019).
+
+    Raises:
+        ValueError, TypeError: An argument does not fit; the message names it.
     """
 
     name = "meta-sgd"
@@ -445,26 +450,37 @@ class MetaSGD(Learner):
         first_order: bool = False,
         adapt: str | Sequence[str] = "user",
         outer_loss: OuterLoss | None = None,
+        rates: str = "weight",
     ) -> None:
         super().__init__(
             model, inner_lr=inner_lr, inner_steps=inner_steps, first_order=first_order, adapt=adapt,
-            outer_loss=outer_loss,
+            outer_loss=outer_loss, rates=rates,
         )  # fmt: skip
-        start = math.log(inner_lr)
+        kinds = ("weight",) if self.tasks is None else ("weight", "tensor", "step")
+        if rates not in kinds:
+            kind = "a DotRecommender" if self.tasks is None else "a module"
+            raise ValueError(f"rates: expected one of {', '.join(kinds)} of {kind}, got {rates!r}")
+        self.rates_of, start = rates, math.log(inner_lr)
         if self.tasks is None:
             self.log_rates: Any = nn.Parameter(self.model.user_init.new_full((self.model.dim + 1,), start))
         else:
-            self.log_rates = nn.ParameterList(nn.Parameter(torch.full_like(p, start)) for p in self.tasks.parameters())
+            shapes: dict[str, Any] = {"tensor": (), "step": (inner_steps,)}
+            self.log_rates = nn.ParameterList(
+                nn.Parameter(p.new_full(shapes.get(rates, p.shape), start)) for p in self.tasks.parameters()
+            )
         self._check()
 
     @property
     def rates(self) -> Any:
-        """The step size of each coordinate, the user bias last, [D + 1]; of a module, of each parameter by name."""
+        """The step size of each coordinate, the user bias last, [D + 1]; of a module, of each parameter by name: of its
+        shape, a scalar or [K]."""
         if self.tasks is None:
             return self.log_rates.exp()
         return {name: rate.exp() for name, rate in zip(self.tasks.names, self.log_rates, strict=True)}
 
     def inner_loop(self, sizes: Tensor) -> dict[str, Any]:
+        if self.rates_of != "weight":
+            return {**super().inner_loop(sizes), "inner_lr": self.rates}
         return {**super().inner_loop(sizes), "inner_lr": 1.0, "preconditioner": self.rates}
 
     def parameter_groups(self, outer_lr: float | None = None) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from metarec_fast._arguments import INNER_LOSSES
 from metarec_fast._columns import as_int
+from metarec_fast._peak_memory import as_bytes
 from metarec_fast.features import Features
 from metarec_fast.mlp_recommender import MLPRecommender
 from metarec_fast.models import averages, check_log
@@ -33,6 +34,10 @@ class ModuleRecommender(nn.Module):
         loss: "squared", "logistic", "bpr" or "softmax", as of `DotRecommender`.
         user_features: What is known of users, found by `TaskBatch.user_ids`; by default the module's `user_features`.
         chunk_size: Tasks at a time: memory grows with it, and with the largest task among them.
+        memory_limit: Bytes, or a size such as "2GB": what tasks at a time may take at most, instead of a `chunk_size`.
+            What one task and two take is measured, for each power of two of the sizes of tasks. Tensors that a chunk
+            makes count: parameters of each task, activations, gradients. Parameters, batches, gradients summed up and
+            what an operation needs for itself do not. One task at a time is the least.
 
     Raises:
         ValueError, TypeError: An argument does not fit, or the module does what tasks cannot do apart from each other.
@@ -48,6 +53,7 @@ class ModuleRecommender(nn.Module):
         loss: str | None = None,
         user_features: Features | None = None,
         chunk_size: int = 64,
+        memory_limit: int | str | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(module, nn.Module):
@@ -59,6 +65,7 @@ class ModuleRecommender(nn.Module):
         if loss not in INNER_LOSSES:
             raise ValueError(f"loss: expected one of {', '.join(INNER_LOSSES)}, got {loss!r}")
         self.num_items, self.chunk_size = as_int("num_items", num_items), as_int("chunk_size", chunk_size)
+        self.memory_limit = None if memory_limit is None else as_bytes("memory_limit", memory_limit)
         self.loss = loss
         for name in ("num_items", "chunk_size"):
             if getattr(self, name) < 1:
@@ -74,7 +81,8 @@ class ModuleRecommender(nn.Module):
     def hyperparameters(self) -> dict[str, Any]:
         """The constructor's arguments, features apart; of modules, only an `MLPRecommender` can be made anew."""
         mlp = {"mlp": self.module.hyperparameters} if isinstance(self.module, MLPRecommender) else {}
-        return {"num_items": self.num_items, "loss": self.loss, "chunk_size": self.chunk_size, **mlp}
+        settings = {"chunk_size": self.chunk_size, "memory_limit": self.memory_limit}
+        return {"num_items": self.num_items, "loss": self.loss, **settings, **mlp}
 
     def forward(self, items: Tensor, user: Tensor | None = None) -> Tensor:
         """Scores [n] of items [n] for the user with features x [F]."""

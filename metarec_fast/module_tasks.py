@@ -2,7 +2,8 @@
 
     φ_{k+1} = φ_k − s_k A ∘ [∇L_S(φ_k) + ρ (φ_k − φ_0)] + β_k (φ_k − φ_{k−1})
 
-as on the dot-product model, with φ the parameters that adapt and A a rate for each of them. Tasks of a chunk are padded
+as on the dot-product model, with φ the parameters that adapt and A a rate for each of them; a mapping of step sizes has
+those of each parameter by name. Tasks of a chunk are padded
 to its largest and run under vmap; entries that pad have weight 0.
 """
 
@@ -10,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from metarec_fast._known_gradients import KnownGradients
+from metarec_fast._peak_memory import peak_memory
 from metarec_fast._ragged import pad
 from metarec_fast.reference import entry_losses
 from metarec_fast.tasks import Entries, TaskBatch
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from metarec_fast.module_recommender import ModuleRecommender
 
 Parameters = dict[str, Tensor]
+Found = TypeVar("Found")
+Work = Callable[[TaskBatch, Entries, slice], Found]
+"""Something found of some tasks of a batch whose support is weighed."""
 
 
 @dataclass(frozen=True)
@@ -61,23 +66,27 @@ class ModuleTasks:
 
     def __init__(self, learner: Learner, model: ModuleRecommender, names: list[str]) -> None:
         self.learner, self.model, self.names = learner, model, names
+        self._measured: dict[Any, tuple[int, ...]] = {}  # bytes that one and two tasks of some sizes take
 
     def meta_gradients(self, batch: TaskBatch) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
         """The outer loss, the learner's parameters and their gradients, chunk by chunk: only one chunk's graph is there
         at a time."""
         inputs = [parameter for parameter in self.learner.parameters() if parameter.requires_grad]
         totals = [torch.zeros_like(value) for value in inputs]
-        support = self._weighed(batch)
-        loss = torch.zeros_like(self.model.offset)
-        for tasks, share in self._shares(batch):
+        shares, loss = self._shares(batch), torch.zeros_like(self.model.offset)
+
+        def differentiate(batch: TaskBatch, support: Entries, tasks: slice) -> tuple[Tensor, Sequence[Tensor | None]]:
             with torch.enable_grad():
-                part = self._outer_losses(batch, support, tasks) @ share
-            loss += part.detach()
-            if part.requires_grad:
-                found = torch.autograd.grad(part, inputs, allow_unused=True, retain_graph=True)
-                for total, gradient in zip(totals, found, strict=True):
-                    if gradient is not None:
-                        total += gradient
+                part = self._outer_losses(batch, support, tasks) @ shares[tasks]
+            if not part.requires_grad:
+                return part, [None] * len(inputs)
+            return part.detach(), torch.autograd.grad(part, inputs, allow_unused=True, retain_graph=True)
+
+        for _, (part, found) in self._by_chunks(batch, self._weighed(batch), differentiate):
+            loss += part
+            for total, gradient in zip(totals, found, strict=True):
+                if gradient is not None:
+                    total += gradient
         return loss, inputs, totals
 
     def meta_loss(self, batch: TaskBatch) -> Tensor:
@@ -90,18 +99,22 @@ class ModuleTasks:
 
     def outer_loss(self, batch: TaskBatch) -> Tensor:
         """The outer loss without gradients."""
-        support = self._weighed(batch)
-        losses = [self._outer_losses(batch, support, tasks) @ share for tasks, share in self._shares(batch)]
+        chunks = self._by_chunks(batch, self._weighed(batch), self._outer_losses)
+        shares = self._shares(batch)
+        losses = [found @ shares[tasks] for tasks, found in chunks]
         return torch.stack(losses).sum() if losses else torch.zeros_like(self.model.offset)
 
     def predict(self, batch: TaskBatch) -> Tensor:
         """Scores of the query, [n], or [n, 1 + M] with negatives."""
         assert batch.query is not None
-        support, scores = self._weighed(batch), []
-        for tasks in self._chunks(batch.num_tasks):
+
+        def score(batch: TaskBatch, support: Entries, tasks: slice) -> Tensor:
+            assert batch.query is not None
             query = _padded(batch.query, tasks)
-            found = self._run(batch, support, tasks, self._scores, query)
-            scores.append(found[query.weights > 0])
+            found: Tensor = self._run(batch, support, tasks, self._scores, query)[query.weights > 0]
+            return found
+
+        scores = [found for _, found in self._by_chunks(batch, self._weighed(batch), score)]
         width = 1 if batch.query.negative_rows is None else 1 + batch.query.negative_rows.shape[1]
         joined = torch.cat(scores) if scores else self.model.offset.new_zeros(0, width)
         return joined if batch.query.negatives is not None else joined[:, 0]
@@ -109,37 +122,44 @@ class ModuleTasks:
     def fast_parameters(self, batch: TaskBatch, users: Tensor | None = None) -> Parameters:
         """The adapted parameters of each task, [T, ...]; features of the users [T, F] are found by `batch.user_ids`
         unless they are given."""
-        support = self._weighed(batch)
-        chunks = [
-            self._run(batch, support, tasks, lambda fast, _, __: fast, None, users)
-            for tasks in self._chunks(batch.num_tasks)
-        ]
+
+        def adapt(batch: TaskBatch, support: Entries, tasks: slice) -> Parameters:
+            fast: Parameters = self._run(batch, support, tasks, lambda fast, _, __: fast, None, users)
+            return fast
+
+        chunks = [found for _, found in self._by_chunks(batch, self._weighed(batch), adapt)]
         if not chunks:
             return {name: value.new_zeros(0, *value.shape) for name, value in self._start().items()}
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in self.names}
 
     def score_catalogue(self, batch: TaskBatch) -> Tensor:
         """Scores of every item for each task, [T, N]."""
-        support = self._weighed(batch)
-        everything = torch.arange(self.model.num_items, device=support.items.device)
-        scores = [
-            self._run(batch, support, tasks, lambda fast, _, user: self._call(fast, everything, user), None)
-            for tasks in self._chunks(batch.num_tasks)
-        ]
+        everything = torch.arange(self.model.num_items, device=batch.support.items.device)
+
+        def score(batch: TaskBatch, support: Entries, tasks: slice) -> Tensor:
+            found: Tensor = self._run(
+                batch, support, tasks, lambda fast, _, user: self._call(fast, everything, user), None
+            )
+            return found
+
+        scores = [found for _, found in self._by_chunks(batch, self._weighed(batch), score)]
         return torch.cat(scores) if scores else self.model.offset.new_zeros(0, len(everything))
 
     def reptile_gradients(self, batch: TaskBatch) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
         """The mean support loss after adaptation, the parameters that adapt, and φ_0 − Σ_t ω_t φ_K,t / Σ_t ω_t."""
-        start, support = self._start(), self._weighed(batch)
+        start = self._start()
 
         def adapted(fast: Parameters, entries: Padded, user: Tensor | None) -> tuple[Parameters, Tensor]:
             return fast, self._mean_loss({self.model.loss: 1.0}, fast, entries, user)
 
+        def adapt(batch: TaskBatch, support: Entries, tasks: slice) -> tuple[Parameters, Tensor]:
+            found: tuple[Parameters, Tensor] = self._run(batch, support, tasks, adapted, _padded(support, tasks))
+            return found
+
         weights = self._task_weights(batch, torch.ones_like(batch.support.sizes(), dtype=torch.bool))
         moves = {name: torch.zeros_like(value) for name, value in start.items()}
         loss = torch.zeros_like(self.model.offset)
-        for tasks in self._chunks(batch.num_tasks):
-            fast, losses = self._run(batch, support, tasks, adapted, _padded(support, tasks))
+        for tasks, (fast, losses) in self._by_chunks(batch, self._weighed(batch), adapt):
             loss += losses @ weights[tasks]
             for name, value in fast.items():
                 moves[name] += torch.tensordot(weights[tasks], start[name] - value, 1)
@@ -162,15 +182,36 @@ class ModuleTasks:
     def _start(self) -> Parameters:
         return {name: self._parameter(name) for name in self.names}
 
-    def _chunks(self, num_tasks: int) -> Iterator[slice]:
-        size = self.model.chunk_size
-        return (slice(begin, min(begin + size, num_tasks)) for begin in range(0, num_tasks, size))
+    def _by_chunks(self, batch: TaskBatch, support: Entries, work: Work[Found]) -> Iterator[tuple[slice, Found]]:
+        """What is found of the tasks, `chunk_size` at a time, or as many as fit into the model's `memory_limit`."""
+        size = self.model.chunk_size if self.model.memory_limit is None else self._fitting(batch, support, work)
+        for begin in range(0, batch.num_tasks, size):
+            tasks = slice(begin, min(begin + size, batch.num_tasks))
+            yield tasks, work(batch, support, tasks)
 
-    def _shares(self, batch: TaskBatch) -> Iterator[tuple[slice, Tensor]]:
-        """Chunks, and the share of the outer loss that each of their tasks has."""
+    def _fitting(self, batch: TaskBatch, support: Entries, work: Work[Found]) -> int:
+        """How many tasks fit into the memory limit: what one and two take is measured, once for tasks of such sizes."""
+        limit, query = self.model.memory_limit, batch.query
+        assert limit is not None
+        if batch.num_tasks < 2:
+            return 1
+        sizes = [(p.size_bound, p.candidates) for p in (support, query) if p is not None]
+        key = work.__qualname__, torch.is_grad_enabled(), *sizes
+        if key not in self._measured:
+            large = _largest_twice(support)
+            twice = batch.with_entries(large, None if query is None else _largest_twice(query))
+            twice.user_ids = None if batch.user_ids is None else batch.user_ids[:2]
+            self._measured[key] = tuple(
+                peak_memory(lambda count=count: work(twice, large, slice(0, count)), support.items.device)  # type: ignore[misc]
+                for count in (1, 2)
+            )
+        one, two = self._measured[key]
+        return max(1, 1 + (limit - one) // max(1, two - one))
+
+    def _shares(self, batch: TaskBatch) -> Tensor:
+        """The share of the outer loss that each task has, [T]."""
         assert batch.query is not None
-        shares = self._task_weights(batch, batch.query.sizes() > 0)
-        return ((tasks, shares[tasks]) for tasks in self._chunks(batch.num_tasks))
+        return self._task_weights(batch, batch.query.sizes() > 0)
 
     def _task_weights(self, batch: TaskBatch, counted: Tensor) -> Tensor:
         """ω_t / Σ ω_t of the tasks that count, 0 for others, [T]."""
@@ -235,7 +276,8 @@ class ModuleTasks:
                 if not isinstance(pull, float) or pull:
                     slope = slope + pull * (value - start[name])
                 scale = 1.0 if scales is None else scales[name]
-                moved[name] = value - _at(rate, step) * scale * slope
+                own = rate[name] if isinstance(rate, Mapping) else rate
+                moved[name] = value - _at(own, step) * scale * slope
                 if momentum is not None:
                     moved[name] = moved[name] + _at(momentum, step) * (value - before[name])
             now, before = moved, now
@@ -294,3 +336,17 @@ def _padded(entries: Entries, tasks: slice) -> Padded:
     assert items is not None
     assert weights is not None
     return Padded(items, weights, padded(entries.targets), padded(entries.negative_rows), padded(entries.log_q))
+
+
+def _largest_twice(entries: Entries) -> Entries:
+    """Two tasks as large as the batch's largest may be."""
+    size = entries.size_bound if len(entries) else 0
+    rows = torch.arange(2 * size, device=entries.items.device) % max(1, len(entries))
+    offsets = torch.tensor([0, size, 2 * size], device=entries.items.device)
+
+    def taken(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.detach()[rows]
+
+    items = entries.items[rows]
+    parts = taken(entries.targets), offsets, taken(entries.weights), taken(entries.negatives), taken(entries.log_q)
+    return Entries.unchecked(items, *parts, max_size=size, max_item=entries.max_item)

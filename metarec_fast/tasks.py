@@ -102,6 +102,12 @@ class Entries:
         negatives = self.negatives
         return negatives if negatives is None or negatives.dim() == 2 else negatives[:, None]
 
+    @property
+    def candidates(self) -> int:
+        """1 + M, of an entry: its item and its negatives."""
+        rows = self.negative_rows
+        return 1 if rows is None else 1 + rows.shape[1]
+
     def sizes(self) -> Tensor:
         """Entries of each task, int64 [T]."""
         return self.offsets.diff()

@@ -69,7 +69,7 @@ def task_by_task(learner, batch, first_order=False, rates=None):
             for a, b in [part.offsets[t : t + 2].tolist()]
         )
         fast = dict(module.named_parameters())
-        for _ in range(learner.inner_steps):
+        for step in range(learner.inner_steps):
             scores = learner.model.offset + functional_call(module, fast, (support[0],))
             loss = (support[2] * error(learner.model.loss, scores, support[1])).sum() / max(len(support[0]), 1)
             slopes = torch.autograd.grad(
@@ -78,6 +78,7 @@ def task_by_task(learner, batch, first_order=False, rates=None):
             for name, slope in zip(names, slopes, strict=True):
                 if slope is not None:
                     scale = learner.inner_lr if rates is None else rates[name]
+                    scale = scale[step] if getattr(learner, "rates_of", None) == "step" else scale
                     fast = {**fast, name: fast[name] - scale * slope}
         scores = learner.model.offset + functional_call(module, fast, (query[0],))
         losses.append((query[2] * error(learner.model.loss, scores, query[1])).sum() / query[2].sum())
@@ -185,13 +186,13 @@ def test_losses_that_compare_items_equal_those_of_the_dot_product_model(loss):
     torch.testing.assert_close(dot.score_catalogue(batch), module.score_catalogue(batch))
 
 
-def make_log(num_users=60):
+def make_log(num_users=60, clicks=False):
     rng = np.random.default_rng(0)
     users = np.repeat(np.arange(num_users), 8)
     items = np.concatenate([rng.choice(NUM_ITEMS, 8, replace=False) for _ in range(num_users)])
     taste, kind = rng.normal(size=num_users), rng.normal(size=NUM_ITEMS)
     ratings = 3 + taste[users] * kind[items] + 0.1 * rng.normal(size=len(users))
-    return mf.Interactions.from_arrays(users, [f"i{item:02}" for item in items], ratings)
+    return mf.Interactions.from_arrays(users, [f"i{item:02}" for item in items], ratings > 3 if clicks else ratings)
 
 
 @pytest.mark.parametrize("algorithm", [mf.MAML, mf.FOMAML, mf.MetaSGD, mf.MAMLR, mf.Reptile])
@@ -268,45 +269,88 @@ def test_a_tower_is_a_tower_on_the_parts_of_user_and_item(activation):
         torch.testing.assert_close(scores[place], expected.detach())
 
 
-@pytest.mark.parametrize("algorithm", [mf.MAML, mf.FOMAML])
-@pytest.mark.parametrize("outer_loss", ["squared", {"squared": 0.4, "absolute": 0.6}])
-def test_the_operators_of_a_tower_give_what_any_module_gets(algorithm, outer_loss):
-    log = make_log()
+FUSED = [
+    (mf.MAML, "squared", {}),
+    (mf.FOMAML, "squared", {"outer_loss": {"squared": 0.4, "absolute": 0.6}}),
+    (mf.MAML, "logistic", {}),
+    (mf.MAML, "bpr", {}),
+    (mf.MAML, "softmax", {"outer_loss": "bpr"}),
+    (mf.MAML, "squared", {"adapt": ["tower.4.*"]}),
+    (mf.MAML, "squared", {"adapt": ["tower.*.bias", "tower.0.*"]}),
+    (mf.MetaSGD, "squared", {"rates": "tensor"}),
+    (mf.MetaSGD, "logistic", {"rates": "step"}),
+    (mf.MetaSGD, "squared", {"rates": "step", "adapt": ["tower.4.*"], "first_order": True}),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "loss", "arguments"), FUSED)
+def test_the_operators_of_a_tower_give_what_any_module_gets(algorithm, loss, arguments, monkeypatch):
+    log = make_log(clicks=loss == "logistic")
     users = mf.Features.from_frame({"id": np.arange(60), "age": np.arange(60) + 0.5})
     items = mf.Features.from_frame({"id": [f"i{item:02}" for item in range(NUM_ITEMS)], "genre": list("abc" * 4)})
-    found = []
+    found, negatives = [], 2 if loss in ("bpr", "softmax") else 0
     for fused in (True, False):
         torch.manual_seed(0)
-        model = mf.MLPRecommender(NUM_ITEMS, 3, (5, 4), "gelu", user_features=users, item_features=items).double()
+        model = mf.MLPRecommender(NUM_ITEMS, 3, (5, 4), "gelu", loss, user_features=users, item_features=items).double()
         for weight in (model.user_init, model.user_weight, model.item_weight):
             nn.init.normal_(weight)
-        learner = algorithm(model, inner_steps=3, outer_loss=outer_loss)
+        learner = algorithm(model, inner_steps=3, **arguments)
         learner.initialize(log)
-        learner.tasks.is_whole = fused
-        assert learner.tasks.is_fused() == fused
-        batch = next(iter(mf.TaskSampler(log, support=(1, 4), query=3, batch_size=7))).to("cpu", torch.float64)
+        model.item_average.copy_(torch.linspace(-1, 1, NUM_ITEMS))
+        assert learner.tasks.is_fused()
+        if not fused:
+            monkeypatch.setattr(learner.tasks, "is_fused", lambda: False)
+        sampler = mf.TaskSampler(log, support=(1, 4), query=3, batch_size=7, negatives=negatives)
+        batch = next(iter(sampler)).to("cpu", torch.float64)
         batch = batch.with_weights(torch.arange(7).double())
-        loss = learner(batch)
-        loss.backward()
+        value = learner(batch)
+        value.backward()
         with torch.no_grad():
-            torch.testing.assert_close(learner(batch), loss.detach())
-        found.append((loss.detach(), learner.predict(batch), gradients(learner)))
-    (loss, scores, slopes), (expected_loss, expected_scores, expected) = found
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-9, atol=0)
-    torch.testing.assert_close(scores, expected_scores, rtol=1e-9, atol=0)
+            torch.testing.assert_close(learner(batch), value.detach())
+        found.append((value.detach(), learner.predict(batch), gradients(learner)))
+    (value, scores, slopes), (expected_value, expected_scores, expected) = found
+    torch.testing.assert_close(value, expected_value, rtol=1e-9, atol=0)
+    torch.testing.assert_close(scores, expected_scores, rtol=1e-9, atol=1e-12)
     for name, slope in slopes.items():
         torch.testing.assert_close(slope, expected[name], rtol=1e-9, atol=1e-12, msg=name)
-        assert slope.any(), name
+        assert slope.any() or (negatives and "tower.4.bias" in name), name  # which differences do not see
 
 
 def test_what_the_operators_of_a_tower_do_not_know_goes_the_way_of_any_module():
     for learner in (
         mf.MetaSGD(mf.MLPRecommender(NUM_ITEMS, 3)),
         mf.MAMLR(mf.MLPRecommender(NUM_ITEMS, 3)),
-        mf.MAML(mf.MLPRecommender(NUM_ITEMS, 3), adapt=["tower.4.*"]),
-        mf.MAML(mf.MLPRecommender(NUM_ITEMS, 3, loss="logistic")),
+        mf.MAML(mf.MLPRecommender(NUM_ITEMS, 3), adapt=["tower.*", "user_init"]),
     ):
         assert not learner.tasks.is_fused()
+
+
+@pytest.mark.parametrize("rates", ["tensor", "step"])
+def test_meta_sgd_may_learn_a_rate_for_every_tensor(rates):
+    learner, batch = make_learner(mf.MetaSGD, inner_steps=2, rates=rates), make_batch()
+    assert all(rate.shape == (() if rates == "tensor" else (2,)) for rate in learner.rates.values())
+    learner(batch).backward()
+    found = gradients(learner)
+    learner.zero_grad()
+    task_by_task(learner, batch, rates=learner.rates).backward()
+    for name, gradient in gradients(learner).items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+        assert gradient.any(), name
+
+
+def test_rates_are_those_that_the_model_may_have():
+    with pytest.raises(ValueError, match="^rates: expected one of weight of a DotRecommender, got 'tensor'"):
+        mf.MetaSGD(mf.DotRecommender(NUM_ITEMS, 3), rates="tensor")
+    with pytest.raises(ValueError, match="^rates: expected one of weight, tensor, step of a module, got 'layer'"):
+        mf.MetaSGD(mf.MLPRecommender(NUM_ITEMS, 3), rates="layer")
+
+
+def test_data_parallel_training_does_not_send_what_every_process_reads_for_itself():
+    items = mf.Features.from_frame({"id": [f"i{item:02}" for item in range(NUM_ITEMS)], "genre": list("abc" * 4)})
+    learner = mf.MAML(mf.MLPRecommender(NUM_ITEMS, 3, item_features=items))
+    ignored = set(learner._ddp_params_and_buffers_to_ignore)
+    assert ignored == {f"model.module.{name}" for name in ("item_average", "item_inputs")}
+    assert ignored < {name for name, _ in learner.named_buffers()}
 
 
 def test_a_tower_comes_back_from_the_disk_by_itself(tmp_path):
