@@ -11,7 +11,13 @@ OPERATORS_AND_LEARNERS = {
     "test_sum_rows", "test_training",
 }  # fmt: skip
 """Modules whose tests make their tensors on the device; all others are about something on the CPU, and stay there."""
-DEVICE_FIRST = OPERATORS_AND_LEARNERS | {"test_cuda", "test_compile", "test_transfer", "test_library"}
+DEVICE_FIRST = OPERATORS_AND_LEARNERS | {
+    "test_cuda",
+    "test_tower_on_gpu",
+    "test_compile",
+    "test_transfer",
+    "test_library",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -63,3 +69,10 @@ def made_on_the_device(request: pytest.FixtureRequest):
         return
     with torch.device(problems.DEVICE):
         yield
+
+
+@pytest.fixture
+def patience():
+    """Waiting for the GPU is an error inside the test, once everything has been called and loaded."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
