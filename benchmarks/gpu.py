@@ -11,7 +11,7 @@ import argparse
 import gc
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import clock as clocks
-from benchmarks import environment, measure, tables
+from benchmarks import environment, measure, mlp, tables
 from benchmarks.floors import Machine, bytes_once, floor_of
 from benchmarks.implementations import (
     OURS,
@@ -169,11 +169,13 @@ def time_peer(run: Run, peer: Peer, problem: Problem, expected: Outputs, seconds
 def profile(device: torch.device, work: Workload) -> None:
     """Each main operator once, between marks that `ncu --profile-from-start off` looks for."""
     problem = Problem.draw(work, device=device)
-    steps: list[Step] = [metarec_fast.prepare(replace(problem, workload=work))]
+    steps: list[Callable[[], Any]] = [metarec_fast.prepare(replace(problem, workload=work))]
     steps.append(metarec_fast.prepare(replace(problem, workload=replace(work, adapt="all", inner_lr=0.02))))
     serve = Problem.draw(replace(work, kind="serve", num_tasks=256, query=0, prior_pull=0.1), device=device)
     steps.append(serving.ours(serve))
     steps.append(next(peer for peer in training.PEERS if peer.name == OURS).prepare(replace(problem)))
+    sizes = (work.num_tasks, work.num_items, work.dim, (work.dim, work.dim), 16, work.steps)
+    steps.append(mlp.ours(mlp.Problem.draw(*sizes).to(device)))
     for step in steps:
         step()
     if device.type == "cuda":

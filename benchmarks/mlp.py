@@ -6,6 +6,7 @@
                 steps undone by their adjoint; eager and compiled
 
 All start from the item table and gather its rows, and return the loss and the gradients of user part, rows and layers.
+With `--device cuda` each is timed by the GPU's events, and replayed as a CUDA graph where it can be captured.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
+from benchmarks import clock
 from benchmarks.environment import keep_freed_memory
 from benchmarks.memory import _resident as resident
 from metarec_fast import Entries, TaskBatch
@@ -59,6 +61,11 @@ class Problem:
         layers = [(normal(o, i) * (2 / i) ** 0.5, 0.1 * normal(o)) for i, o in pairwise(widths)]
         table, user = normal(items, dim) / dim**0.5, normal(tasks, dim) / dim**0.5
         return Problem(user, table, layers, TaskBatch(entries(), entries()), 0.02, steps)
+
+    def to(self, device: torch.device) -> Problem:
+        layers = [(weight.to(device), bias.to(device)) for weight, bias in self.layers]
+        user, table = self.user_part.to(device), self.item_table.to(device)
+        return replace(self, user_part=user, item_table=table, layers=layers, batch=self.batch.to(device))
 
     def gathered(self) -> tuple[Tensor, ...]:
         """Rows [T, S, D] and targets [T, S] of support and query."""
@@ -244,8 +251,38 @@ def peak_megabytes(step: Callable[[], Gradients]) -> float:
     return peak
 
 
+def by_turns(steps: dict[str, Callable[[], Gradients]], seconds: float) -> dict[str, list[float]]:
+    """ms of single calls."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            step()
+            times[name].append(1e3 * (time.perf_counter() - begin))
+    return times
+
+
+def by_events(
+    steps: dict[str, Callable[[], Gradients]], seconds: float, device: torch.device
+) -> dict[str, list[float]]:
+    """ms of single calls on a GPU, and of their replay."""
+    watch, each = clock.Clock(device), seconds / (2 * len(steps))
+    times: dict[str, list[float]] = {}
+    for name, step in steps.items():
+        times[name] = watch.times(step, each).cold
+        try:
+            replay, _ = clock.capture(step)
+        except (RuntimeError, AssertionError) as error:  # the latter: no CUDA in this torch
+            print(f"{name} cannot be captured: {str(error).splitlines()[0]}")
+            continue
+        times[f"{name}, CUDA graph"] = watch.times(replay, each).cold
+    return times
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tasks", type=int, default=256)
     parser.add_argument("--items", type=int, default=100_000)
@@ -257,11 +294,13 @@ def main() -> None:
     parser.add_argument("--peer", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--memory", action="store_true", help="peak memory of one call instead, best with one --peer")
     options = parser.parse_args()
+    if options.memory and options.device.type != "cpu":
+        parser.error("--memory: only of the CPU")
     torch.set_num_threads(options.threads)
     if not options.memory:
         keep_freed_memory()
     sizes = (options.tasks, options.items, options.dim, tuple(options.hidden), options.size, options.steps)
-    problem = Problem.draw(*sizes)
+    problem = Problem.draw(*sizes).to(options.device)
     steps = {name: PEERS[name](problem) for name in options.peer}
     if options.memory:
         for name, step in steps.items():
@@ -275,17 +314,12 @@ def main() -> None:
     for name, step in steps.items():
         difference = largest_difference(step(), expected)
         assert difference < 1e-3, f"{name} differs by {difference}"
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    end = time.perf_counter() + options.seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
-        for name, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            times[name].append(1e3 * (time.perf_counter() - begin))
+    seconds, device = options.seconds, options.device
+    times = by_turns(steps, seconds) if device.type == "cpu" else by_events(steps, seconds, device)
     fastest = min(next(iter(times.values())))
     for name, each in times.items():
         ratio = min(each) / fastest
-        print(f"{name:22} min {min(each):8.2f} ms  median {statistics.median(each):8.2f} ms  {ratio:6.2f}×")
+        print(f"{name:34} min {min(each):8.2f} ms  median {statistics.median(each):8.2f} ms  {ratio:6.2f}×")
 
 
 if __name__ == "__main__":

@@ -175,3 +175,13 @@ def test_the_benchmark_of_the_mlp_tower_prints_a_line_for_each_peer(capsys, monk
     mlp.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["metarec_fast", "adjoint"]
+
+
+def test_the_benchmark_of_the_mlp_tower_times_calls_where_nothing_can_be_captured(capsys):
+    problem = mlp.Problem.draw(tasks=3, items=40, dim=6, hidden=(5, 4), size=3, steps=1).to(torch.device("cpu"))
+    times = mlp.by_events({"metarec_fast": mlp.ours(problem)}, 0.01, torch.device("cpu"))
+    if torch.cuda.is_available():
+        assert list(times) == ["metarec_fast", "metarec_fast, CUDA graph"]
+        return
+    assert capsys.readouterr().out.startswith("metarec_fast cannot be captured: ")
+    assert min(times["metarec_fast"]) > 0

@@ -22,6 +22,7 @@ STAGES = (
     "exercise",
     "tests",
     "benchmark",
+    "tower",
     "memcheck racecheck synccheck initcheck",
     "profile",
     "others",
