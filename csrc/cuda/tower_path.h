@@ -1,7 +1,5 @@
-// An MLP tower on its way through the steps of one task, all threads of a block together. The
-// formulas stand on top of csrc/cpu/tower_task.h; b_1 is a vector of its own here, so G is X Xᵀ:
-//
-//     Z_1 = X W_1ᵀ − G A_k + b_1,k
+// An MLP tower on its way through the steps of one task, all threads of a block together; the
+// formulas stand on top of csrc/cpu/tower_task.h.
 //
 // Whoever works on the task begins with a barrier, and so sees what was written before.
 #pragma once

@@ -1,9 +1,6 @@
 // The exact way back through the steps of one task under an MLP tower, all threads of a block
-// together. The formulas stand on top of csrc/cpu/tower_task.h, but for these:
-//
-//     Z_1 = X W_1ᵀ − G A_k + b_1,k, so that m_1 is there in every task, and D_1 = s^W_k Ā − s^b_k
-//     m_1 each tensor has a step size:  D_l = −s^W_k H_{l−1} M_lᵀ − s^b_k m_l A_k = A_{k+1} − s^W_k
-//     Δ_1, found again on the way X̄_q = Δ_q,1 W_1 + Ḡ_q X, part after part of the query
+// together, by the formulas on top of csrc/cpu/tower_task.h. The query comes part after part, and
+// A_k = A_{k+1} − s_k Δ_1 is found again on the way.
 #pragma once
 
 #include "tower_path.h"
@@ -16,8 +13,8 @@ struct TowerTask : TowerPath<scalar_t, /*kGoesBack=*/true> {
   using Rows = typename Base::Rows;
   using Base::Base, Base::work, Base::shape, Base::at, Base::team, Base::memory, Base::task;
   using Base::coefficients, Base::cross, Base::query_inputs, Base::curvatures;
-  using Base::group, Base::S, Base::K, Base::width, Base::own_first, Base::lowest, Base::each,
-      Base::sum_rows;
+  using Base::each, Base::sum_rows;
+  using Base::group, Base::S, Base::K, Base::width, Base::own_first, Base::lowest;
   using Base::weights, Base::first_weights, Base::step_rows, Base::inputs, Base::gram;
 
   // Room for the gradients of φ_K, to which the query's parts add.
