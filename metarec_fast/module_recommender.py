@@ -38,6 +38,8 @@ class ModuleRecommender(nn.Module):
             What one task and two take is measured, for each power of two of the sizes of tasks. Tensors that a chunk
             makes count: parameters of each task, activations, gradients. Parameters, batches, gradients summed up and
             what an operation needs for itself do not. One task at a time is the least.
+        compile: Train by `torch.compile`: a minute or so for each power of two of the sizes of tasks. Where that cannot
+            be done, tasks run as they do without, and a warning says why.
 
     Raises:
         ValueError, TypeError: An argument does not fit, or the module does what tasks cannot do apart from each other.
@@ -54,6 +56,7 @@ class ModuleRecommender(nn.Module):
         user_features: Features | None = None,
         chunk_size: int = 64,
         memory_limit: int | str | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(module, nn.Module):
@@ -66,7 +69,7 @@ class ModuleRecommender(nn.Module):
             raise ValueError(f"loss: expected one of {', '.join(INNER_LOSSES)}, got {loss!r}")
         self.num_items, self.chunk_size = as_int("num_items", num_items), as_int("chunk_size", chunk_size)
         self.memory_limit = None if memory_limit is None else as_bytes("memory_limit", memory_limit)
-        self.loss = loss
+        self.loss, self.compiled = loss, bool(compile)
         for name in ("num_items", "chunk_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be ≥ 1, got {getattr(self, name)}")
@@ -81,7 +84,7 @@ class ModuleRecommender(nn.Module):
     def hyperparameters(self) -> dict[str, Any]:
         """The constructor's arguments, features apart; of modules, only an `MLPRecommender` can be made anew."""
         mlp = {"mlp": self.module.hyperparameters} if isinstance(self.module, MLPRecommender) else {}
-        settings = {"chunk_size": self.chunk_size, "memory_limit": self.memory_limit}
+        settings = {"chunk_size": self.chunk_size, "memory_limit": self.memory_limit, "compile": self.compiled}
         return {"num_items": self.num_items, "loss": self.loss, **settings, **mlp}
 
     def forward(self, items: Tensor, user: Tensor | None = None) -> Tensor:

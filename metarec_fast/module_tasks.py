@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
+from metarec_fast._compiled_chunks import CompiledChunks
 from metarec_fast._known_gradients import KnownGradients
 from metarec_fast._peak_memory import peak_memory
 from metarec_fast._ragged import pad
@@ -51,8 +52,11 @@ class Padded:
 
     def parts(self) -> dict[str, Tensor]:
         """What is there, for vmap to go through."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        named = {name: getattr(self, name) for name in _PARTS}
         return {name: value for name, value in named.items() if value is not None}
+
+
+_PARTS = tuple(field.name for field in fields(Padded))
 
 
 class ModuleTasks:
@@ -66,6 +70,7 @@ class ModuleTasks:
 
     def __init__(self, learner: Learner, model: ModuleRecommender, names: list[str]) -> None:
         self.learner, self.model, self.names = learner, model, names
+        self._compiled = CompiledChunks(self._chunk, type(model.module).__name__)
         self._measured: dict[Any, tuple[int, ...]] = {}  # bytes that one and two tasks of some sizes take
 
     def meta_gradients(self, batch: TaskBatch) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
@@ -206,7 +211,8 @@ class ModuleTasks:
                 for count in (1, 2)
             )
         one, two = self._measured[key]
-        return max(1, 1 + (limit - one) // max(1, two - one))
+        count = max(1, 1 + (limit - one) // max(1, two - one))
+        return 1 << (count.bit_length() - 1) if self.model.compiled else count
 
     def _shares(self, batch: TaskBatch) -> Tensor:
         """The share of the outer loss that each task has, [T]."""
@@ -243,25 +249,34 @@ class ModuleTasks:
         else:
             users = users[tasks]
         known = _padded(support, tasks)
-        pull = loop.get("prior_pull", 0.0)
-        pulls = pull[tasks] if isinstance(pull, Tensor) and pull.dim() else None
-        mapped = {
-            "known": known.parts(), "given": {} if given is None else given.parts(),
-            **({} if users is None else {"user": users}), **({} if pulls is None else {"pull": pulls}),
-        }  # fmt: skip
-
-        def one(start: Parameters, task: dict[str, Any]) -> Any:
-            user = task.get("user")
-            fast = self._adapt(start, _task(task["known"]), user, {**loop, "prior_pull": task.get("pull", pull)})
-            return then(fast, _task(task["given"]) if given is not None else None, user)
-
+        mapped: dict[str, Any] = {"known": known.parts(), "given": {} if given is None else given.parts()}
+        if users is not None:
+            mapped["user"] = users
+        pull = loop.pop("prior_pull", 0.0)
+        if isinstance(pull, Tensor) and pull.dim():
+            mapped["pull"] = pull[tasks]
+        else:
+            loop["prior_pull"] = pull
         try:
-            return vmap(one, in_dims=(None, 0), randomness="different")(self._start(), mapped)
+            if self.model.compiled and then == self._query_loss:
+                return self._compiled(then, loop, self._start(), mapped=mapped, num_tasks=tasks.stop - tasks.start)
+            return self._chunk(then, loop, self._start(), mapped)
         except RuntimeError as error:
             if "vmap" in str(error) or "functorch" in str(error):
                 kind = type(self.model.module).__name__
                 raise RuntimeError(f"{kind} cannot run for many users at once (torch.func.vmap): {error}") from error
             raise
+
+    def _chunk(self, then: Callable[..., Any], loop: Mapping[str, Any], start: Parameters, mapped: Any) -> Any:
+        """`then` of tasks whose parts are those of `mapped`, [t, ...]."""
+
+        def one(start: Parameters, task: dict[str, Any]) -> Any:
+            user = task.get("user")
+            own = {**loop, "prior_pull": task["pull"]} if "pull" in task else loop
+            fast = self._adapt(start, _task(task["known"]), user, own)
+            return then(fast, _task(task["given"]) if task["given"] else None, user)
+
+        return vmap(one, in_dims=(None, 0), randomness="different")(start, mapped)
 
     def _adapt(self, start: Parameters, support: Padded, user: Tensor | None, loop: Mapping[str, Any]) -> Parameters:
         """φ_K of one task."""
@@ -318,7 +333,7 @@ def _at(values: Any, step: int) -> Any:
 
 
 def _task(parts: Mapping[str, Tensor]) -> Padded:
-    return Padded(**{field.name: parts.get(field.name) for field in fields(Padded)})  # type: ignore[arg-type]
+    return Padded(**{name: parts.get(name) for name in _PARTS})  # type: ignore[arg-type]
 
 
 def _padded(entries: Entries, tasks: slice) -> Padded:
