@@ -42,19 +42,29 @@ constexpr int kThreadsDown = kMatrixThreads / kThreadsAcross;
 template <typename scalar_t>
 constexpr int kTileDepth = 128 / sizeof(scalar_t);
 
-// tile[d, i] = values[i · along + d · down], 0 for i ≥ width.
+// tile[d, i] = values[i · along + d · down], 0 for i ≥ width and for d ≥ depth. A few loads are
+// under way before the first store, which for all the compiler knows is to where the next one
+// reads.
 template <int kWidth, typename scalar_t>
 __device__ __forceinline__ void stage(const scalar_t* values, int along, int down, int width,
                                       int depth, scalar_t* tile) {
-  constexpr int kDepth = kTileDepth<scalar_t>;
+  constexpr int kDepth = kTileDepth<scalar_t>, kAtOnce = 4;
+  static_assert(kWidth * kDepth % (kAtOnce * kMatrixThreads) == 0);
   const bool side_by_side = along == 1;  // then neighbouring threads read neighbours
-  const int count = kWidth * (side_by_side ? depth : kDepth);
 #pragma unroll 1
-  for (int j = static_cast<int>(threadIdx.x); j < count; j += kMatrixThreads) {
-    const int i = side_by_side ? j % kWidth : j / kDepth,
-              d = side_by_side ? j / kWidth : j % kDepth;
-    if (d < depth)
-      tile[d * (kWidth + kTilePad) + i] = i < width ? values[i * along + d * down] : scalar_t{0};
+  for (int first = 0; first < kWidth * kDepth; first += kAtOnce * kMatrixThreads) {
+    scalar_t numbers[kAtOnce];
+    int places[kAtOnce];
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) {
+      const int j = first + n * kMatrixThreads + static_cast<int>(threadIdx.x);
+      const int i = side_by_side ? j % kWidth : j / kDepth,
+                d = side_by_side ? j / kWidth : j % kDepth;
+      numbers[n] = i < width && d < depth ? values[i * along + d * down] : scalar_t{0};
+      places[n] = d * (kWidth + kTilePad) + i;
+    }
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) tile[places[n]] = numbers[n];
   }
 }
 

@@ -180,7 +180,7 @@ FAULTS = [
     Fault(
         "an index past the parameters",
         "matrix.h",
-        "i < width¦ ? values",
+        "i < width¦ && d < depth ? values",
         "i <= width",
         "address",
         "mlp_meta_step, plain float32 D=7",
