@@ -29,12 +29,13 @@ const std::string kLoop =
 const std::string kGradients =
     "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor";
 
-// An MLP tower, whose parameters are one vector, and the tasks that it adapts to.
+// An MLP tower, whose parameters are one vector, and the tasks that it adapts to, each of at most
+// `largest_support` support entries.
 const std::string kTower =
     "Tensor user_part, Tensor item_table, Tensor? item_bias, Tensor parameters, int[] widths, "
     "Tensor support_items, Tensor support_offsets, Tensor? support_targets, "
     "Tensor? support_weights, Tensor? support_negatives, Tensor? support_log_q, "
-    "Tensor query_items, Tensor query_offsets, ";
+    "int largest_support, Tensor query_items, Tensor query_offsets, ";
 
 const std::string kTowerLoop =
     "Tensor inner_lr, int inner_steps, str activation, str loss, bool first_order";

@@ -13,7 +13,9 @@ namespace metarec_fast {
 enum class Loss { kSquared, kLogistic, kBpr, kSoftmax };
 
 // Whether a loss compares an entry's item with its negatives.
-constexpr bool is_pairwise(Loss loss) { return loss == Loss::kBpr || loss == Loss::kSoftmax; }
+HOST_DEVICE constexpr bool is_pairwise(Loss loss) {
+  return loss == Loss::kBpr || loss == Loss::kSoftmax;
+}
 
 constexpr double kAbsoluteWidth = 0.1;
 

@@ -4,12 +4,11 @@
 #include <string>
 #include <vector>
 
+#include "activations.h"
 #include "arguments.h"
 #include "tower_rates.h"
 
 namespace metarec_fast {
-
-enum class Activation { kRelu, kGelu };  // gelu: z Φ(z)
 
 struct TowerInputs {
   Tensor user_part;             // [T, Du]
@@ -18,10 +17,11 @@ struct TowerInputs {
   Tensor parameters;            // W_1, b_1, …, W_L, b_L, row by row
   std::vector<int64_t> widths;  // n_0 = Du + D, n_1, …, n_L = 1
   RaggedItems support, query;
-  OptionalTensor targets;  // of the support, [n]
-  OptionalTensor weights;  // of the support, [n]
-  Tensor inner_lr;         // scalar, [K], [1, P] or [K, P], P = 2L
-  int64_t steps;           // K
+  OptionalTensor targets;   // of the support, [n]
+  OptionalTensor weights;   // of the support, [n]
+  int64_t largest_support;  // no task has more entries
+  Tensor inner_lr;          // scalar, [K], [1, P] or [K, P], P = 2L
+  int64_t steps;            // K
   Activation activation;
   Loss loss;
   bool first_order;
@@ -31,9 +31,9 @@ struct TowerInputs {
               const std::vector<int64_t>& widths_in, const Tensor& support_items,
               const Tensor& support_offsets, const OptionalTensor& support_targets,
               const OptionalTensor& support_weights, const OptionalTensor& support_negatives,
-              const OptionalTensor& support_log_q, const RaggedItems& query_in,
-              const Tensor& inner_lr_in, int64_t inner_steps, const std::string& activation_name,
-              const std::string& loss_name, bool first_order_in)
+              const OptionalTensor& support_log_q, int64_t largest_support_in,
+              const RaggedItems& query_in, const Tensor& inner_lr_in, int64_t inner_steps,
+              const std::string& activation_name, const std::string& loss_name, bool first_order_in)
       : user_part(as_contiguous(user_part_in)),
         item_table(as_contiguous(item_table_in)),
         parameters(as_contiguous(parameters_in)),
@@ -41,6 +41,7 @@ struct TowerInputs {
         support("support", support_items, support_offsets, item_table_in, support_negatives,
                 support_log_q),
         query(query_in),
+        largest_support(largest_support_in),
         inner_lr(as_contiguous(inner_lr_in)),
         steps(inner_steps),
         activation(activation_name == "gelu" ? Activation::kGelu : Activation::kRelu),
@@ -54,6 +55,7 @@ struct TowerInputs {
                     "support_log_q: only the softmax loss has a use for it");
     STD_TORCH_CHECK(is_pairwise(loss) || support_targets,
                     "support_targets: needed by the losses squared and logistic");
+    STD_TORCH_CHECK(largest_support >= 0, "largest_support: must be ≥ 0, got ", largest_support);
     STD_TORCH_CHECK(steps >= 0, "inner_steps: must be ≥ 0, got ", steps);
     STD_TORCH_CHECK(item_table.dim() == 2 && D() > 0,
                     "item_table: expected shape [N, D] with D ≥ 1");

@@ -15,8 +15,8 @@ from metarec_fast._known_gradients import Once, is_known_one
 ops = torch.ops.metarec_fast
 
 USER_PART, ITEM_TABLE, PARAMETERS, SUPPORT_ITEMS, SUPPORT_NEGATIVES = 0, 1, 3, 5, 9
-QUERY_ITEMS, QUERY_NEGATIVES = 11, 15  # the latter of mlp_meta_step
-INNER_LR, META_STEP_INNER_LR = 13, 18  # of mlp_adapt_and_score, and behind the query that mlp_meta_step judges
+QUERY_ITEMS, QUERY_NEGATIVES = 12, 16  # the latter of mlp_meta_step
+INNER_LR, META_STEP_INNER_LR = 14, 19  # of mlp_adapt_and_score, and behind the query that mlp_meta_step judges
 FIRST_ORDER = 4  # behind inner_lr
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from metarec_fast import _library, _mlp_ops, mlp_reference
-from metarec_fast._arguments import Number, check_outer_loss, is_autocast, with_negatives
+from metarec_fast import _mlp_ops, _ops, mlp_reference
+from metarec_fast._arguments import Number, check_outer_loss, with_negatives
 from metarec_fast._mlp_arguments import (
     Layers,
     check_tower,
@@ -20,8 +17,6 @@ from metarec_fast._mlp_arguments import (
 )
 from metarec_fast.results import TowerMetaStep
 from metarec_fast.tasks import TaskBatch
-
-Result = TypeVar("Result")
 
 
 def mlp_adapt_and_score(
@@ -74,7 +69,7 @@ def mlp_adapt_and_score(
     loop = check_tower_loop(tower, inner_lr, inner_steps, loss, first_order)
     batch = check_tower_batch(tower, batch, loss, ())
     check_tower_differentiation(tower, loop, batch)
-    run = _either(_mlp_ops.adapt_and_score, mlp_reference.adapt_and_score, item_table)
+    run = _ops.either(_mlp_ops.adapt_and_score, mlp_reference.adapt_and_score, item_table)
     scores = run(tower, with_negatives(batch), loop)
     negatives = None if batch.query is None else batch.query.negative_rows
     return scores if negatives is None else scores.view(-1, 1 + negatives.shape[1])
@@ -120,22 +115,4 @@ def mlp_meta_step(
     losses = check_outer_loss(outer_loss)
     batch = check_tower_batch(tower, batch, loss, tuple(losses))
     check_tower_differentiation(tower, loop, batch)
-    return _either(_mlp_ops.meta_step, mlp_reference.meta_step, item_table)(tower, batch, loop, losses)
-
-
-_WITH_KERNELS = ("cpu", "meta")
-_missed: set[str] = set()  # kinds of device of which it has been said that they have no kernels
-
-
-def _either(kernels: Callable[..., Result], plain: Callable[..., Result], like: Tensor) -> Callable[..., Result]:
-    """The kernels where `like` lives, or the reference, which like them computes in float32 under autocast."""
-    kind = like.device.type
-    if kind in _WITH_KERNELS and _library.loaded_for(like):
-        return kernels
-    if kind not in (*_WITH_KERNELS, *_missed) and not torch.compiler.is_compiling():
-        _missed.add(kind)
-        message = (
-            f"an MLP tower runs on its PyTorch reference on {kind}, right but slow: only the CPU has kernels of it"
-        )
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
-    return torch.autocast(kind, enabled=False)(plain) if is_autocast(like) else plain
+    return _ops.either(_mlp_ops.meta_step, mlp_reference.meta_step, item_table)(tower, batch, loop, losses)

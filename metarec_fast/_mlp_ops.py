@@ -49,7 +49,7 @@ def _inputs(tower: Tower, support: Entries) -> tuple[Any, ...]:
     parameters = torch.cat([part.reshape(-1) for layer in tower.layers for part in layer])
     return (
         tower.user_part, tower.item_table, tower.item_bias, parameters, tower.widths, support.items, support.offsets,
-        support.targets, support.weights, support.negative_rows, support.log_q,
+        support.targets, support.weights, support.negative_rows, support.log_q, support.size_bound,
     )  # fmt: skip
 
 

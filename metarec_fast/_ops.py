@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from metarec_fast import _library
-from metarec_fast._arguments import OUTER_LOSSES, InnerLoop, Model, differentiable
+from metarec_fast._arguments import OUTER_LOSSES, InnerLoop, Model, differentiable, is_autocast
 from metarec_fast.results import AdaptedItems, FastWeights, MetaStep, SparseRows, TopK
 from metarec_fast.tasks import Entries, TaskBatch
 
 if _library.cpu.loaded:
     from metarec_fast import _autograd
 
+Result = TypeVar("Result")
+
 ops = torch.ops.metarec_fast
 
 _ITEMS = ("item_table", "item_bias")
 EXACT = -1
 """`inner_steps` of the operators for the closed form."""
+
+
+def either(kernels: Callable[..., Result], plain: Callable[..., Result], like: Tensor) -> Callable[..., Result]:
+    """The kernels where `like` lives, or the reference, which like them computes in float32 under autocast."""
+    if _library.loaded_for(like):
+        return kernels
+    return torch.autocast(like.device.type, enabled=False)(plain) if is_autocast(like) else plain
 
 
 def adapt(model: Model, support: Entries, loop: InnerLoop) -> FastWeights:

@@ -6,8 +6,8 @@ Everything is for the dot-product recommender, whose score of item i for a user 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Literal, TypeVar
+from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ from metarec_fast._arguments import (
     check_outer_loss,
     check_step_weights,
     check_task_weights,
-    is_autocast,
     with_negatives,
 )
 from metarec_fast._mlp_functional import mlp_adapt_and_score, mlp_meta_step
@@ -34,7 +33,6 @@ from metarec_fast.results import FastWeights, MetaStep, SparseRows, TopK
 from metarec_fast.tasks import Entries, TaskBatch
 
 Steps = int | Literal["exact"]
-Result = TypeVar("Result")
 
 
 def adapt(
@@ -99,7 +97,7 @@ def adapt(
     )  # fmt: skip
     support = check_entries("support", support, model.item_bias, (loss,))
     check_differentiation(model, loop, TaskBatch(support))
-    return _either(_ops.adapt, reference.adapt, item_table)(model, support, loop)
+    return _ops.either(_ops.adapt, reference.adapt, item_table)(model, support, loop)
 
 
 def adapt_and_score(
@@ -143,7 +141,7 @@ def adapt_and_score(
     batch = check_batch(batch, model.item_bias, loss, outer_losses=())
     check_differentiation(model, loop, batch)
     candidates = with_negatives(batch)
-    run = _either(_ops.adapt_and_score, reference.adapt_and_score, item_table)
+    run = _ops.either(_ops.adapt_and_score, reference.adapt_and_score, item_table)
     _, scores = run(model, candidates, loop)
     negatives = None if batch.query is None else batch.query.negative_rows
     return scores if negatives is None else scores.view(-1, 1 + negatives.shape[1])
@@ -204,7 +202,7 @@ def meta_step(
     batch = check_batch(batch, model.item_bias, loss, losses)
     step_weights = check_step_weights(step_weights, loop, model.item_bias)
     check_differentiation(model, loop, batch, step_weights)
-    run = _either(_ops.meta_step, reference.meta_step, item_table)
+    run = _ops.either(_ops.meta_step, reference.meta_step, item_table)
     result = run(model, batch, loop, losses, step_weights)
     if coalesce:
         for name in ("item_table", "item_bias"):
@@ -260,7 +258,7 @@ def reptile_step(
     )  # fmt: skip
     support = check_entries("support", support, model.item_bias, (loss,))
     weights = check_task_weights(task_weights, model.item_bias, num_tasks)
-    return _either(_ops.reptile_step, reference.reptile_step, item_table)(model, support, weights, loop)
+    return _ops.either(_ops.reptile_step, reference.reptile_step, item_table)(model, support, weights, loop)
 
 
 def score_top_k(
@@ -299,7 +297,7 @@ def score_top_k(
         exclude = check_entries("exclude", exclude, model.item_bias)
         if exclude.num_tasks != num_tasks:
             raise ValueError(f"exclude: expected {num_tasks} tasks, one per user, got {exclude.num_tasks}")
-    return _either(_ops.score_top_k, reference.score_top_k, item_table)(
+    return _ops.either(_ops.score_top_k, reference.score_top_k, item_table)(
         model.user_init, model.user_bias_init, model.item_table, model.item_bias, k, exclude
     )
 
@@ -310,7 +308,7 @@ def coalesce_rows(gradient: SparseRows) -> SparseRows:
     Args:
         gradient: ids int64 [n] ≥ 0 and rows [n, D] or [n], float32 or float64.
     """
-    return _either(_ops.coalesce_rows, reference.coalesce_rows, gradient.rows)(gradient)
+    return _ops.either(_ops.coalesce_rows, reference.coalesce_rows, gradient.rows)(gradient)
 
 
 def coalesce_rows_padded(gradient: SparseRows) -> tuple[SparseRows, Tensor]:
@@ -322,7 +320,7 @@ def coalesce_rows_padded(gradient: SparseRows) -> tuple[SparseRows, Tensor]:
     Returns:
         Ids [n], −1 after the distinct ones, with rows of zeros there; and how many are distinct, an int64 scalar.
     """
-    return _either(_ops.coalesce_rows_padded, reference.coalesce_rows_padded, gradient.rows)(gradient)
+    return _ops.either(_ops.coalesce_rows_padded, reference.coalesce_rows_padded, gradient.rows)(gradient)
 
 
 def sum_rows(gradient: SparseRows, num_rows: int) -> Tensor:
@@ -335,13 +333,6 @@ def sum_rows(gradient: SparseRows, num_rows: int) -> Tensor:
         return gradient.to_dense(num_rows)
     result: Tensor = _ops.ops.sum_rows(*gradient, num_rows)
     return result
-
-
-def _either(kernels: Callable[..., Result], plain: Callable[..., Result], like: Tensor) -> Callable[..., Result]:
-    """The kernels where `like` lives, or the reference, which like them computes in float32 under autocast."""
-    if _library.loaded_for(like):
-        return kernels
-    return torch.autocast(like.device.type, enabled=False)(plain) if is_autocast(like) else plain
 
 
 def _count_tasks(name: str, tasks: Entries | TaskBatch) -> int:

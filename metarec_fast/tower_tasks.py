@@ -65,6 +65,10 @@ class TowerTasks(ModuleTasks):
             if len(self.names) == len(self.tensors):
                 return rates
             rates = dict.fromkeys(self.names, rates)
-        kind: dict[str, Any] = {"dtype": self.model.offset.dtype, "device": self.model.offset.device}
-        columns = [torch.as_tensor(rates.get(name, 0.0), **kind).reshape(-1) for name in self.tensors]
+        columns = [self._column(rates.get(name, 0.0)) for name in self.tensors]
         return torch.stack(torch.broadcast_tensors(*columns), -1)
+
+    def _column(self, rate: Any) -> Tensor:
+        """[1] or [K]; a number is written there, which a GPU need not wait for."""
+        offset = self.model.offset
+        return (rate.to(offset) if isinstance(rate, Tensor) else offset.new_full((), rate)).reshape(-1)

@@ -6,11 +6,18 @@ import torch
 
 OPERATORS_AND_LEARNERS = {
     "test_adapt_and_score", "test_autocast", "test_checkpoint", "test_freezing", "test_full_adaptation", "test_heads",
-    "test_learners", "test_meta_step", "test_models", "test_optim", "test_pairwise_learners", "test_pairwise_losses",
-    "test_pretrained", "test_reptile_step", "test_score_top_k", "test_serving", "test_sum_rows", "test_training",
+    "test_learners", "test_meta_step", "test_mlp_adapt_and_score", "test_mlp_meta_step", "test_mlp_pairs",
+    "test_models", "test_optim", "test_pairwise_learners", "test_pairwise_losses", "test_pretrained",
+    "test_reptile_step", "test_score_top_k", "test_serving", "test_sum_rows", "test_training",
 }  # fmt: skip
 """Modules whose tests make their tensors on the device; all others are about something on the CPU, and stay there."""
-DEVICE_FIRST = OPERATORS_AND_LEARNERS | {"test_cuda", "test_compile", "test_transfer", "test_library"}
+DEVICE_FIRST = OPERATORS_AND_LEARNERS | {
+    "test_cuda",
+    "test_tower_on_gpu",
+    "test_compile",
+    "test_transfer",
+    "test_library",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -62,3 +69,10 @@ def made_on_the_device(request: pytest.FixtureRequest):
         return
     with torch.device(problems.DEVICE):
         yield
+
+
+@pytest.fixture
+def patience():
+    """Waiting for the GPU is an error inside the test, once everything has been called and loaded."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")

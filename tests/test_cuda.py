@@ -19,13 +19,6 @@ LEARNERS = [mf.MAML, mf.FOMAML, mf.Reptile, mf.MetaSGD, mf.MAMLR]
 NUM_ITEMS, DIM = 60, 7
 
 
-@pytest.fixture
-def patience():
-    """Waiting for the GPU is an error inside the test, once everything has been called and loaded."""
-    yield lambda: torch.cuda.set_sync_debug_mode("error")
-    torch.cuda.set_sync_debug_mode("default")
-
-
 def problem(device: torch.device | str = "cuda", sizes: tuple[int, ...] = (3, 0, 1, 13, 40, 5), **kind: object):
     """(user_init, item_table, item_bias) and a batch."""
     draw = Draw(0, torch.float32)

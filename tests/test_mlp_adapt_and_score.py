@@ -12,8 +12,6 @@ from metarec_fast import functional as F
 from metarec_fast._mlp_arguments import TowerLoop
 from metarec_fast.tasks import Entries, TaskBatch
 
-pytestmark = pytest.mark.cpu
-
 
 @pytest.mark.parametrize("hidden", [(), (9,), (9, 5), (16, 33, 8)])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])

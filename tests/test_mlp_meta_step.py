@@ -8,7 +8,7 @@ from problems import Draw, relative_error
 from torch.library import opcheck
 from towers import SQUARED, compare_with_reference, draw_loop, draw_tower, gradients_of, leaves_of, raw_inputs
 
-from metarec_fast import _mlp_functional, _mlp_ops, mlp_reference
+from metarec_fast import _library, _mlp_ops, mlp_reference
 from metarec_fast import functional as F
 from metarec_fast._mlp_arguments import Tower, TowerLoop
 from metarec_fast.results import SparseRows
@@ -16,7 +16,6 @@ from metarec_fast.tasks import Entries, TaskBatch
 
 HIDDEN = ((), (9,), (9, 5), (16, 33, 8))
 DOUBLE = torch.float64
-pytestmark = pytest.mark.cpu
 
 
 @pytest.mark.parametrize("hidden", HIDDEN)
@@ -193,7 +192,7 @@ def test_float32_is_as_near_to_float64_as_the_reference_is(activation):
         tower, batch, loop = draw_tower(draw, (32, 16), activation=activation), draw.batch(), draw_loop(draw, 5)
         layers = [(weight.float(), bias.float()) for weight, bias in tower.layers]
         single = Tower(tower.user_part.float(), tower.item_table.float(), layers, activation)
-        lower = TaskBatch(batch.support.to("cpu", torch.float32), batch.query.to("cpu", torch.float32))
+        lower = batch.to(batch.support.items.device, torch.float32)
         rates = replace(loop, inner_lr=loop.inner_lr.float())
         expected = mlp_reference.meta_step(tower, batch, loop, SQUARED)
         actual = _mlp_ops.meta_step(single, lower, rates, SQUARED)
@@ -206,6 +205,7 @@ def test_float32_is_as_near_to_float64_as_the_reference_is(activation):
     assert max(mine) < 3 * max(others) < 3e-4
 
 
+@pytest.mark.cpu
 def test_any_number_of_threads_gives_the_same_bits():
     draw = Draw(9, torch.float32)
     tower = draw_tower(draw, (64, 64), num_tasks=200)
@@ -280,6 +280,7 @@ def test_ids_beyond_the_table_and_gradients_of_data_are_refused():
         torch.func.jvp(lambda table: _call(item_table=table).loss, (table,), (table,))
 
 
+@pytest.mark.cpu
 def test_raw_calls_check_what_they_are_given():
     draw = Draw(12)
     tower, loop = draw_tower(draw, num_tasks=1), draw_loop(draw, 2)
@@ -294,6 +295,7 @@ def test_raw_calls_check_what_they_are_given():
         _mlp_ops.meta_step(tower, TaskBatch(fine, fine), loop, SQUARED)
 
 
+@pytest.mark.cpu
 def test_under_autocast_low_precision_comes_in_and_float32_goes_out():
     draw = Draw(13, torch.float32)
     tower, batch = draw_tower(draw), draw.batch()
@@ -305,14 +307,13 @@ def test_under_autocast_low_precision_comes_in_and_float32_goes_out():
     assert torch.equal(actual.grads["item_table"].rows, expected.grads["item_table"].rows)
 
 
-def test_where_there_are_no_kernels_the_reference_runs_and_it_is_said_once(monkeypatch):
+@pytest.mark.cpu
+def test_where_there_are_no_kernels_the_reference_runs(monkeypatch):
     draw = Draw(14)
     tower, batch = draw_tower(draw), draw.batch()
-    monkeypatch.setattr(_mlp_functional, "_WITH_KERNELS", ())
-    monkeypatch.setattr(_mlp_functional, "_missed", set())
     arguments = tower.user_part, tower.item_table, tower.layers, batch
-    with pytest.warns(RuntimeWarning, match="^an MLP tower runs on its PyTorch reference on cpu, right but slow"):
-        actual = F.mlp_meta_step(*arguments)
-    F.mlp_meta_step(*arguments)
-    monkeypatch.undo()
-    torch.testing.assert_close(actual.loss, F.mlp_meta_step(*arguments).loss)
+    expected = F.mlp_meta_step(*arguments), F.mlp_adapt_and_score(*arguments)
+    monkeypatch.setattr(_library, "cpu", _library.Library("_C", False, "it was not built"))
+    monkeypatch.delattr(_mlp_ops, "ops")
+    torch.testing.assert_close(F.mlp_meta_step(*arguments).loss, expected[0].loss)
+    torch.testing.assert_close(F.mlp_adapt_and_score(*arguments), expected[1])

@@ -15,7 +15,6 @@ from metarec_fast._mlp_arguments import TowerLoop
 from metarec_fast.tasks import Entries, TaskBatch
 
 DOUBLE = torch.float64
-pytestmark = pytest.mark.cpu
 
 
 @pytest.mark.parametrize("hidden", [(), (9,), (9, 5), (16, 33, 8)])
@@ -189,6 +188,7 @@ def test_float32_equals_the_reference(loss):
     assert relative_error(actual.grads["user_part"], expected.grads["user_part"]) < 1e-5
 
 
+@pytest.mark.cpu
 def test_raw_calls_check_what_they_are_given():
     draw = Draw(17)
     tower, loop = draw_tower(draw), draw_loop(draw, 2, loss="bpr")

@@ -34,6 +34,7 @@ def run(library: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     ("module", "which", "least"),
     [
         ("test_cuda", BEYOND, 30),
+        ("test_tower_on_gpu", BEYOND, 15),
         ("test_learners", "not compile", 80),
         ("test_serving", "", 20),
         ("test_autocast", "not compiled", 15),

@@ -4,20 +4,19 @@
 namespace metarec_fast::cpu {
 namespace {
 
-Tensor mlp_adapt_and_score_cpu(const Tensor& user_part, const Tensor& item_table,
-                               const OptionalTensor& item_bias, const Tensor& parameters,
-                               const std::vector<int64_t>& widths, const Tensor& support_items,
-                               const Tensor& support_offsets, const OptionalTensor& support_targets,
-                               const OptionalTensor& support_weights,
-                               const OptionalTensor& support_negatives,
-                               const OptionalTensor& support_log_q, const Tensor& query_items,
-                               const Tensor& query_offsets, const Tensor& inner_lr,
-                               int64_t inner_steps, const std::string& activation,
-                               const std::string& loss, bool first_order) {
+Tensor mlp_adapt_and_score_cpu(
+    const Tensor& user_part, const Tensor& item_table, const OptionalTensor& item_bias,
+    const Tensor& parameters, const std::vector<int64_t>& widths, const Tensor& support_items,
+    const Tensor& support_offsets, const OptionalTensor& support_targets,
+    const OptionalTensor& support_weights, const OptionalTensor& support_negatives,
+    const OptionalTensor& support_log_q, int64_t largest_support, const Tensor& query_items,
+    const Tensor& query_offsets, const Tensor& inner_lr, int64_t inner_steps,
+    const std::string& activation, const std::string& loss, bool first_order) {
   const TowerInputs inputs(user_part, item_table, item_bias, parameters, widths, support_items,
                            support_offsets, support_targets, support_weights, support_negatives,
-                           support_log_q, {"query", query_items, query_offsets, item_table},
-                           inner_lr, inner_steps, activation, loss, first_order);
+                           support_log_q, largest_support,
+                           {"query", query_items, query_offsets, item_table}, inner_lr, inner_steps,
+                           activation, loss, first_order);
 
   Tensor result = empty(item_table, inputs.dtype(), {inputs.query.size()});
 
@@ -39,12 +38,14 @@ TowerTuple mlp_adapt_and_score_backward_cpu(
     const Tensor& support_items, const Tensor& support_offsets,
     const OptionalTensor& support_targets, const OptionalTensor& support_weights,
     const OptionalTensor& support_negatives, const OptionalTensor& support_log_q,
-    const Tensor& query_items, const Tensor& query_offsets, const Tensor& inner_lr,
-    int64_t inner_steps, const std::string& activation, const std::string& loss, bool first_order) {
+    int64_t largest_support, const Tensor& query_items, const Tensor& query_offsets,
+    const Tensor& inner_lr, int64_t inner_steps, const std::string& activation,
+    const std::string& loss, bool first_order) {
   const TowerInputs inputs(user_part, item_table, item_bias, parameters, widths, support_items,
                            support_offsets, support_targets, support_weights, support_negatives,
-                           support_log_q, {"query", query_items, query_offsets, item_table},
-                           inner_lr, inner_steps, activation, loss, first_order);
+                           support_log_q, largest_support,
+                           {"query", query_items, query_offsets, item_table}, inner_lr, inner_steps,
+                           activation, loss, first_order);
   const Tensor arriving = *inputs.checked("grad_scores", grad_scores, inputs.query.size());
 
   TowerTuple result;

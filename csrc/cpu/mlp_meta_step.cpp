@@ -15,16 +15,16 @@ MlpMetaStepTuple mlp_meta_step_cpu(
     const Tensor& parameters, const std::vector<int64_t>& widths, const Tensor& support_items,
     const Tensor& support_offsets, const OptionalTensor& support_targets,
     const OptionalTensor& support_weights, const OptionalTensor& support_negatives,
-    const OptionalTensor& support_log_q, const Tensor& query_items, const Tensor& query_offsets,
-    const OptionalTensor& query_targets, const OptionalTensor& query_weights,
-    const OptionalTensor& query_negatives, const OptionalTensor& query_log_q,
-    const OptionalTensor& task_weights, const Tensor& inner_lr, int64_t inner_steps,
-    const std::string& activation, const std::string& loss_name, bool first_order,
-    double outer_squared, double outer_logistic, double outer_absolute, double outer_bpr,
-    double outer_softmax) {
+    const OptionalTensor& support_log_q, int64_t largest_support, const Tensor& query_items,
+    const Tensor& query_offsets, const OptionalTensor& query_targets,
+    const OptionalTensor& query_weights, const OptionalTensor& query_negatives,
+    const OptionalTensor& query_log_q, const OptionalTensor& task_weights, const Tensor& inner_lr,
+    int64_t inner_steps, const std::string& activation, const std::string& loss_name,
+    bool first_order, double outer_squared, double outer_logistic, double outer_absolute,
+    double outer_bpr, double outer_softmax) {
   const TowerInputs inputs(
       user_part, item_table, item_bias, parameters, widths, support_items, support_offsets,
-      support_targets, support_weights, support_negatives, support_log_q,
+      support_targets, support_weights, support_negatives, support_log_q, largest_support,
       {"query", query_items, query_offsets, item_table, query_negatives, query_log_q}, inner_lr,
       inner_steps, activation, loss_name, first_order);
   const OuterLoss outer_loss{outer_squared, outer_logistic, outer_absolute, outer_bpr,

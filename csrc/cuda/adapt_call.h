@@ -23,11 +23,6 @@ void dispatch_tables(const Inputs& inputs, const char* op, const Body& body) {
   dispatch_floating(inputs.dtype(), op, [&](auto zero) { body(zero, zero); });
 }
 
-template <typename scalar_t>
-const scalar_t* data(const OptionalTensor& tensor) {
-  return tensor ? tensor->const_data_ptr<scalar_t>() : nullptr;
-}
-
 // The gradients of a batch as tensors; those that are not wanted are empty.
 struct GradientTensors {
   Tensor user_init, user_bias_init, item_rows, item_bias_rows, item_ids, offset, inner_lr,

@@ -35,6 +35,11 @@ struct OnDevice {
 };
 #endif
 
+template <typename scalar_t>
+const scalar_t* data(const OptionalTensor& tensor) {
+  return tensor ? tensor->const_data_ptr<scalar_t>() : nullptr;
+}
+
 // Throws what a launch had to complain of.
 inline void check_launch(const char* op, const char* error) {
   STD_TORCH_CHECK(error == nullptr, op, ": ", error == nullptr ? "" : error);

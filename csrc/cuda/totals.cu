@@ -41,6 +41,33 @@ __global__ void __launch_bounds__(kSummingThreads)
   if (threadIdx.x == 0) from.out[place] = static_cast<scalar_t>(sum);
 }
 
+// One thread for each number of a record and every kSummingWarps-th record; a block has one warp of
+// numbers.
+template <typename scalar_t>
+__global__ void __launch_bounds__(kSummingThreads)
+    sum_long_records_kernel(const scalar_t* __restrict__ records,  // [num_records, record_size]
+                            int64_t num_records, int record_size,
+                            const __grid_constant__ RecordParts<scalar_t> all) {
+  CUDA_SHARED(double, of_warps, kSummingThreads);
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize,
+            warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int place = static_cast<int>(blockIdx.x) * kWarpSize + lane;
+  double sum = 0;
+  if (place < record_size)
+#pragma unroll 4
+    for (int64_t record = warp; record < num_records; record += kSummingWarps)
+      sum += records[record * record_size + place];
+  of_warps[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp > 0) return;
+  for (int w = 1; w < kSummingWarps; ++w) sum += of_warps[w * kWarpSize + lane];
+  for (int i = 0; i < all.num_parts; ++i) {
+    const RecordPart<scalar_t>& part = all.parts[i];
+    if (place >= part.at && place < part.at + part.count)
+      part.out[place - part.at] = static_cast<scalar_t>(sum);
+  }
+}
+
 template <typename scalar_t>
 __global__ void __launch_bounds__(kSummingThreads)
     sum_task_weights_kernel(const scalar_t* __restrict__ task_weights,  // [T], or nullptr
@@ -76,6 +103,14 @@ const char* sum_records(const scalar_t* records, int64_t num_records, int record
 }
 
 template <typename scalar_t>
+const char* sum_long_records(const scalar_t* records, int64_t num_records, int record_size,
+                             const RecordParts<scalar_t>& parts, cudaStream_t stream) {
+  return launch("sum_long_records", sum_long_records_kernel<scalar_t>,
+                dim3(blocks_for(record_size, kWarpSize)), dim3(kSummingThreads), 0, stream, records,
+                num_records, record_size, parts);
+}
+
+template <typename scalar_t>
 const char* sum_task_weights(const scalar_t* task_weights, const int64_t* offsets,
                              int64_t num_tasks, bool entered, scalar_t* normalisers,
                              cudaStream_t stream) {
@@ -88,6 +123,9 @@ const char* sum_task_weights(const scalar_t* task_weights, const int64_t* offset
   template const char* sum_records<scalar_t>(const scalar_t* records, int64_t num_records,        \
                                              int record_size, const RecordParts<scalar_t>& parts, \
                                              cudaStream_t stream);                                \
+  template const char* sum_long_records<scalar_t>(                                                \
+      const scalar_t* records, int64_t num_records, int record_size,                              \
+      const RecordParts<scalar_t>& parts, cudaStream_t stream);                                   \
   template const char* sum_task_weights<scalar_t>(                                                \
       const scalar_t* task_weights, const int64_t* offsets, int64_t num_tasks, bool entered,      \
       scalar_t* normalisers, cudaStream_t stream)

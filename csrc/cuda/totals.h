@@ -30,6 +30,11 @@ template <typename scalar_t>
 const char* sum_records(const scalar_t* records, int64_t num_records, int record_size,
                         const RecordParts<scalar_t>& parts, cudaStream_t stream);
 
+// The same where records are long: threads side by side read numbers side by side. Nothing folded.
+template <typename scalar_t>
+const char* sum_long_records(const scalar_t* records, int64_t num_records, int record_size,
+                             const RecordParts<scalar_t>& parts, cudaStream_t stream);
+
 // normalisers[0] ← 1/Σ ω over all tasks, or with `entered` over those with entries;
 // normalisers[1] ← the same over those with entries.
 template <typename scalar_t>

@@ -81,10 +81,11 @@ def use(library: Path) -> None:
     """From now on metarec_fast runs on the simulated operators."""
     import torch
 
-    from metarec_fast import _autograd
+    from metarec_fast import _autograd, _mlp_autograd
 
     torch.ops.load_library(str(library))
     _autograd.register(NAMESPACE)
+    _mlp_autograd.register(NAMESPACE)
     switch(NAMESPACE)
 
 
@@ -92,10 +93,12 @@ def switch(namespace: str) -> Any:
     """Lets metarec_fast call the operators of this namespace."""
     import torch
 
-    from metarec_fast import _autograd, _ops
+    from metarec_fast import _autograd, _mlp_autograd, _mlp_ops, _ops
 
-    _ops.ops = _autograd.ops = getattr(torch.ops, namespace)
-    return _ops.ops
+    ops = getattr(torch.ops, namespace)
+    for module in (_ops, _autograd, _mlp_ops, _mlp_autograd):
+        module.ops = ops  # type: ignore[attr-defined]
+    return ops
 
 
 @cache

@@ -28,6 +28,7 @@ from metarec_fast import _ops
 from metarec_fast import functional as F
 from metarec_fast._arguments import Model
 from metarec_fast.results import SparseRows
+from simulator.tower_cases import adapting_towers
 
 DIFFERENT, REFUSED = 2, 3
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -44,6 +45,8 @@ def cases(small: bool, brief: bool = False) -> Iterator[Case]:
         for part in (adapting, adapting_items, moving, ranking, summing, optimising):
             for name, run in part(dtype, dim, (3, 0, 34) if small else RAGGED):
                 yield f"{name} {str(dtype)[6:]} D={dim}", dtype, run
+        for name, run in adapting_towers(dtype, dim, (3, 0, 34) if small else RAGGED):
+            yield f"{name} {str(dtype)[6:]} D={dim}", dtype, lambda r=run: flat(r())
     if not small:
         for name, run in narrow_tables():
             yield name, torch.float32, run

@@ -16,7 +16,8 @@
 namespace cuda_simulator {
 namespace {
 
-constexpr size_t kBetweenArrays = 64;  // bytes that belong to no array
+constexpr size_t kBetweenArrays = 64;               // bytes that belong to no array
+constexpr size_t kDynamicWithoutAsking = 32 << 10;  // as csrc/cuda/dialect.h has it
 
 char fence_token[8];
 
@@ -59,7 +60,7 @@ void* static_shared(const void* key, size_t bytes) {
   const size_t start = (block.shared_end + kBetweenArrays + 15) / 16 * 16;
   block.static_bytes += bytes;
   // What asks for more of it asks for dynamic memory alone.
-  const bool asked = block.dynamic_bytes > kSharedMemoryWithoutAsking;
+  const bool asked = block.dynamic_bytes > kDynamicWithoutAsking;
   const size_t limit = asked ? kSharedMemoryLimit : kSharedMemoryWithoutAsking;
   if (block.static_bytes > kSharedMemoryWithoutAsking ||
       block.static_bytes + block.dynamic_bytes > limit || start + bytes > kSharedMemoryLimit ||
