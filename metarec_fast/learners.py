@@ -53,6 +53,7 @@ class Learner(nn.Module):
     """
 
     name: str
+    extra_count: float
     default_outer_lr = 1e-2
     module_outer_lr = 1e-3
     """What takes its place where the model is any module."""
@@ -78,6 +79,7 @@ class Learner(nn.Module):
         first_order: bool,
         adapt: str | Sequence[str],
         outer_loss: OuterLoss | None,
+        extra_count: float,
         **extra: Any,
     ) -> None:
         super().__init__()
@@ -85,8 +87,11 @@ class Learner(nn.Module):
             model = ModuleRecommender(model)
         if not (isinstance(inner_lr, (int, float)) and 0 < inner_lr < float("inf")):
             raise ValueError(f"inner_lr: expected a number > 0, got {inner_lr!r}")
+        if not (isinstance(extra_count, (int, float)) and 0 <= extra_count < float("inf")):
+            raise ValueError(f"extra_count: expected a number ≥ 0, got {extra_count!r}")
         self.model: Any = model
         self.inner_lr, self.inner_steps, self.first_order, self.adapted = inner_lr, inner_steps, first_order, adapt
+        self.extra_count = extra_count
         self.outer_loss = {model.loss: 1.0} if outer_loss is None else check_outer_loss(outer_loss)
         self.hyperparameters: dict[str, Any] = {
             "inner_lr": inner_lr,
@@ -94,6 +99,7 @@ class Learner(nn.Module):
             "first_order": first_order,
             "adapt": adapt,
             "outer_loss": outer_loss if outer_loss is None or isinstance(outer_loss, str) else dict(outer_loss),
+            "extra_count": extra_count,
             **extra,
         }
         self.rating_range: tuple[float, float] | None = None
@@ -138,6 +144,7 @@ class Learner(nn.Module):
             "loss": self.model.loss,
             "first_order": self.first_order,
             "adapt": self.adapted,
+            "extra_count": self.extra_count,
         }
 
     def weigh(self, support: Entries, items: Tensor) -> Entries:
@@ -326,6 +333,8 @@ class MAML(Learner):
             adapt, or patterns of them: ["tower.*"].
         outer_loss: "squared", "logistic", "absolute", "bpr", "softmax", or the weight of each; by default the model's
             loss.
+        extra_count: n0, added to the number of support entries in the inner loss' mean. With 0, as in the papers, one
+            rating moves a user as far as many do, which makes the first few worse than none; 5 mends that.
 
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it.
@@ -342,10 +351,11 @@ class MAML(Learner):
         first_order: bool = False,
         adapt: str | Sequence[str] = "user",
         outer_loss: OuterLoss | None = None,
+        extra_count: float = 0.0,
     ) -> None:
         super().__init__(
             model, inner_lr=inner_lr, inner_steps=inner_steps, first_order=first_order, adapt=adapt,
-            outer_loss=outer_loss,
+            outer_loss=outer_loss, extra_count=extra_count,
         )  # fmt: skip
         self._check()
 
@@ -363,10 +373,12 @@ class FOMAML(MAML):
         inner_steps: Steps = 5,
         adapt: str | Sequence[str] = "user",
         outer_loss: OuterLoss | None = None,
+        extra_count: float = 0.0,
     ) -> None:
         super().__init__(
-            model, inner_lr=inner_lr, inner_steps=inner_steps, first_order=True, adapt=adapt, outer_loss=outer_loss
-        )
+            model, inner_lr=inner_lr, inner_steps=inner_steps, first_order=True, adapt=adapt, outer_loss=outer_loss,
+            extra_count=extra_count,
+        )  # fmt: skip
         del self.hyperparameters["first_order"]
 
 
@@ -393,11 +405,12 @@ class MetaSGD(Learner):
         first_order: bool = False,
         adapt: str | Sequence[str] = "user",
         outer_loss: OuterLoss | None = None,
+        extra_count: float = 0.0,
         rates: str = "weight",
     ) -> None:
         super().__init__(
             model, inner_lr=inner_lr, inner_steps=inner_steps, first_order=first_order, adapt=adapt,
-            outer_loss=outer_loss, rates=rates,
+            outer_loss=outer_loss, extra_count=extra_count, rates=rates,
         )  # fmt: skip
         self.rates_of = rates
         self.log_rates: Any = self.tasks.new_rates(rates, math.log(inner_lr))

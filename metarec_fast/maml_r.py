@@ -89,11 +89,10 @@ class MAMLR(Learner):
         settings = {
             "warm_start": warm_start, "choices": choices, "learn_rates": learn_rates, "momentum": momentum,
             "pull": pull, "weigh_items": weigh_items, "weigh_users": weigh_users,
-            "extra_count": extra_count,
         }  # fmt: skip
         super().__init__(
             model, inner_lr=inner_lr, inner_steps=inner_steps, first_order=first_order, adapt=adapt,
-            outer_loss=outer_loss, **settings,
+            outer_loss=outer_loss, extra_count=extra_count, **settings,
         )  # fmt: skip
         if outer_loss is None and self.model.loss == "squared":
             self.outer_loss = {"squared": 0.5, "absolute": 0.5}
@@ -105,7 +104,7 @@ class MAMLR(Learner):
             raise ValueError(f"warm_start: expected a bool or one of {known}, got {warm_start!r}")
         if weigh_users not in ("equal", "ratings"):
             raise ValueError(f'weigh_users: expected "equal" or "ratings", got {weigh_users!r}')
-        self.weigh_users, self.extra_count = weigh_users, extra_count
+        self.weigh_users = weigh_users
         is_module = not isinstance(self.tasks, DotTasks)
         if is_module:
             self.method, choices = False, False
@@ -151,7 +150,7 @@ class MAMLR(Learner):
         return user + moved[:, :-1], bias + moved[:, -1]
 
     def inner_loop(self, sizes: Tensor) -> dict[str, Any]:
-        loop = {**super().inner_loop(sizes), "extra_count": self.extra_count}
+        loop = super().inner_loop(sizes)
         if self.log_steps is not None and self.log_rates is not None:
             loop["inner_lr"], loop["preconditioner"] = self.log_steps.exp(), self.tasks.preconditioner(self.log_rates)
         if self.momentum is not None:

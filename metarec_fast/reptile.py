@@ -28,6 +28,7 @@ class Reptile(Learner):
         inner_lr: Step size of the inner loop.
         inner_steps: K, how many steps.
         adapt: "all": user and items adapt; "user": the user vector and bias alone, and items stay as they are.
+        extra_count: n0, as of `MAML`.
 
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it.
@@ -43,12 +44,14 @@ class Reptile(Learner):
         inner_lr: float = 0.1,
         inner_steps: Steps = 5,
         adapt: str | Sequence[str] = "all",
+        extra_count: float = 0.0,
     ) -> None:
         if getattr(model, "loss", None) in PAIRWISE:
             raise ValueError(f"model: Reptile adapts on a loss of single scores, got loss={model.loss!r}")
         super().__init__(
-            model, inner_lr=inner_lr, inner_steps=inner_steps, first_order=True, adapt=adapt, outer_loss=None
-        )
+            model, inner_lr=inner_lr, inner_steps=inner_steps, first_order=True, adapt=adapt, outer_loss=None,
+            extra_count=extra_count,
+        )  # fmt: skip
         for name in ("first_order", "outer_loss"):
             del self.hyperparameters[name]
         self._check()

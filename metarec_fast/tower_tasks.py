@@ -11,13 +11,13 @@ from torch import Tensor
 from metarec_fast import functional
 from metarec_fast.mlp_recommender import MLPRecommender
 from metarec_fast.module_tasks import ModuleTasks
-from metarec_fast.tasks import TaskBatch
+from metarec_fast.tasks import Entries, TaskBatch
 
 if TYPE_CHECKING:
     from metarec_fast.learners import Learner
     from metarec_fast.module_recommender import ModuleRecommender
 
-_PLAIN_LOOP = {"inner_lr", "inner_steps", "loss", "first_order", "adapt"}
+_PLAIN_LOOP = {"inner_lr", "inner_steps", "loss", "first_order", "adapt", "extra_count"}
 
 
 class TowerTasks(ModuleTasks):
@@ -45,7 +45,7 @@ class TowerTasks(ModuleTasks):
 
     def _arguments(self, batch: TaskBatch) -> dict[str, Any]:
         unique, local = batch.localize()
-        support = local.support.with_weights(self._weighed(batch).weights)
+        support = self._damped(local.support.with_weights(self._weighed(batch).weights))
         users = self.mlp.user_part(self.model.users(batch.user_ids, batch.num_tasks))
         loop = self.learner.inner_loop(batch.support.sizes())
         return {
@@ -58,6 +58,15 @@ class TowerTasks(ModuleTasks):
             "inner_lr": self._rates(loop["inner_lr"]),
             **{name: loop[name] for name in ("inner_steps", "loss", "first_order")},
         }
+
+    def _damped(self, support: Entries) -> Entries:
+        """With n0 more in the mean: 1/(S + n0) is S/(S + n0) of the 1/S that operators know."""
+        extra = self.learner.extra_count
+        if extra == 0 or len(support) == 0:
+            return support
+        sizes = support.sizes().to(self.model.offset)
+        shares = (sizes / (sizes + extra))[support.task_ids()]
+        return support.with_weights(shares if support.weights is None else shares * support.weights)
 
     def _rates(self, rates: Any) -> Any:
         """A rate for all, a number or [K], or a column for each tensor, [1, P] or [K, P]."""

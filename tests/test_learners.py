@@ -71,6 +71,20 @@ def test_the_loss_is_the_mean_over_tasks_of_their_query_loss_after_adapting():
     torch.testing.assert_close(learner(batch).detach(), torch.stack([error.mean() for error in errors]).mean())
 
 
+@pytest.mark.parametrize("algorithm", ALL)
+def test_an_extra_count_damps_the_steps_of_small_supports(algorithm):
+    arguments = {**OFF, "extra_count": 0.0} if algorithm is MAMLR else {}
+    batch, sizes = make_batch(), torch.tensor([3.0, 0.0, 5.0]).double()
+    damped, grads = gradients(algorithm(make_model(), inner_lr=0.05, **{**arguments, "extra_count": 2.0}), batch)
+    shares = (sizes / (sizes + 2))[batch.support.task_ids()]
+    weighted = batch.with_entries(batch.support.with_weights(shares), batch.query)
+    expected, expected_grads = gradients(algorithm(make_model(), inner_lr=0.05, **arguments), weighted)
+    torch.testing.assert_close(damped, expected, rtol=1e-12, atol=0)
+    for name, gradient in grads.items():
+        torch.testing.assert_close(gradient, expected_grads[name], rtol=1e-10, atol=1e-12, msg=name)
+    assert damped != algorithm(make_model(), inner_lr=0.05, **arguments)(batch)
+
+
 def test_gradients_are_those_of_meta_step_on_the_whole_table():
     model, batch = make_model(), make_batch()
     loss, grads = gradients(MAML(model, inner_lr=0.05, inner_steps=3), batch)
@@ -504,7 +518,7 @@ def test_empty_batches_have_a_loss_of_zero_and_no_gradient(algorithm):
         (lambda: MAML(make_model(), inner_steps="exact"), ValueError, "inner_steps='exact' cannot .* prior_pull=0"),
         (lambda: MetaSGD(make_model(), adapt="all"), ValueError, "adapt='all' cannot .* preconditioner"),
         (lambda: MAMLR(make_model(), momentum=1.0), ValueError, r"momentum: must be in \[0, 1\), got 1.0"),
-        (lambda: MAMLR(make_model(), extra_count=-1.0), ValueError, "extra_count: must be ≥ 0, got -1"),
+        (lambda: MAMLR(make_model(), extra_count=-1.0), ValueError, "extra_count: expected a number ≥ 0, got -1"),
         (lambda: MAML(make_model()).parameter_groups(-1.0), ValueError, "outer_lr: must be > 0 and finite, got -1"),
     ],
 )

@@ -276,6 +276,7 @@ FUSED = [
     (mf.MAML, "bpr", {}),
     (mf.MAML, "softmax", {"outer_loss": "bpr"}),
     (mf.MAML, "squared", {"adapt": ["tower.4.*"]}),
+    (mf.MAML, "squared", {"extra_count": 2.5}),
     (mf.MAML, "squared", {"adapt": ["tower.*.bias", "tower.0.*"]}),
     (mf.MetaSGD, "squared", {"rates": "tensor"}),
     (mf.MetaSGD, "logistic", {"rates": "step"}),
