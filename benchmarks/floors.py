@@ -88,7 +88,7 @@ def floor_of(problem: Problem, machine: Machine, bandwidth: float) -> Floor:
 def bytes_once(problem: Problem) -> float:
     """Everything that has to be read or written, once: rows, biases, ids, targets, gradient rows."""
     work = problem.workload
-    row = (work.dim + 1) * FLOAT
+    row = (work.dim + (0 if work.kind == "mlp" else 1)) * FLOAT
     if work.kind == "serve":
         return work.num_items * row
     pairs = 2 if work.loss == "bpr" else 1
@@ -99,7 +99,8 @@ def bytes_once(problem: Problem) -> float:
         return read + (support + query) * 5 * row
     if work.kind == "reptile":
         return read + (support * row if work.adapt == "all" else 0)
-    return read + (query if work.first_order else support + query) * row
+    users = 2 * work.num_tasks * row if work.kind == "mlp" else 0
+    return read + (query if work.first_order else support + query) * row + users
 
 
 def count_multiply_adds(problem: Problem) -> float:
@@ -108,8 +109,18 @@ def count_multiply_adds(problem: Problem) -> float:
     sizes, counts = problem.batch.support.sizes().unique(return_counts=True)
     if work.kind == "serve":
         return work.num_items * (work.dim + 1)
+    if work.kind == "mlp":
+        return work.num_tasks * _tower(work)
     inner = sum(count * _inner(work, size) for size, count in zip(sizes.tolist(), counts.tolist(), strict=True))
     return inner + work.num_tasks * work.query * 3 * (work.dim + 1)
+
+
+def _tower(work: Workload) -> float:
+    """Multiply-adds of one task under a tower, the first layer by products of inputs, and its adjoint."""
+    S, Q, D, K, width = work.max_support, work.query, work.dim, work.steps, work.hidden[0]
+    deeper = work.hidden[0] * work.hidden[1] + work.hidden[1]  # weights behind the first layer
+    inputs = 3 * (S + Q) * D * width + (1.5 * S + 3 * Q) * S * D
+    return inputs + K * S * (3 * S * width + 9 * deeper) + Q * (3 * S * width + 3 * deeper)
 
 
 def _inner(work: Workload, S: int) -> float:

@@ -11,7 +11,7 @@ import argparse
 import gc
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import clock as clocks
-from benchmarks import environment, measure, mlp, tables
+from benchmarks import environment, measure, tables
 from benchmarks.floors import Machine, bytes_once, floor_of
 from benchmarks.implementations import (
     OURS,
@@ -31,13 +31,14 @@ from benchmarks.implementations import (
     hand_batched,
     jax_jit,
     metarec_fast,
+    mlp,
     serving,
     torch_func,
     training,
 )
-from benchmarks.workloads import ON_A_GPU, Problem, Workload
+from benchmarks.workloads import MLP, ON_A_GPU, Problem, Workload
 
-MODULES = (metarec_fast, serving, training, hand_adjoint, hand_adjoint_full, hand_batched, torch_func, jax_jit)
+MODULES = (metarec_fast, serving, training, hand_adjoint, hand_adjoint_full, hand_batched, torch_func, mlp, jax_jit)
 PEERS: tuple[Peer, ...] = tuple(peer for module in MODULES for peer in module.PEERS)
 GRAPH = ", CUDA graph"
 MEMORY_ERRORS = (torch.OutOfMemoryError,)
@@ -169,13 +170,13 @@ def time_peer(run: Run, peer: Peer, problem: Problem, expected: Outputs, seconds
 def profile(device: torch.device, work: Workload) -> None:
     """Each main operator once, between marks that `ncu --profile-from-start off` looks for."""
     problem = Problem.draw(work, device=device)
-    steps: list[Callable[[], Any]] = [metarec_fast.prepare(replace(problem, workload=work))]
+    steps: list[Step] = [metarec_fast.prepare(replace(problem, workload=work))]
     steps.append(metarec_fast.prepare(replace(problem, workload=replace(work, adapt="all", inner_lr=0.02))))
     serve = Problem.draw(replace(work, kind="serve", num_tasks=256, query=0, prior_pull=0.1), device=device)
     steps.append(serving.ours(serve))
     steps.append(next(peer for peer in training.PEERS if peer.name == OURS).prepare(replace(problem)))
-    sizes = (work.num_tasks, work.num_items, work.dim, (work.dim, work.dim), 16, work.steps)
-    steps.append(mlp.ours(mlp.Problem.draw(*sizes).to(device)))
+    tower = replace(MLP, num_tasks=work.num_tasks, num_items=work.num_items, dim=work.dim, steps=work.steps)
+    steps.append(metarec_fast.prepare(Problem.draw(tower, device=device)))
     for step in steps:
         step()
     if device.type == "cuda":

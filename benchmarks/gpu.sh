@@ -5,7 +5,7 @@
 #   benchmarks/gpu.sh [--dry-run] [--only STAGE,…] [--binaries DIR] [--wheels DIR]
 #
 #   --dry-run        says what would run
-#   --only           some of the stages: check build exercise tests benchmark tower sanitizers profile others
+#   --only           some of the stages: check build exercise tests benchmark sanitizers profile others
 #   --binaries DIR   takes _C*.so, _C_cuda.version and _tasks*.so from there, and builds nothing
 #   --wheels DIR     Python packages that the machine lacks
 #
@@ -140,8 +140,6 @@ several=()
 wanted tests && run tests 180 15 "$PYTHON" -m pytest --device cuda --about device -W default "${several[@]}"
 
 wanted benchmark && run benchmark 190 400 "$PYTHON" -m benchmarks.gpu --seconds 150 --out "$OUT"
-
-wanted tower && run tower 60 20 "$PYTHON" -m benchmarks.mlp --device cuda --seconds 6
 
 wanted sanitizers && sanitizers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -10,15 +11,16 @@ from torch import Tensor
 
 from metarec_fast import Entries, TaskBatch
 
-Kind = Literal["gradient", "reptile", "train", "serve"]
+Kind = Literal["gradient", "reptile", "mlp", "train", "serve"]
 
 
 @dataclass(frozen=True)
 class Workload:
     """T tasks of S support and Q query entries, K inner steps, over N items of width D; float32.
 
-    Kinds: "gradient" is one meta-gradient; "reptile" the mean move of the adapted parameters; "train" a whole training
-    step, sampling and optimiser included; "serve" adapts one user and finds the ten best items of the catalogue.
+    Kinds: "gradient" is one meta-gradient; "reptile" the mean move of the adapted parameters; "mlp" one meta-gradient
+    of a tower D + D → hidden → 1, all of which adapts; "train" a whole training step, sampling and optimiser included;
+    "serve" adapts one user and finds the ten best items of the catalogue.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Workload:
     adapt: Literal["user", "all"] = "user"
     first_order: bool = False
     inner_lr: float = 0.1
+    hidden: tuple[int, int] = (64, 64)  # of "mlp"
     prior_pull: float = 0.0  # of "serve", which solves for the limit of many steps
 
     @property
@@ -50,10 +53,12 @@ class Workload:
         support = self.support if isinstance(self.support, int) else "{}…{}".format(*self.support)
         if self.kind == "serve":
             return f"T=1 N={self.num_items:,} D={self.dim} S={support}"
-        return f"T={self.num_tasks} N={self.num_items:,} D={self.dim} S={support} Q={self.query} K={self.steps}"
+        hidden = " hidden={}-{}".format(*self.hidden) if self.kind == "mlp" else ""
+        return f"T={self.num_tasks} N={self.num_items:,} D={self.dim} S={support} Q={self.query} K={self.steps}{hidden}"
 
 
 CANONICAL = Workload("user")
+MLP = Workload("mlp", "mlp", inner_lr=0.02)
 WORKLOADS = (
     CANONICAL,
     replace(CANONICAL, name="user_bpr", loss="bpr"),
@@ -72,6 +77,12 @@ WORKLOADS = (
         for tasks in (256, 4096)
     ),
     Workload("serve", "serve", num_tasks=1, num_items=1_000_000, query=0, prior_pull=0.1),
+    MLP,
+    replace(MLP, name="mlp-large", num_tasks=4096),
+    replace(MLP, name="mlp-wide", hidden=(128, 64)),
+    replace(MLP, name="mlp-long", support=100, query=100),
+    replace(MLP, name="mlp-deep", steps=20),
+    replace(MLP, name="mlp-small", num_tasks=32, dim=32, support=10, query=10, steps=1),
 )
 ON_A_GPU = (
     CANONICAL,
@@ -90,6 +101,8 @@ ON_A_GPU = (
             {"name": "deep-20", "steps": 20},
         )
     ),
+    MLP,
+    replace(MLP, name="mlp-large", num_tasks=4096),
     *(Workload(f"train-{tasks}", "train", num_tasks=tasks, num_items=1_000_000) for tasks in (256, 4096)),
     Workload("serve", "serve", num_tasks=1, num_items=1_000_000, query=0, prior_pull=0.1),
 )
@@ -101,7 +114,27 @@ QUICK = (
     replace(CANONICAL, name="large", num_tasks=1024),
     Workload("train-256", "train", num_items=100_000),
     Workload("serve", "serve", num_tasks=1, num_items=100_000, query=0, prior_pull=0.1),
+    MLP,
 )
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What a tower has beside items."""
+
+    user_part: Tensor  # [T, D]
+    layers: list[tuple[Tensor, Tensor]]  # W_l [out, in], b_l [out]
+
+    @staticmethod
+    def draw(workload: Workload, generator: torch.Generator, dtype: torch.dtype) -> Tower:
+        """Weights as of He's initialisation."""
+        kind, dim = {"generator": generator, "dtype": dtype}, workload.dim
+        widths = (2 * dim, *workload.hidden, 1)
+        layers = [
+            (torch.randn(out, width, **kind) * (2 / width) ** 0.5, 0.1 * torch.randn(out, **kind))
+            for width, out in pairwise(widths)
+        ]
+        return Tower(torch.randn(workload.num_tasks, dim, **kind) / dim**0.5, layers)
 
 
 @dataclass(frozen=True)
@@ -114,6 +147,7 @@ class Problem:
     item_table: Tensor  # [N, D]
     item_bias: Tensor  # [N]
     batch: TaskBatch
+    tower: Tower | None = None  # of "mlp"
 
     @staticmethod
     def draw(
@@ -127,7 +161,8 @@ class Problem:
             bias = 0.1 * torch.randn(workload.num_items, generator=generator, dtype=dtype)
             user = torch.randn(workload.dim, generator=generator, dtype=dtype)
             user_bias, batch = torch.full((), 0.1, dtype=dtype), _batch(workload, generator, dtype)
-        return Problem(workload, user, user_bias, table, bias, batch)
+            tower = Tower.draw(workload, generator, dtype) if workload.kind == "mlp" else None
+        return Problem(workload, user, user_bias, table, bias, batch, tower)
 
     @property
     def device(self) -> torch.device:

@@ -3,14 +3,13 @@
     φ_{k+1} = φ_k − s_k A ∘ [∇L_S(φ_k) + ρ (φ_k − φ_0)] + β_k (φ_k − φ_{k−1})
 
 as on the dot-product model, with φ the parameters that adapt and A a rate for each of them; a mapping of step sizes has
-those of each parameter by name. Tasks of a chunk are padded
-to its largest and run under vmap; entries that pad have weight 0.
+those of each parameter by name. Tasks of a chunk are padded to its largest and run under vmap; entries that pad have
+weight 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -19,8 +18,8 @@ from torch.func import functional_call, grad, vmap
 
 from metarec_fast._compiled_chunks import CompiledChunks
 from metarec_fast._known_gradients import KnownGradients
+from metarec_fast._padded_tasks import Padded, largest_twice, padded_tasks, task_of
 from metarec_fast._peak_memory import peak_memory
-from metarec_fast._ragged import pad
 from metarec_fast.reference import entry_losses
 from metarec_fast.tasks import Entries, TaskBatch
 
@@ -32,31 +31,6 @@ Parameters = dict[str, Tensor]
 Found = TypeVar("Found")
 Work = Callable[[TaskBatch, Entries, slice], Found]
 """Something found of some tasks of a batch whose support is weighed."""
-
-
-@dataclass(frozen=True)
-class Padded:
-    """Entries of T tasks, or under vmap of one: without the first dimension."""
-
-    items: Tensor  # int64 [T, S]
-    weights: Tensor  # [T, S], 0 where there is no entry
-    targets: Tensor | None  # [T, S]
-    negatives: Tensor | None  # int64 [T, S, M]
-    log_q: Tensor | None  # [T, S, 1 + M]
-
-    @property
-    def candidates(self) -> Tensor:
-        """Each entry's item and its negatives, [..., S, 1 + M]."""
-        own = self.items[..., None]
-        return own if self.negatives is None else torch.cat([own, self.negatives], -1)
-
-    def parts(self) -> dict[str, Tensor]:
-        """What is there, for vmap to go through."""
-        named = {name: getattr(self, name) for name in _PARTS}
-        return {name: value for name, value in named.items() if value is not None}
-
-
-_PARTS = tuple(field.name for field in fields(Padded))
 
 
 class ModuleTasks:
@@ -115,7 +89,7 @@ class ModuleTasks:
 
         def score(batch: TaskBatch, support: Entries, tasks: slice) -> Tensor:
             assert batch.query is not None
-            query = _padded(batch.query, tasks)
+            query = padded_tasks(batch.query, tasks)
             found: Tensor = self._run(batch, support, tasks, self._scores, query)[query.weights > 0]
             return found
 
@@ -158,7 +132,7 @@ class ModuleTasks:
             return fast, self._mean_loss({self.model.loss: 1.0}, fast, entries, user)
 
         def adapt(batch: TaskBatch, support: Entries, tasks: slice) -> tuple[Parameters, Tensor]:
-            found: tuple[Parameters, Tensor] = self._run(batch, support, tasks, adapted, _padded(support, tasks))
+            found: tuple[Parameters, Tensor] = self._run(batch, support, tasks, adapted, padded_tasks(support, tasks))
             return found
 
         weights = self._task_weights(batch, torch.ones_like(batch.support.sizes(), dtype=torch.bool))
@@ -203,8 +177,8 @@ class ModuleTasks:
         sizes = [(p.size_bound, p.candidates) for p in (support, query) if p is not None]
         key = work.__qualname__, torch.is_grad_enabled(), *sizes
         if key not in self._measured:
-            large = _largest_twice(support)
-            twice = batch.with_entries(large, None if query is None else _largest_twice(query))
+            large = largest_twice(support)
+            twice = batch.with_entries(large, None if query is None else largest_twice(query))
             twice.user_ids = None if batch.user_ids is None else batch.user_ids[:2]
             self._measured[key] = tuple(
                 peak_memory(lambda count=count: work(twice, large, slice(0, count)), support.items.device)  # type: ignore[misc]
@@ -229,7 +203,7 @@ class ModuleTasks:
     def _outer_losses(self, batch: TaskBatch, support: Entries, tasks: slice) -> Tensor:
         """The mean query loss of each task, [t]."""
         assert batch.query is not None
-        losses: Tensor = self._run(batch, support, tasks, self._query_loss, _padded(batch.query, tasks))
+        losses: Tensor = self._run(batch, support, tasks, self._query_loss, padded_tasks(batch.query, tasks))
         return losses
 
     def _run(
@@ -248,7 +222,7 @@ class ModuleTasks:
             users = self.model.users(ids, tasks.stop - tasks.start)
         else:
             users = users[tasks]
-        known = _padded(support, tasks)
+        known = padded_tasks(support, tasks)
         mapped: dict[str, Any] = {"known": known.parts(), "given": {} if given is None else given.parts()}
         if users is not None:
             mapped["user"] = users
@@ -273,8 +247,8 @@ class ModuleTasks:
         def one(start: Parameters, task: dict[str, Any]) -> Any:
             user = task.get("user")
             own = {**loop, "prior_pull": task["pull"]} if "pull" in task else loop
-            fast = self._adapt(start, _task(task["known"]), user, own)
-            return then(fast, _task(task["given"]) if task["given"] else None, user)
+            fast = self._adapt(start, task_of(task["known"]), user, own)
+            return then(fast, task_of(task["given"]) if task["given"] else None, user)
 
         return vmap(one, in_dims=(None, 0), randomness="different")(start, mapped)
 
@@ -330,38 +304,3 @@ class ModuleTasks:
 def _at(values: Any, step: int) -> Any:
     """The value of a step, of a number or of one for each."""
     return values[step] if isinstance(values, Tensor) and values.dim() else values
-
-
-def _task(parts: Mapping[str, Tensor]) -> Padded:
-    return Padded(**{name: parts.get(name) for name in _PARTS})  # type: ignore[arg-type]
-
-
-def _padded(entries: Entries, tasks: slice) -> Padded:
-    """The entries of some tasks, padded with item 0 of weight 0."""
-    offsets = entries.offsets[tasks.start : tasks.stop + 1]
-    rows = slice(int(offsets[0]), int(offsets[-1]))
-    offsets = offsets - offsets[0]
-
-    def padded(values: Tensor | None) -> Tensor | None:
-        return None if values is None else pad(values[rows], offsets)
-
-    kind = next((v for v in (entries.targets, entries.weights, entries.log_q) if v is not None), None)
-    ones = torch.ones(len(entries), dtype=None if kind is None else kind.dtype, device=entries.items.device)
-    items, weights = padded(entries.items), padded(ones if entries.weights is None else entries.weights)
-    assert items is not None
-    assert weights is not None
-    return Padded(items, weights, padded(entries.targets), padded(entries.negative_rows), padded(entries.log_q))
-
-
-def _largest_twice(entries: Entries) -> Entries:
-    """Two tasks as large as the batch's largest may be."""
-    size = entries.size_bound if len(entries) else 0
-    rows = torch.arange(2 * size, device=entries.items.device) % max(1, len(entries))
-    offsets = torch.tensor([0, size, 2 * size], device=entries.items.device)
-
-    def taken(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.detach()[rows]
-
-    items = entries.items[rows]
-    parts = taken(entries.targets), offsets, taken(entries.weights), taken(entries.negatives), taken(entries.log_q)
-    return Entries.unchecked(items, *parts, max_size=size, max_item=entries.max_item)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import floors, measure, memory, mlp, run
+from benchmarks import floors, measure, memory, run
 from benchmarks.implementations import OURS, PEERS
 from benchmarks.workloads import QUICK, WORKLOADS, Problem, Workload
 from metarec_fast import SparseRows
@@ -29,6 +29,7 @@ CASES = {
     "ragged reptile": replace(TINY, kind="reptile", query=0, support=(2, 7)),
     "reptile of all": replace(TINY, kind="reptile", query=0, adapt="all"),
     "serve": Workload("serve", "serve", num_tasks=1, num_items=80, dim=6, support=7, query=0, prior_pull=0.1),
+    "mlp": replace(TINY, kind="mlp", hidden=(9, 4), inner_lr=0.02),
     "train": replace(TINY, kind="train", num_tasks=2, num_items=400),
 }
 
@@ -84,6 +85,9 @@ def test_a_wrong_gradient_is_refused_by_name():
     wrong = {**right, "item_table": [SparseRows(torch.tensor([3]), torch.full((1, 4), 2.01))]}
     with pytest.raises(AssertionError, match="item_table: differs by 1.00e-02, where the largest number is 2.00e"):
         measure.check_equal(wrong, right, TINY)
+    few = {**right, "item_table": [SparseRows(torch.tensor([3]), torch.tensor([[2.01, 2.0, 2.0, 2.0]]))]}
+    with pytest.raises(AssertionError, match="item_table: differs by 1.00e-02, where the norm is 4.00e"):
+        measure.check_equal(few, right, CASES["mlp"])
     with pytest.raises(AssertionError, match="outputs"):
         measure.check_equal({"loss": torch.ones(())}, right, TINY)
 
@@ -161,27 +165,3 @@ def test_an_unknown_workload_is_named(tmp_path, monkeypatch):
 def test_memory_of_a_step_is_measured_in_a_fresh_process():
     peak = memory.peak_megabytes("small", OURS, threads=1, quick=True)
     assert peak is None or 0 <= peak < 100
-
-
-@pytest.mark.parametrize("peer", ["autograd", "torch.func", "adjoint"])
-def test_the_peers_of_the_mlp_tower_compute_the_same(peer):
-    problem = mlp.Problem.draw(tasks=5, items=40, dim=6, hidden=(9, 4), size=7, steps=3)
-    assert mlp.largest_difference(mlp.PEERS[peer](problem)(), mlp.ours(problem)()) < 1e-4
-
-
-def test_the_benchmark_of_the_mlp_tower_prints_a_line_for_each_peer(capsys, monkeypatch):
-    sizes = ["--tasks", "3", "--items", "40", "--dim", "6", "--hidden", "5", "4", "--seconds", "0.01"]
-    monkeypatch.setattr("sys.argv", ["mlp", *sizes, "--threads", "1", "--peer", "metarec_fast", "adjoint"])
-    mlp.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["metarec_fast", "adjoint"]
-
-
-def test_the_benchmark_of_the_mlp_tower_times_calls_where_nothing_can_be_captured(capsys):
-    problem = mlp.Problem.draw(tasks=3, items=40, dim=6, hidden=(5, 4), size=3, steps=1).to(torch.device("cpu"))
-    times = mlp.by_events({"metarec_fast": mlp.ours(problem)}, 0.01, torch.device("cpu"))
-    if torch.cuda.is_available():
-        assert list(times) == ["metarec_fast", "metarec_fast, CUDA graph"]
-        return
-    assert capsys.readouterr().out.startswith("metarec_fast cannot be captured: ")
-    assert min(times["metarec_fast"]) > 0

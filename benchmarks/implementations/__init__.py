@@ -11,6 +11,7 @@ from benchmarks.implementations import (
     jax_jit,
     learn2learn,
     metarec_fast,
+    mlp,
     python_loop,
     serving,
     torch_func,
@@ -22,7 +23,7 @@ from benchmarks.implementations.blocks import Outputs, Peer, Step
 OURS = "metarec_fast"
 MODULES = (
     metarec_fast, serving, training, hand_adjoint, hand_adjoint_full, hand_reptile, hand_batched, torch_func, jax_jit,
-    torchopt, higher, learn2learn, python_loop,
+    torchopt, higher, learn2learn, python_loop, mlp,
 )  # fmt: skip
 PEERS: tuple[Peer, ...] = tuple(peer for module in MODULES for peer in module.PEERS)
 

@@ -8,7 +8,8 @@ from metarec_fast import functional as F
 
 
 def prepare(problem: Problem) -> Step:
-    return _reptile(problem) if problem.workload.kind == "reptile" else _meta_step(problem)
+    kinds = {"gradient": _meta_step, "reptile": _reptile, "mlp": _mlp_meta_step}
+    return kinds[problem.workload.kind](problem)
 
 
 def _meta_step(problem: Problem) -> Step:
@@ -61,8 +62,28 @@ def _reptile(problem: Problem) -> Step:
     return step
 
 
+def _mlp_meta_step(problem: Problem) -> Step:
+    work, tower = problem.workload, problem.tower
+    assert tower is not None
+
+    def step() -> Outputs:
+        result = F.mlp_meta_step(
+            tower.user_part, problem.item_table, tower.layers, problem.batch, inner_lr=work.inner_lr,
+            inner_steps=work.steps,
+        )  # fmt: skip
+        layers = (part for layer in result.grads["layers"] for part in layer)
+        return {
+            "loss": result.loss,
+            "user_part": result.grads["user_part"],
+            "item_table": [result.grads["item_table"]],
+            **{f"layers[{i}]": part for i, part in enumerate(layers)},
+        }
+
+    return step
+
+
 def effort(work: Workload) -> str | None:
-    return "quick" if work.kind in ("gradient", "reptile") else None
+    return "quick" if work.kind in ("gradient", "reptile", "mlp") else None
 
 
 PEERS = (Peer("metarec_fast", prepare, effort),)

@@ -1,10 +1,9 @@
 // The loss that a task adapts by, of the scores of all its candidates: its derivatives, and its
 // Hessian on the way back.
 //
-//   squared, logistic   c ℓ'(p, y),   c = w/S                                    H = c ℓ''
-//   bpr      c σ(p_m − p_0) of negatives, c = w/(S M); of the item minus their sum     H alike, of
-//   differences softmax  c (π − y),   y = 1 of the item and 0 of negatives                   H = c
-//   (diag(π) − ππᵀ)
+//   squared, logistic  Δ = c ℓ'(p, y),  c = w/S                            H = c ℓ''
+//   bpr                Δ_m = c σ(p_m − p_0),  c = w/(S M),  Δ_0 = −Σ_m Δ_m  H of differences alike
+//   softmax            Δ = c (π − y),  y = 1 of the item, 0 of negatives   H = c (diag(π) − ππᵀ)
 #pragma once
 
 #include "task.h"

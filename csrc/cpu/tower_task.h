@@ -14,9 +14,9 @@
 //     Z_1 = X W_1ᵀ + b_1 − G A_k        of the query  Z_1 = X_q W_1ᵀ + b_1 − G_q A_K,  G_q = X_q Xᵀ
 //
 // The query's Δ are found in the same way from dL/dp. Then, with M_l, m_l the gradients of W_l, b_l
-// after the last step (l ≥ 2) and Ā that of A,
+// after the last step and Ā that of A,
 //
-//     M_l = Δ_q,lᵀ H_q,l−1      m_l = 1ᵀ Δ_q,l      Ā = −G_qᵀ Δ_q,1      Ḡ_q = −Δ_q,1 A_Kᵀ
+//     M_l = Δ_q,lᵀ H_q,l−1, l ≥ 2      m_l = 1ᵀ Δ_q,l      Ā = −G_qᵀ Δ_q,1      Ḡ_q = −Δ_q,1 A_Kᵀ
 //     for k = K−1 … 0, everything of step k:
 //         D_l = −s_k V_l − s_k 1 m_lᵀ,  V_l = H_{l−1} M_lᵀ,  V_1 = −Ā      (gradients of Δ_l)
 //         s̄_k = −V_l·Δ_l of W_l,  −m_l·(1ᵀ Δ_l) of b_l      H̄_{l−1} = −s_k Δ_l M_l
