@@ -36,9 +36,9 @@ from benchmarks.implementations import (
     torch_func,
     training,
 )
-from benchmarks.workloads import ON_A_GPU, Problem, Workload
+from benchmarks.workloads import MLP, ON_A_GPU, Problem, Workload
 
-MODULES = (metarec_fast, serving, training, hand_adjoint, hand_adjoint_full, hand_batched, torch_func, jax_jit, mlp)
+MODULES = (metarec_fast, serving, training, hand_adjoint, hand_adjoint_full, hand_batched, torch_func, mlp, jax_jit)
 PEERS: tuple[Peer, ...] = tuple(peer for module in MODULES for peer in module.PEERS)
 GRAPH = ", CUDA graph"
 MEMORY_ERRORS = (torch.OutOfMemoryError,)
@@ -175,7 +175,8 @@ def profile(device: torch.device, work: Workload) -> None:
     serve = Problem.draw(replace(work, kind="serve", num_tasks=256, query=0, prior_pull=0.1), device=device)
     steps.append(serving.ours(serve))
     steps.append(next(peer for peer in training.PEERS if peer.name == OURS).prepare(replace(problem)))
-    steps.append(metarec_fast.prepare(Problem.draw(replace(work, kind="mlp", inner_lr=0.02), device=device)))
+    tower = replace(MLP, num_tasks=work.num_tasks, num_items=work.num_items, dim=work.dim, steps=work.steps)
+    steps.append(metarec_fast.prepare(Problem.draw(tower, device=device)))
     for step in steps:
         step()
     if device.type == "cuda":

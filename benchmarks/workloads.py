@@ -101,10 +101,10 @@ ON_A_GPU = (
             {"name": "deep-20", "steps": 20},
         )
     ),
+    MLP,
+    replace(MLP, name="mlp-large", num_tasks=4096),
     *(Workload(f"train-{tasks}", "train", num_tasks=tasks, num_items=1_000_000) for tasks in (256, 4096)),
     Workload("serve", "serve", num_tasks=1, num_items=1_000_000, query=0, prior_pull=0.1),
-    MLP,
-    replace(MLP, name="mlp-4096", num_tasks=4096),
 )
 """What `benchmarks.gpu` times, in the order of their importance."""
 QUICK = (
