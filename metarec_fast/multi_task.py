@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from metarec_fast._ids import plain
+from metarec_fast._ids import faithful_array, plain
 from metarec_fast.features import Features
 from metarec_fast.heads import Head, pair_ids
 from metarec_fast.models import DotRecommender, averages, check_probabilities, encoder_of
@@ -157,7 +157,7 @@ class MultiTaskRecommender(DotRecommender):
     def ids_of_one_head(self, item_ids: Any) -> NDArray[Any]:
         """The original ids of items, [N], from those of pairs."""
         try:
-            return np.array([item for _, item in item_ids[: self.items_per_head]])
+            return faithful_array([item for _, item in item_ids[: self.items_per_head]])
         except (TypeError, ValueError):
             raise ValueError(
                 f"item_ids: expected pairs (head, item), as of a log of join_heads, got {plain(item_ids[0])!r}"

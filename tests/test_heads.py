@@ -308,6 +308,11 @@ def test_joined_logs_have_all_users_and_all_pairs_in_order_of_time():
     assert log.item_ids.tolist() == [(head, item) for head in ("rating", "click") for item in items]
     assert log.item_ids[log.items[log.rows(0)]].tolist() == [("rating", 5), ("click", 7), ("rating", 7)]
     assert log.ratings.tolist() == [1.0, 0.0, 2.0, 3.0, 1.0]
+    learner = mf.MAML(mf.MultiTaskRecommender(3, 2, {"rating": RATING, "click": mf.Head("logistic")}))
+    learner.fit(log, epochs=0, progress=False)
+    best, _ = learner.adapt([("click", "x")], [1.0]).recommend(2, head="click")
+    assert sorted(best.tolist()) == [5, 7]  # ids of several kinds stay what they are
+
     without = mf.join_heads({"rating": ratings, "click": mf.Interactions.from_arrays(["u"], [7])})
     assert without.times is None
 
