@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from metarec_fast import functional
+from metarec_fast.dot_tasks import mean_task_loss
 from metarec_fast.mlp_recommender import MLPRecommender
 from metarec_fast.module_tasks import ModuleTasks
 from metarec_fast.tasks import Entries, TaskBatch
@@ -37,6 +38,32 @@ class TowerTasks(ModuleTasks):
 
     def predict(self, batch: TaskBatch) -> Tensor:
         return functional.mlp_adapt_and_score(**self._arguments(batch)) if self.is_fused() else super().predict(batch)
+
+    def reptile_gradients(self, batch: TaskBatch) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+        """φ_0 − φ_K is what the steps went, Σ_k s ∇L_S(φ_k), and each of these the first-order gradient of the support's
+        loss after k steps."""
+        if not self.is_fused():
+            return super().reptile_gradients(batch)
+        arguments = self._arguments(batch)
+        support, steps = arguments["batch"].support, arguments.pop("inner_steps")
+        sizes, weights = support.sizes(), self._task_weights(batch, batch.support.sizes() >= 0)
+        # L_S divides by the number of entries, the loss of a query by their weights.
+        counts = sizes.to(weights)
+        if support.weights is not None:
+            counts = torch.zeros_like(weights).index_add(0, support.task_ids(), support.weights)
+        shares = torch.where(sizes > 0, weights * counts / sizes.clamp(min=1), 0)
+        arguments["batch"] = TaskBatch.unchecked(support, support, weights=shares)
+        moves = [torch.zeros_like(parameter) for parameter in self.parameters()]
+        for step in range(steps):
+            found = functional.mlp_meta_step(**arguments, inner_steps=step, outer_loss=self.model.loss)
+            gradients = dict(
+                zip(self.tensors, (part for layer in found.grads["layers"] for part in layer), strict=True)
+            )
+            for name, move in zip(self.names, moves, strict=True):
+                move += self.learner.inner_lr * shares.sum() * gradients[name]
+        scores = functional.mlp_adapt_and_score(**arguments, inner_steps=steps)
+        loss = mean_task_loss({self.model.loss: 1.0}, scores, support, weights) * (weights * (sizes > 0)).sum()
+        return loss, self.parameters(), moves
 
     def is_fused(self) -> bool:
         """Whether the operators compute what this learner's inner loop says."""

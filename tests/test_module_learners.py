@@ -317,6 +317,25 @@ def test_the_operators_of_a_tower_give_what_any_module_gets(algorithm, loss, arg
         assert slope.any() or (negatives and "tower.4.bias" in name), name  # which differences do not see
 
 
+@pytest.mark.parametrize("arguments", [{}, {"extra_count": 1.5}, {"adapt": ["tower.0.*", "tower.4.bias"]}])
+@pytest.mark.parametrize("weights", [False, True])
+def test_reptile_on_a_tower_goes_by_its_operators(weights, arguments, monkeypatch):
+    torch.manual_seed(0)
+    model = mf.MLPRecommender(NUM_ITEMS, 3, (5, 4), "gelu").double()
+    nn.init.normal_(model.user_init)
+    batch = make_batch(weights=weights)
+    learner = mf.Reptile(model, inner_steps=3, **{"adapt": "user", **arguments})
+    assert learner.tasks.is_fused()
+    loss, found, moves = learner.tasks.reptile_gradients(batch)
+    monkeypatch.setattr(learner.tasks, "is_fused", lambda: False)
+    expected_loss, expected, expected_moves = learner.tasks.reptile_gradients(batch)
+    torch.testing.assert_close(loss.detach(), expected_loss.detach(), rtol=1e-9, atol=0)
+    assert [id(parameter) for parameter in found] == [id(parameter) for parameter in expected]
+    for move, right in zip(moves, expected_moves, strict=True):
+        torch.testing.assert_close(move.detach(), right.detach(), rtol=1e-9, atol=1e-12)
+        assert move.any()
+
+
 def test_what_the_operators_of_a_tower_do_not_know_goes_the_way_of_any_module():
     for learner in (
         mf.MetaSGD(mf.MLPRecommender(NUM_ITEMS, 3)),
