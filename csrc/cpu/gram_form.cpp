@@ -1,5 +1,7 @@
 #include "gram_form.h"
 
+#include "matrix.h"
+
 namespace metarec_fast::cpu {
 namespace {
 
@@ -19,6 +21,32 @@ ALWAYS_INLINE void each_of_gram(const GramPath<scalar_t>& path, int64_t size, co
     for (; j < size; ++j) sums[0] += x[j] * load(gram + j * stride + i);
     sink(i, (sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
+}
+
+// result [size, result_stride] = Σ_k h_k a_kᵀ + a_k h_kᵀ, symmetric: all 2K products, or where
+// these are many, half of them and their transpose.
+template <typename scalar_t>
+void symmetric_sum(const Stack<scalar_t>& h, const Stack<scalar_t>& a, int64_t count, int64_t size,
+                   Arena<scalar_t>& arena, scalar_t* result, int64_t result_stride) {
+  constexpr int64_t kLane = kLanes<scalar_t>;
+  const int64_t stride = h.stride, numbers = count * stride;
+  if (count <= size) {
+    // (h_0 … h_{K−1}, a_0 … a_{K−1}) times (a_0 … a_{K−1}, h_0 … h_{K−1})
+    scalar_t *left = arena.take(2 * numbers), *right = arena.take(2 * numbers);
+    for (int64_t i = 0; i < numbers; i += kLane) {
+      store(left + i) = store(right + numbers + i) = load(h.values + i);
+      store(left + numbers + i) = store(right + i) = load(a.values + i);
+    }
+    multiply<scalar_t>({left, 1, stride}, size, Stack<scalar_t>{right, stride}, 2 * count, stride,
+                       result, result_stride);
+    return;
+  }
+  scalar_t* transposed = arena.take(stride * stride);
+  multiply<scalar_t>({h.values, 1, stride}, size, a, count, stride, result, result_stride);
+  transpose(result, result_stride, size, size, transposed, stride);
+  for (int64_t r = 0; r < size; ++r)
+    for (int64_t j = 0; j < stride; j += kLane)
+      store(result + r * result_stride + j) += load(transposed + r * stride + j);
 }
 
 }  // namespace
@@ -185,16 +213,10 @@ void gram_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
   std::copy_n(path.scaled.at, R, basis);
   basis[R] = task.start;
   basis[R + 1] = direction;
-  // (h_0 … h_{K−1}, a_0 … a_{K−1}) times (a_0 … a_{K−1}, h_0 … h_{K−1})
-  scalar_t *left = arena.take(2 * K * stride), *right = arena.take(2 * K * stride);
-  for (int64_t i = 0; i < K * stride; i += kLane) {
-    store(left + i) = store(right + K * stride + i) = load(bends + i);
-    store(left + K * stride + i) = store(right + i) = load(path.coefficients + i);
-  }
   const int64_t columns = stride + kLane;
   scalar_t* coefficients = arena.take(R * columns);
-  multiply<scalar_t>({left, 1, stride}, R, Stack<scalar_t>{right, stride}, 2 * K, stride,
-                     coefficients, columns);
+  symmetric_sum<scalar_t>({bends, stride}, {path.coefficients, stride}, K, R, arena, coefficients,
+                          columns);
   for (int64_t r = 0; r < R; ++r) {
     coefficients[r * columns + R] = grad_base[r];
     coefficients[r * columns + R + 1] = last[r];

@@ -507,6 +507,8 @@ ALWAYS_INLINE void multiply(const Coefficients<scalar_t>& coefficients, int64_t 
                             int64_t result_stride, bool stream = false) {
   constexpr int64_t kLane = kLanes<scalar_t>;
   int64_t m = 0;
+  for (; width == kLane && m + 8 <= rows; m += 8)  // eight chains of additions here, too
+    multiply_block<8, 1>(coefficients, m, basis, 0, count, result, result_stride, stream);
   for (; m + 4 <= rows; m += 4) {
     int64_t i = 0;
     for (; i + 2 * kLane <= width; i += 2 * kLane)
