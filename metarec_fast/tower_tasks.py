@@ -40,8 +40,8 @@ class TowerTasks(ModuleTasks):
         return functional.mlp_adapt_and_score(**self._arguments(batch)) if self.is_fused() else super().predict(batch)
 
     def reptile_gradients(self, batch: TaskBatch) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
-        """φ_0 − φ_K is what the steps went, Σ_k s ∇L_S(φ_k), and each of these the first-order gradient of the support's
-        loss after k steps."""
+        """φ_0 − φ_K is what the steps went, Σ_k s ∇L_S(φ_k), and each of these the first-order gradient of the
+        support's loss after k steps."""
         if not self.is_fused():
             return super().reptile_gradients(batch)
         arguments = self._arguments(batch)
