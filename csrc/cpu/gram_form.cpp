@@ -144,11 +144,13 @@ void gram_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
     const scalar_t* push = path.pushes + k * stride;
     const scalar_t rate = task.loop.inner_lr[k], momentum = task.loop.momentum[k];
     const scalar_t pull = task.pull();
-    for (int64_t i = 0; i < stride; i += kLane)
-      lr_sum += load(adjoint + i) * (load(push + i) + pull * load(now + i));
-    if (grads.inner_lr && (grads.inner_lr.stride != 0 || k == 0)) {
-      grads.inner_lr.add(k, -sum_lanes<scalar_t>(lr_sum));
-      lr_sum = Vector<scalar_t>{};
+    if (grads.inner_lr) {
+      for (int64_t i = 0; i < stride; i += kLane)
+        lr_sum += load(adjoint + i) * (load(push + i) + pull * load(now + i));
+      if (grads.inner_lr.stride != 0 || k == 0) {
+        grads.inner_lr.add(k, -sum_lanes<scalar_t>(lr_sum));
+        lr_sum = Vector<scalar_t>{};
+      }
     }
     if (grads.prior_pull) {
       Vector<scalar_t> sum = {};
