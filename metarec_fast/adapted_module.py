@@ -56,18 +56,24 @@ class AdaptedModule:
         Raises:
             ValueError: k is below 1 or above the number of items.
         """
-        scores = self._all()
-        if not 1 <= k <= len(scores):
-            raise ValueError(f"k: must be in [1, {len(scores)}], got {k}")
-        left = len(scores)
-        if exclude_seen:
-            scores[self.seen] = -torch.inf
-            left -= len(self.seen.unique())
-        best = scores.topk(min(k, left))
-        return self._learner.catalogue.ids[best.indices.cpu().numpy()], best.values.cpu().numpy()
+        return best_items(self._all(), self._learner.catalogue.ids, k, self.seen if exclude_seen else self.seen[:0])
 
     def _all(self) -> Tensor:
         return self._tasks.score(self.parameters, torch.arange(self._tasks.model.num_items), self._user)
 
     def __repr__(self) -> str:
         return f"AdaptedModule({len(self.parameters)} parameters, seen={len(self.seen)})"
+
+
+def best_items(scores: Tensor, ids: NDArray[Any], k: int, seen: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The ids [k] and scores [k] of the k best of all items, best first, given their scores [N], which are written to,
+    and row numbers to leave out; fewer where fewer are left.
+
+    Raises:
+        ValueError: k is below 1 or above N.
+    """
+    if not 1 <= k <= len(scores):
+        raise ValueError(f"k: must be in [1, {len(scores)}], got {k}")
+    scores[seen] = -torch.inf
+    best = scores.topk(min(k, len(scores) - len(seen.unique())))
+    return ids[best.indices.cpu().numpy()], best.values.cpu().numpy()

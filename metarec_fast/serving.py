@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metarec_fast import functional
 from metarec_fast._ids import as_column
-from metarec_fast.adapted_module import AdaptedModule
+from metarec_fast.adapted_module import AdaptedModule, best_items
 from metarec_fast.models import check_probabilities
 from metarec_fast.module_tasks import ModuleTasks
 from metarec_fast.multi_task import MultiTaskRecommender
@@ -141,18 +141,12 @@ class AdaptedHeads(AdaptedUser):
         Raises:
             ValueError: k is below 1 or above the number of items, or there is no such head.
         """
-        learner, model = self._learner, self._learner.model
-        if not 1 <= k <= model.items_per_head:
-            raise ValueError(f"k: must be in [1, {model.items_per_head}], got {k}")
+        model = self._learner.model
         rows = model.rows_of(next(iter(model.heads)) if head is None else head)
         vectors, biases = model.lookup(torch.arange(rows.start, rows.stop, device=self.vector.device))
         scores = biases + vectors @ self.vector + self._constant()
-        seen = (self.seen % model.items_per_head).unique()
-        if exclude_seen:
-            scores[seen] = -torch.inf
-        best = scores.topk(min(k, len(scores) - (len(seen) if exclude_seen else 0)))
-        ids = model.ids_of_one_head(learner.catalogue.ids)
-        return ids[best.indices.cpu().numpy()], best.values.cpu().numpy()
+        seen = self.seen % model.items_per_head if exclude_seen else self.seen[:0]
+        return best_items(scores, model.ids_of_one_head(self._learner.catalogue.ids), k, seen)
 
 
 def adapt(
