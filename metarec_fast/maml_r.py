@@ -41,9 +41,8 @@ class MAMLR(Learner):
     weigh_items=False, extra_count=0, outer_loss="squared"`) it is MAML.
 
     Args:
-        model: The meta-parameters.
-            On a module there is no warm start and there are no choices, and rates are one per adapted parameter; with
-            several heads there is no warm start.
+        model: The meta-parameters. On a module there is no warm start and there are no choices, and rates are one per
+            adapted parameter; with several heads there is no warm start.
         inner_lr: Where step sizes start if not warm-started; the step size if `learn_rates` is off.
         inner_steps: K, or "exact" for the limit of many steps, which needs neither rates nor momentum.
         first_order: Leave out second derivatives.

@@ -53,6 +53,7 @@ class TowerTasks(ModuleTasks):
             counts = torch.zeros_like(weights).index_add(0, support.task_ids(), support.weights)
         shares = torch.where(sizes > 0, weights * counts / sizes.clamp(min=1), 0)
         arguments["batch"] = TaskBatch.unchecked(support, support, weights=shares)
+        rate = self.learner.inner_lr * shares.sum()
         moves = [torch.zeros_like(parameter) for parameter in self.parameters()]
         for step in range(steps):
             found = functional.mlp_meta_step(**arguments, inner_steps=step, outer_loss=self.model.loss)
@@ -60,7 +61,7 @@ class TowerTasks(ModuleTasks):
                 zip(self.tensors, (part for layer in found.grads["layers"] for part in layer), strict=True)
             )
             for name, move in zip(self.names, moves, strict=True):
-                move += self.learner.inner_lr * shares.sum() * gradients[name]
+                move += rate * gradients[name]
         scores = functional.mlp_adapt_and_score(**arguments, inner_steps=steps)
         loss = mean_task_loss({self.model.loss: 1.0}, scores, support, weights) * (weights * (sizes > 0)).sum()
         return loss, self.parameters(), moves
