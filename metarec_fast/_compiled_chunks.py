@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +27,11 @@ class CompiledChunks:
 
     def __init__(self, function: Callable[..., Tensor], name: str) -> None:
         self.function, self.name, self.fails = function, name, False
-        self.compiled = torch.compile(function, dynamic=False, fullgraph=True)
+
+    @cached_property
+    def compiled(self) -> Callable[..., Tensor]:
+        """The function, when it is first asked for: most are not."""
+        return torch.compile(self.function, dynamic=False, fullgraph=True)
 
     def __call__(self, *settings: Any, mapped: Mapping[str, Any], num_tasks: int) -> Tensor:
         if self.fails:
