@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from metarec_fast._ragged import pad
 from metarec_fast.dot_tasks import DotTasks, mean_over_tasks
 from metarec_fast.feature_matrix import FeatureMatrix
+from metarec_fast.module_tasks import at_step
 from metarec_fast.multi_task import MIXED, MultiTaskRecommender
 from metarec_fast.reference import pointwise_loss
 from metarec_fast.results import FastWeights
@@ -174,14 +175,9 @@ def _inner_loop(
         derivatives = torch.where(logistic, scores.sigmoid() - targets, 2 * (scores - targets))
         slopes = ((weights * derivatives)[:, None, :] @ inputs).squeeze(1) / count
         slopes = slopes.detach() if settings["first_order"] else slopes
-        moved = now - _at(settings["inner_lr"], step) * scale * (slopes + pull * (now - start))
-        now, before = moved + _at(momentum, step) * (now - before), now
+        moved = now - at_step(settings["inner_lr"], step) * scale * (slopes + pull * (now - start))
+        now, before = moved + at_step(momentum, step) * (now - before), now
     return now
-
-
-def _at(values: Any, step: int) -> Any:
-    """The value of a step, of a number or of one for each."""
-    return values[step] if isinstance(values, Tensor) and values.dim() else values
 
 
 def _select(entries: Entries, chosen: Tensor) -> Entries:

@@ -294,9 +294,9 @@ class ModuleTasks:
                     slope = slope + pull * (value - start[name])
                 scale = 1.0 if scales is None else scales[name]
                 own = rate[name] if isinstance(rate, Mapping) else rate
-                moved[name] = value - _at(own, step) * scale * slope
+                moved[name] = value - at_step(own, step) * scale * slope
                 if momentum is not None:
-                    moved[name] = moved[name] + _at(momentum, step) * (value - before[name])
+                    moved[name] = moved[name] + at_step(momentum, step) * (value - before[name])
             now, before = moved, now
         return now
 
@@ -329,6 +329,6 @@ class ModuleTasks:
         return scores
 
 
-def _at(values: Any, step: int) -> Any:
+def at_step(values: Any, step: int) -> Any:
     """The value of a step, of a number or of one for each."""
     return values[step] if isinstance(values, Tensor) and values.dim() else values
