@@ -113,7 +113,6 @@ void undo_full(const Task<scalar_t>& task, const ItemIndex& index, int64_t k,
   scalar_t *grad_fast = grads.fast, *grad_rows = grads.rows, *grad_biases = grads.biases;
   scalar_t* along = arena.take(items);
   scalar_t* moves = arena.take(items);  // s g
-  task.ahead.some();
   for (int64_t i = 0; i < items; i += kLane) store(moves + i) = rate * load(slopes + i);
 
   // Back to e_i, and r_i = e_i·ū + c̄ + ē_i·u + b̄_i: how the loss changes with g_i, but for −s.

@@ -138,7 +138,6 @@ void gram_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
   const bool plain = task.loop.plain();
   Vector<scalar_t> lr_sum = {};  // −s̄
   for (int64_t k = K - 1; k >= 0; --k) {
-    task.ahead.some();
     const scalar_t* now = path.coefficients + k * stride;
     const scalar_t* before = k == 0 ? now : now - stride;
     const scalar_t* push = path.pushes + k * stride;

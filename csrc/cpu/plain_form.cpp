@@ -60,7 +60,6 @@ void plain_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
     store(K == 0 ? grads.start + i : path.adjoints + (K - 1) * P + i) = load(last + i);
   Vector<scalar_t> lr_sum = {};  // −s̄
   for (int64_t k = K - 1; k >= 0; --k) {
-    task.ahead.some();
     const scalar_t rate = task.loop.inner_lr[k];
     const scalar_t* push = path.pushes + k * R;
     const scalar_t* adjoint = path.adjoints + k * P;

@@ -84,7 +84,6 @@ void step_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
   for (int64_t i = 0; i < P; i += kLane) store(adjoint + i) = load(last + i);
 
   for (int64_t k = K - 1; k >= 0; --k) {
-    task.ahead.some();
     const scalar_t* now = path.fast + k * P;
     const scalar_t* before = k == 0 ? now : now - P;
     const scalar_t* slope = path.slopes + k * P;

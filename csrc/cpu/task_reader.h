@@ -145,10 +145,9 @@ class TaskReader {
                                    : scalar_t{1};
   }
 
-  // Lets `ahead` ask for the rows of task `t`, bit by bit while the one before it is computed.
+  // Lets `ahead` ask for the rows of task `t`, bit by bit while the one before it is adapted.
   void aim(RowsAhead& ahead, int64_t t, const EntryData<scalar_t>* query) const {
-    // Asked as often as there are steps, there and back, and by those who read and judge.
-    ahead.start(item_table_, item_bias_, 2 * std::max<int64_t>(loop.steps, 1) + 2);
+    ahead.start(item_table_, item_bias_, std::max<int64_t>(loop.steps, 1));
     for (const EntryData<scalar_t>* entries : {&support, query}) {
       if (entries == nullptr) continue;
       const int64_t begin = entries->begin(t), end = entries->begin(t + 1),
