@@ -6,6 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --benchmark-disable
 CPP_FILES := find csrc tests/simulator -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
@@ -29,10 +30,10 @@ lint: $(STAMP)
 	$(CPP_FILES) | xargs $(BIN)/clang-format --dry-run -Werror
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 cuda-check: $(STAMP)
-	$(BIN)/python -m pytest -rs tests/test_simulator.py tests/test_cuda_*.py
+	$(PYTEST) -rs tests/test_simulator.py tests/test_cuda_*.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

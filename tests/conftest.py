@@ -1,5 +1,7 @@
 """Runs the tests of operators and learners elsewhere: pytest --device cuda, pytest --device simulated tests/test_…"""
 
+import os
+
 import problems
 import pytest
 import torch
@@ -37,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "cpu: of what only the operators of the CPU do, such as looking at ids and threads"
     )
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # they share the processors
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     device = config.getoption("--device")
     if device == "simulated":
         import simulator

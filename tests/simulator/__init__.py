@@ -6,6 +6,8 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,17 @@ def missing() -> str:
     return ""
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Whoever else builds there, in another process of the tests, waits."""
+    import fcntl  # where there is a simulator, there is this
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @cache
 def build(kind: str = "plain", target: str = "_C_simulated", sources: Path = ROOT) -> Path:
     """The library with the simulated operators, or another target of CMakeLists.txt.
@@ -54,10 +67,11 @@ def build(kind: str = "plain", target: str = "_C_simulated", sources: Path = ROO
     configure.append(f"-DTORCH_LIBRARY_PATHS={';'.join(cpp_extension.library_paths())}")
     configure.append(f"-DSANITIZER={kind if kind in ('address', 'thread') else ''}")
     configure.append(f"-DCOVERAGE={'ON' if kind == 'coverage' else 'OFF'}")
-    for command in (configure, ["cmake", "--build", str(folder), "--target", target]):
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stdout}")
+    with locked(folder):
+        for command in (configure, ["cmake", "--build", str(folder), "--target", target]):
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stdout}")
     return folder / ("_C_simulated.so" if target == "_C_simulated" else target)
 
 

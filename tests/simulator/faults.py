@@ -246,7 +246,8 @@ inline bool planted(int fault) { return metarec_planted == fault; }
 @cache
 def build(kind: str) -> Path:
     """The simulated operators with all faults in them."""
-    _plant()
+    with simulator.locked(COPY):
+        _plant()
     return simulator.build(kind, sources=COPY)
 
 
