@@ -17,7 +17,10 @@ from metarec_fast.baselines import fit_baselines
 from metarec_fast.cli_inputs import (
     add_ratings,
     add_users,
+    as_id,
     extend_features,
+    parse_rated,
+    ratings_of,
     read_features,
     read_item_features,
     read_ratings,
@@ -25,7 +28,9 @@ from metarec_fast.cli_inputs import (
     with_unrated_items,
 )
 from metarec_fast.doctor import diagnose
+from metarec_fast.evaluation import check_draws
 from metarec_fast.prepared import SUFFIX, write_prepared
+from metarec_fast.sampler import size_range
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "run.py"
 
@@ -118,7 +123,18 @@ def _add_learner(add: Any) -> None:
 
 def _add_protocol(add: Any) -> None:
     add("--support", type=int, default=10, help="ratings known of a user who is judged; the others are predicted")
+    add("--order", choices=["random", "time"], default="random", help="which are known: any, or the earliest")
+    add("--draws", type=int, default=1, help="how often the known ones are drawn; figures are means, with their spread")
     add("--seed", type=int, default=0, help="of everything random")
+
+
+def _judge(
+    learner: mf.Learner, log: mf.Interactions, options: argparse.Namespace, baselines: Mapping[str, Predictor] | None
+) -> mf.Report:
+    return mf.evaluate(
+        learner, log, support=options.support, order=options.order, draws=options.draws, seed=options.seed,
+        baselines=baselines,
+    )  # fmt: skip
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -133,6 +149,8 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    size_range("--support", options.support, 0)  # now, not when all is trained
+    check_draws(options.draws, options.order)
     log = read_ratings(options, options.ratings)
     user_features = read_features(options.users, "--users", options.user_column)
     item_features = read_item_features(options)
@@ -163,9 +181,9 @@ def _train(options: argparse.Namespace) -> None:
         print(f"metarec-fast: no learning_curve.png: {error}", file=sys.stderr)
     if split.test.num_users:
         baselines = fit_baselines(split.train, seed=options.seed)
-        report = mf.evaluate(learner, split.test, support=options.support, seed=options.seed, baselines=baselines)
+        report = _judge(learner, split.test, options, baselines)
         comparison.write_json(out / "report.json", [report])
-        _write_page(out / "report.html", report, learner, split.test, baselines, options.seed, history)
+        _write_page(out / "report.html", report, learner, split.test, options, baselines, history)
         print(report)
     print(f"\n{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
@@ -179,11 +197,11 @@ def _evaluate(options: argparse.Namespace) -> None:
     baselines = None
     if train is not None:
         baselines = fit_baselines(learner.catalogue.align(read_ratings(options, train, "--train")), seed=options.seed)
-    report = mf.evaluate(learner, log, support=options.support, seed=options.seed, baselines=baselines)
+    report = _judge(learner, log, options, baselines)
     if options.out is not None:
         report.to_json(options.out)
     if options.report is not None:
-        _write_page(options.report, report, learner, log, baselines, options.seed)
+        _write_page(options.report, report, learner, log, options, baselines)
     print(report)
 
 
@@ -202,15 +220,17 @@ def _write_page(
     report: mf.Report,
     learner: mf.Learner,
     log: mf.Interactions,
+    options: argparse.Namespace,
     baselines: Mapping[str, Predictor] | None,
-    seed: int,
     history: mf.History | None = None,
 ) -> None:
     """The report as HTML, with a cold-start curve where users have enough ratings for one."""
     metric = "rmse" if "rmse" in report.results[learner.name] else "ndcg@10"
     curve = None
     try:
-        curve = mf.cold_start_curve(learner, log, metric=metric, baselines=baselines, seed=seed)
+        curve = mf.cold_start_curve(
+            learner, log, metric=metric, baselines=baselines, seed=options.seed, order=options.order
+        )
     except ValueError as error:
         print(f"metarec-fast: no cold-start curve: {error}", file=sys.stderr)
     report.to_html(path, history=history, curve=curve)
@@ -221,14 +241,14 @@ def _recommend(options: argparse.Namespace) -> None:
     path = Path(options.ratings or options.learner.parent / "test.npz")
     log = read_ratings(options, path) if options.ratings or options.user or path.exists() else None
     if options.user is None:
-        items, ratings = _parse_rated(options.rated, learner)
+        items, ratings = parse_rated(options.rated, learner)
     elif options.rated:
         raise ValueError("--rated and --user: expected one of them, got both")
     else:
         assert log is not None
-        items, ratings = _ratings_of(options.user, log, path)
+        items, ratings = ratings_of(options.user, log, path)
     titles = read_titles(options, learner.item_ids) or (log.item_titles if log is not None else None) or {}
-    user = None if options.user is None else _as_id(options.user, log.user_ids)  # type: ignore[union-attr]
+    user = None if options.user is None else as_id(options.user, log.user_ids)  # type: ignore[union-attr]
     for item, score in zip(*learner.adapt(items, ratings, user=user).recommend(k=options.k), strict=True):
         print("\t".join([str(item), f"{score:.3f}", *([titles[item]] if item in titles else [])]))
 
@@ -254,39 +274,6 @@ def _doctor(options: argparse.Namespace) -> int:
     lines, fast = diagnose()
     print("\n".join(lines))
     return 0 if fast else 1
-
-
-def _parse_rated(rated: str, learner: mf.Learner) -> tuple[list[Any], list[float]]:
-    if learner.item_ids is None:
-        raise ValueError("--learner: expected one that knows the ids of its items, this one was saved without them")
-    items, ratings = [], []
-    for pair in filter(None, (part.strip() for part in rated.split(","))):
-        item, _, rating = pair.rpartition(":")
-        try:
-            items.append(_as_id(item, learner.item_ids))
-            ratings.append(float(rating))
-        except (ValueError, OverflowError):
-            kind = "a whole number" if learner.item_ids.dtype.kind in "iu" else "an id"
-            raise ValueError(f'--rated: expected "item:rating,item:rating", each item {kind}, got {pair!r}') from None
-    return items, ratings
-
-
-def _ratings_of(user: str, log: mf.Interactions, path: Path) -> tuple[Any, Any]:
-    try:
-        index = int(log.user_index([_as_id(user, log.user_ids)])[0])
-    except (ValueError, OverflowError):
-        index = -1
-    if index < 0:
-        raise ValueError(f"--user: there is no user {user!r} in {path}")
-    rows = log.rows(index)
-    return log.item_ids[log.items[rows]], log.ratings[rows]
-
-
-def _as_id(text: str, ids: Any) -> Any:
-    """An id from the command line, of the kind that the others are."""
-    if not text:
-        raise ValueError("an id is missing")
-    return int(text) if ids.dtype.kind in "iu" else text
 
 
 if __name__ == "__main__":

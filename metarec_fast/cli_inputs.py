@@ -1,4 +1,4 @@
-"""What commands read: ratings, and tables of users and items with their features and titles."""
+"""What commands read: ratings, tables of users and items with their features and titles, and ids as they are typed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from metarec_fast import _feature_files, readers
 from metarec_fast.data import Interactions
 from metarec_fast.features import Features
+from metarec_fast.learners import Learner
 from metarec_fast.prepared import SUFFIX, read_prepared
 
 _TITLE = "title"
@@ -137,3 +138,36 @@ def _is_movielens_csv(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.readline().startswith(b"userId,movieId")
+
+
+def parse_rated(rated: str, learner: Learner) -> tuple[list[Any], list[float]]:
+    if learner.item_ids is None:
+        raise ValueError("--learner: expected one that knows the ids of its items, this one was saved without them")
+    items, ratings = [], []
+    for pair in filter(None, (part.strip() for part in rated.split(","))):
+        item, _, rating = pair.rpartition(":")
+        try:
+            items.append(as_id(item, learner.item_ids))
+            ratings.append(float(rating))
+        except (ValueError, OverflowError):
+            kind = "a whole number" if learner.item_ids.dtype.kind in "iu" else "an id"
+            raise ValueError(f'--rated: expected "item:rating,item:rating", each item {kind}, got {pair!r}') from None
+    return items, ratings
+
+
+def ratings_of(user: str, log: Interactions, path: Path) -> tuple[Any, Any]:
+    try:
+        index = int(log.user_index([as_id(user, log.user_ids)])[0])
+    except (ValueError, OverflowError):
+        index = -1
+    if index < 0:
+        raise ValueError(f"--user: there is no user {user!r} in {path}")
+    rows = log.rows(index)
+    return log.item_ids[log.items[rows]], log.ratings[rows]
+
+
+def as_id(text: str, ids: Any) -> Any:
+    """An id from the command line, of the kind that the others are."""
+    if not text:
+        raise ValueError("an id is missing")
+    return int(text) if ids.dtype.kind in "iu" else text

@@ -76,7 +76,7 @@ def evaluate(
             order="time", a rating is in `log` and in `support_from`, a user has fewer unrated items than are to be
             sampled, or a predictor gives scores of another shape or that are not finite.
     """
-    draws = _check_draws(draws, order)
+    draws = check_draws(draws, order)
     if protocol not in (None, "metarec"):
         raise ValueError(f'protocol: expected "metarec" or None, got {protocol!r}')
     lengths = _check_lengths(k if k is not None else (1, 5, 10) if protocol is None else (1, 3, 5))
@@ -129,7 +129,7 @@ def evaluate(
     )  # fmt: skip
 
 
-def _check_draws(draws: int, order: str) -> int:
+def check_draws(draws: int, order: str) -> int:
     draws = as_int("draws", draws)
     if draws < 1:
         raise ValueError(f"draws: must be ≥ 1, got {draws}")

@@ -24,6 +24,30 @@ def ratings(tmp_path, monkeypatch):
     return path
 
 
+def test_draws_and_the_order_of_what_is_known_are_those_of_evaluate(ratings, tmp_path, capsys):
+    assert cli.main(["prepare"]) == 0
+    assert cli.main(["train", "--epochs", "1", "--dim", "2", "--support", "4", "--draws", "2"]) == 0
+    learner, log = mf.load("runs/train/learner"), read_prepared(tmp_path / "runs/train/test.npz")
+    written = json.loads((tmp_path / "runs/train/report.json").read_text())["results"]["maml-r"]["rmse"]
+    twice = mf.evaluate(learner, log, support=4, draws=2)
+    assert written == pytest.approx(twice.results["maml-r"]["rmse"], rel=1e-6)
+
+    assert cli.main(["evaluate", "--order", "time", "--support", "4", "--out", "a.json", "--report", "a.html"]) == 0
+    written = json.loads((tmp_path / "a.json").read_text())["results"]["maml-r"]["rmse"]
+    first = mf.evaluate(learner, log, support=4, order="time")
+    assert written == pytest.approx(first.results["maml-r"]["rmse"], rel=1e-6)
+    assert written != pytest.approx(twice.results["maml-r"]["rmse"], rel=1e-6)
+
+    assert cli.main(["evaluate", "--order", "time", "--draws", "2"]) == 2
+
+
+@pytest.mark.parametrize(("options", "said"), [(["--draws", "0"], "draws"), (["--support", "-1"], "--support")])
+def test_what_is_wrong_with_the_judging_is_said_before_the_training(options, said, ratings, tmp_path, capsys):
+    assert cli.main(["train", "--ratings", "ratings.csv", *options]) == 2
+    assert f"{said}: " in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_prepare_train_evaluate_and_recommend_follow_each_other_without_options(ratings, tmp_path, capsys):
     assert cli.main(["prepare"]) == 0
     printed = capsys.readouterr().out
