@@ -19,14 +19,15 @@ class allow_atomics:
     whole sum of an id before they take a root. Where very many entries have one id, they wait for each other.
 
     It holds for the whole process, threads of backward passes included, and for what `torch.compile` has compiled
-    already; inside of what is compiled it cannot be changed. It does nothing on the CPU, nor while
-    `torch.are_deterministic_algorithms_enabled()`.
+    already; inside of what is compiled it cannot be changed, and a CUDA graph does what it did when it was captured.
+    It does nothing on the CPU, nor while `torch.are_deterministic_algorithms_enabled()`.
 
     Args:
         mode: Whether to allow it.
 
     Raises:
         TypeError: `mode` is no bool.
+        RuntimeError: It is called while `torch.compile` compiles.
     """
 
     def __init__(self, mode: bool = True) -> None:

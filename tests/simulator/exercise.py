@@ -203,14 +203,14 @@ def adding(dtype: torch.dtype, dim: int, sizes: tuple[int, ...]) -> Iterator[tup
 
 def by_atomics(run: Callable[[], Results]) -> Results:
     """Also where deterministic algorithms are asked for, to have fresh memory filled: they would win."""
-    asked, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)
+    asked = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
     try:
         with mf.allow_atomics():
             assert mf.atomics_allowed()
             return run()
     finally:
-        torch.use_deterministic_algorithms(asked, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(asked)
 
 
 def narrow_tables() -> Iterator[tuple[str, Callable[[], Results]]]:
