@@ -99,6 +99,8 @@ def bytes_once(problem: Problem) -> float:
         return read + (support + query) * 5 * row
     if work.kind == "reptile":
         return read + (support * row if work.adapt == "all" else 0)
+    if work.kind == "dense":  # gradient rows need not exist, but every row of the table does
+        return read + work.num_items * row
     users = 2 * work.num_tasks * row if work.kind == "mlp" else 0
     return read + (query if work.first_order else support + query) * row + users
 

@@ -11,16 +11,17 @@ from torch import Tensor
 
 from metarec_fast import Entries, TaskBatch
 
-Kind = Literal["gradient", "reptile", "mlp", "train", "serve"]
+Kind = Literal["gradient", "dense", "reptile", "mlp", "train", "serve"]
 
 
 @dataclass(frozen=True)
 class Workload:
     """T tasks of S support and Q query entries, K inner steps, over N items of width D; float32.
 
-    Kinds: "gradient" is one meta-gradient; "reptile" the mean move of the adapted parameters; "mlp" one meta-gradient
-    of a tower D + D → hidden → 1, all of which adapts; "train" a whole training step, sampling and optimiser included;
-    "serve" adapts one user and finds the ten best items of the catalogue.
+    Kinds: "gradient" is one meta-gradient; "dense" the same, its rows of items summed into whole tables; "reptile" the
+    mean move of the adapted parameters; "mlp" one meta-gradient of a tower D + D → hidden → 1, all of which adapts;
+    "train" a whole training step, sampling and optimiser included; "serve" adapts one user and finds the ten best items
+    of the catalogue.
     """
 
     name: str
@@ -99,6 +100,7 @@ ON_A_GPU = (
             {"name": "first_order", "first_order": True},
             {"name": "ragged", "support": (3, 90)},
             {"name": "deep-20", "steps": 20},
+            {"name": "dense", "kind": "dense"},
         )
     ),
     MLP,

@@ -1,14 +1,9 @@
 // The schema of every operator. Kernels register themselves in cpu/ and cuda/;
 // fake kernels and gradients are in metarec_fast/_autograd.py.
+#include <atomic>
 #include <string>
 
 #include "tensor.h"
-
-#ifdef METAREC_SIMULATED
-#define METAREC_NAMESPACE metarec_fast_simulated
-#else
-#define METAREC_NAMESPACE metarec_fast
-#endif
 
 namespace {
 
@@ -42,6 +37,19 @@ const std::string kTowerLoop =
 
 // Of user_part, parameters and inner_lr; and rows of items by their ids.
 const std::string kTowerGradients = "Tensor, Tensor, Tensor, Tensor rows, Tensor item_ids";
+
+// Whether sums of rows on CUDA may be formed in any order: for the process, since a backward pass
+// runs in a thread of its own.
+std::atomic<bool> atomics{false};
+
+// What it was before.
+bool allow_atomics(bool mode) { return atomics.exchange(mode); }
+
+// Only Python knows whether PyTorch's algorithms have to be deterministic, and is asked only where
+// it matters, since it may have to wait for its lock.
+bool atomics_allowed() {
+  return atomics && !metarec_fast::ask(C10_STRINGIZE(METAREC_NAMESPACE) "::must_be_deterministic");
+}
 
 }  // namespace
 
@@ -96,4 +104,12 @@ STABLE_TORCH_LIBRARY(METAREC_NAMESPACE, m) {
          kTowerGradients + ")")
             .c_str());
   m.def("use_huge_pages(Tensor table) -> ()");
+  m.def("allow_atomics(bool mode) -> bool");
+  m.def("atomics_allowed() -> bool");
+  m.def("must_be_deterministic() -> bool");  // answered in metarec_fast/_autograd.py
+}
+
+STABLE_TORCH_LIBRARY_IMPL(METAREC_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("allow_atomics", TORCH_BOX(&allow_atomics));
+  m.impl("atomics_allowed", TORCH_BOX(&atomics_allowed));
 }

@@ -10,6 +10,13 @@
 #include <initializer_list>
 #include <optional>
 
+// Where operators are registered: those on the simulator of CUDA threads under names of their own.
+#ifdef METAREC_SIMULATED
+#define METAREC_NAMESPACE metarec_fast_simulated
+#else
+#define METAREC_NAMESPACE metarec_fast
+#endif
+
 namespace metarec_fast {
 
 using torch::headeronly::ScalarType;
@@ -49,6 +56,13 @@ inline Tensor empty(const Tensor& like, ScalarType dtype, std::initializer_list<
       aoti_torch_empty_strided(layout.dim, sizes.begin(), layout.strides.data(), layout.dtype,
                                layout.device_type, layout.device_index, &handle));
   return Tensor(handle);
+}
+
+// What an operator without arguments answers.
+inline bool ask(const char* op) {
+  std::array<StableIValue, 1> stack{};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<bool>(stack[0]);
 }
 
 // Calls body(scalar_t{}) with the C++ type that `dtype` names.

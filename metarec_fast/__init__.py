@@ -2,6 +2,7 @@
 
 from metarec_fast import functional, warm_start
 from metarec_fast._bootstrap import Comparison
+from metarec_fast.atomics import allow_atomics, atomics_allowed
 from metarec_fast.baselines import BASELINES
 from metarec_fast.checkpoint import load
 from metarec_fast.cold_start import ColdStartCurve, cold_start_curve
@@ -63,6 +64,8 @@ __all__ = [
     "TopK",
     "Trial",
     "UserSplit",
+    "allow_atomics",
+    "atomics_allowed",
     "cold_start_curve",
     "evaluate",
     "evaluate_heads",

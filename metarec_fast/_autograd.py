@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import register_autograd, register_fake
+from torch.library import impl, register_autograd, register_fake
 
 from metarec_fast import _autocast
 from metarec_fast._known_gradients import Once, is_known_one
@@ -255,6 +255,7 @@ def register(namespace: str) -> None:
     for name, (backward, setup) in gradients.items():
         register_autograd(f"{namespace}::{name}", backward, setup_context=setup)
     _autocast.register(namespace, gradients)
+    impl(f"{namespace}::must_be_deterministic", "default", torch.are_deterministic_algorithms_enabled)
 
 
 register("metarec_fast")

@@ -326,6 +326,8 @@ def coalesce_rows_padded(gradient: SparseRows) -> tuple[SparseRows, Tensor]:
 def sum_rows(gradient: SparseRows, num_rows: int) -> Tensor:
     """The gradient of the whole table, [num_rows, D] or [num_rows], summed in the order of the rows.
 
+    On a GPU in any order, if `allow_atomics` allows it.
+
     Args:
         gradient: ids int64 [n] in [0, num_rows) and rows [n, D] or [n], float32 or float64.
     """

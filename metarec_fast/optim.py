@@ -197,6 +197,8 @@ class SparseAdagrad(_SparseOptimizer):
 class SparseSGD(_SparseOptimizer):
     """p ← p − lr g on the rows that have a gradient, as `torch.optim.SGD` without momentum.
 
+    On a GPU, `allow_atomics` lets it do so without summing rows of equal ids before, in any order.
+
     Args:
         params: Parameters, named or not, or groups of them.
         lr: Learning rate, > 0.

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 OPERATORS_AND_LEARNERS = {
-    "test_adapt_and_score", "test_autocast", "test_checkpoint", "test_freezing", "test_full_adaptation", "test_heads",
-    "test_learners", "test_meta_step", "test_mlp_adapt_and_score", "test_mlp_meta_step", "test_mlp_pairs",
-    "test_models", "test_optim", "test_pairwise_learners", "test_pairwise_losses", "test_pretrained",
-    "test_reptile_step", "test_score_top_k", "test_serving", "test_sum_rows", "test_training",
+    "test_adapt_and_score", "test_atomics", "test_autocast", "test_checkpoint", "test_freezing",
+    "test_full_adaptation", "test_heads", "test_learners", "test_meta_step", "test_mlp_adapt_and_score",
+    "test_mlp_meta_step", "test_mlp_pairs", "test_models", "test_optim", "test_pairwise_learners",
+    "test_pairwise_losses", "test_pretrained", "test_reptile_step", "test_score_top_k", "test_serving",
+    "test_sum_rows", "test_training",
 }  # fmt: skip
 """Modules whose tests make their tensors on the device; all others are about something on the CPU, and stay there."""
 DEVICE_FIRST = OPERATORS_AND_LEARNERS | {

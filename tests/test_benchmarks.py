@@ -16,6 +16,7 @@ from metarec_fast import SparseRows
 TINY = Workload("user", num_tasks=4, num_items=80, dim=6, support=7, query=4, steps=3)
 CASES = {
     "user": TINY,
+    "dense": replace(TINY, kind="dense"),
     "one step": replace(TINY, steps=1),
     "many steps": replace(TINY, steps=12),
     "bpr": replace(TINY, loss="bpr"),

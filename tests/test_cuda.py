@@ -99,6 +99,34 @@ def test_a_captured_training_step_gives_the_same_tables_as_an_uncaptured_one():
         assert torch.equal(called, replayed)
 
 
+def test_sums_by_atomics_need_no_room_for_sorting_and_can_be_captured():
+    draw, count, num_rows = Draw(0, torch.float32), 4096, 200
+    gradient = SparseRows(*(value.to("cuda") for value in (draw.integers(0, num_rows, count), draw.normal(count, 64))))
+    start = draw.normal(num_rows, 64).to("cuda")
+    table = torch.empty_like(start)
+
+    def work():
+        table.copy_(start)
+        torch.ops.metarec_fast.sparse_sgd([table], gradient.ids, [gradient.rows], 0.1)
+        return F.sum_rows(gradient, num_rows)
+
+    def room():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = work()
+        return torch.cuda.max_memory_allocated() - before - result.nbytes
+
+    assert room() >= 2 * gradient.ids.nbytes
+    with mf.allow_atomics():
+        assert room() == 0
+        graph, dense = captured(work)
+    gradient.rows.mul_(-2)
+    graph.replay()
+    expected = SparseRows(gradient.ids, gradient.rows.double()).to_dense(num_rows)
+    torch.testing.assert_close(dense.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(table.double(), start - 0.1 * expected, rtol=1e-5, atol=1e-5)
+
+
 def test_work_is_queued_on_the_current_stream():
     model, batch = problem()
     expected = numbers(F.meta_step(*model, batch))
@@ -162,6 +190,9 @@ def test_no_operator_waits_for_the_gpu(kind, patience):
                     gradient.ids[None], gradient.rows.clone(), parameter.shape, check_invariants=False
                 )
             optimizer.step()
+        with mf.allow_atomics():
+            F.sum_rows(result.grads["item_table"], NUM_ITEMS)
+            optimizers[-1].step()
 
     everything()
     patience()

@@ -147,6 +147,13 @@ def test_kernels_keep_to_their_budget():
     assert not wrong, "\n".join(wrong)
 
 
+@needs_nvcc
+@pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump: instructions of CUDA kernels are not checked")
+def test_rows_are_added_four_numbers_at_a_time_where_there_is_an_instruction_for_it():
+    code = output_of(cuobjdump(), "-ptx", cuda_library())
+    assert "red.global.add.v4.f32" in code
+
+
 def name_in(budget: dict[str, dict[str, int]], kernel: str) -> str | None:
     """The first pattern of the budget that fits a kernel."""
     return next((pattern for pattern in budget if fnmatchcase(kernel, pattern)), None)

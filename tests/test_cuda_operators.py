@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(bool(simulator.missing()), reason=simulator.miss
 
 MODULES = (
     "meta_step", "adapt_and_score", "full_adaptation", "pairwise_losses", "reptile_step", "sum_rows", "score_top_k",
-    "optim", "mlp_meta_step", "mlp_adapt_and_score", "mlp_pairs",
+    "optim", "atomics", "mlp_meta_step", "mlp_adapt_and_score", "mlp_pairs",
 )  # fmt: skip
 LONG = {
     "mlp_meta_step": "not opcheck and not of_any_size and not rate_of_its_own and not near_to and not every_gradient",

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import metarec_fast as mf
 from benchmarks import clock, gpu, gpu_check, ncu, tables
 from benchmarks.implementations import OURS
 from benchmarks.workloads import ON_A_GPU, Problem
@@ -43,7 +44,7 @@ def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 def test_a_run_times_all_workloads_compares_first_and_writes_tables(tmp_path, capsys):
     status = gpu.main(
         ["--device", "cpu", "--tiny", "--seconds", "60", "--seconds-each", "0.001", "--peer", "hand adjoint",
-         "--workload", "user,full,ragged,mlp,serve,train-256", "--out", str(tmp_path)]
+         "--workload", "user,full,ragged,dense,mlp,serve,train-256", "--out", str(tmp_path)]
     )  # fmt: skip
     printed = capsys.readouterr().out
     assert status == 0, printed
@@ -52,6 +53,7 @@ def test_a_run_times_all_workloads_compares_first_and_writes_tables(tmp_path, ca
         "user",
         "full",
         "ragged",
+        "dense",
         "mlp",
         "mlp-large",
         "train-256",
@@ -114,6 +116,21 @@ def test_a_wrong_peer_fails_the_run_and_one_that_raises_is_left_out_with_its_rea
 def test_an_unknown_workload_is_named():
     with pytest.raises(SystemExit, match="--workload: expected some of user, .* got 'nonsense'"):
         gpu.main(["--device", "cpu", "--tiny", "--workload", "nonsense"])
+
+
+def test_dense_gradients_are_timed_by_atomics_too(monkeypatch):
+    work = next(gpu.tiny(work) for work in ON_A_GPU if work.kind == "dense")
+    peers, allowed = {peer.name: peer for peer in gpu._able(work, None)}, []
+    sum_rows = gpu.metarec_fast.F.sum_rows
+
+    def watched(gradient, num_rows):
+        allowed.append(mf.atomics_allowed())
+        return sum_rows(gradient, num_rows)
+
+    monkeypatch.setattr(gpu.metarec_fast.F, "sum_rows", watched)
+    for name in (OURS, f"{OURS}, atomics"):
+        peers[name].prepare(Problem.draw(work))()
+    assert allowed == [False, False, True, True]
 
 
 def test_what_is_profiled_runs():

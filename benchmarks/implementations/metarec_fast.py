@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import Tensor
+
+import metarec_fast as mf
 from benchmarks.implementations.blocks import Outputs, Peer, Step
 from benchmarks.workloads import Problem, Workload
 from metarec_fast import functional as F
 
 
 def prepare(problem: Problem) -> Step:
-    kinds = {"gradient": _meta_step, "reptile": _reptile, "mlp": _mlp_meta_step}
+    kinds = {"gradient": _meta_step, "dense": _dense(F.sum_rows), "reptile": _reptile, "mlp": _mlp_meta_step}
     return kinds[problem.workload.kind](problem)
 
 
@@ -39,6 +44,26 @@ def _meta_step(problem: Problem) -> Step:
         }
 
     return step
+
+
+def _dense(sum_rows: Callable[[mf.SparseRows, int], Tensor]) -> Callable[[Problem], Step]:
+    """The same, its rows of items summed into whole tables, as `backward` does where gradients are to be dense."""
+
+    def prepare(problem: Problem) -> Step:
+        gradient, num_items = _meta_step(problem), problem.workload.num_items
+
+        def step() -> Outputs:
+            outputs = gradient()
+            return {**outputs, **{name: sum_rows(outputs[name][0], num_items) for name in ("item_table", "item_bias")}}
+
+        return step
+
+    return prepare
+
+
+def _by_atomics(gradient: mf.SparseRows, num_items: int) -> Tensor:
+    with mf.allow_atomics():
+        return F.sum_rows(gradient, num_items)
 
 
 def _reptile(problem: Problem) -> Step:
@@ -83,7 +108,15 @@ def _mlp_meta_step(problem: Problem) -> Step:
 
 
 def effort(work: Workload) -> str | None:
-    return "quick" if work.kind in ("gradient", "reptile", "mlp") else None
+    return "quick" if work.kind in ("gradient", "dense", "reptile", "mlp") else None
 
 
-PEERS = (Peer("metarec_fast", prepare, effort),)
+def _effort_of_dense(work: Workload) -> str | None:
+    return "quick" if work.kind == "dense" else None
+
+
+PEERS = (
+    Peer("metarec_fast", prepare, effort),
+    Peer("metarec_fast, atomics", _dense(_by_atomics), _effort_of_dense),
+    Peer("index_add_ on our rows", _dense(mf.SparseRows.to_dense), _effort_of_dense),
+)

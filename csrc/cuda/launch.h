@@ -5,13 +5,13 @@
 #include "dialect.h"
 
 #ifdef METAREC_SIMULATED
-// Registered for the CPU, whose memory the simulator works in, under names of their own.
-#define METAREC_CUDA_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(metarec_fast_simulated, CPU, m)
+// Registered for the CPU, whose memory the simulator works in.
+#define METAREC_CUDA_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(METAREC_NAMESPACE, CPU, m)
 #else
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#define METAREC_CUDA_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(metarec_fast, CUDA, m)
+#define METAREC_CUDA_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(METAREC_NAMESPACE, CUDA, m)
 #endif
 
 namespace metarec_fast::cuda {

@@ -18,6 +18,13 @@ struct alignas(sizeof(scalar_t) * kCount) Pack {
 template <typename scalar_t>
 constexpr int kWidestPack = 16 / sizeof(scalar_t);
 
+// As many lanes, a power of two, as a row has packs of `count` numbers; at most a warp.
+inline int lanes_for(int64_t width, int count) {
+  int lanes = 1;
+  while (lanes < kWarpSize && lanes * count < width) lanes *= 2;
+  return lanes;
+}
+
 template <typename PackType, typename scalar_t>
 __device__ PackType load(const scalar_t* address) {
   return *reinterpret_cast<const PackType*>(address);

@@ -158,8 +158,7 @@ inline int64_t num_parts(int64_t count) {
 template <int kCount, typename scalar_t, typename Use>
 const char* launch_sums(const SortedEntries& sorted, const scalar_t* rows, int64_t width,
                         scalar_t* parts, const Use& use, cudaStream_t stream) {
-  int lanes = 1;
-  while (lanes < kWarpSize && lanes * kCount < width) lanes *= 2;
+  const int lanes = lanes_for(width, kCount);
   const char* error = launch("sum_chunks_kernel", sum_chunks_kernel<kCount, scalar_t, Use>,
                              blocks_for(sorted.count * lanes, kThreadsPerBlock), kThreadsPerBlock,
                              0, stream, sorted, rows, width, lanes, parts, use);

@@ -4,7 +4,9 @@
 //
 // in one pass: whoever has summed columns of g updates the same columns of the parameter and of
 // what is kept of it. Parameters whose gradients have the same ids share the sorting of the ids.
+// SGD's rule is linear: where atomics are allowed, it needs no sum (atomic_sums.h).
 #include "../sparse_rows.h"
+#include "atomic_sums.h"
 #include "launch.h"
 #include "sorted_ids.h"
 
@@ -81,8 +83,29 @@ void sparse_adagrad_cuda(const Tensors& params, const Tensors& sums, const Tenso
                        eps);
 }
 
+// row(s) ← row(s) − lr · row of the gradient, in no order, for every parameter.
+void subtract_rows(const SparseUpdate& update, double lr) {
+  if (update.empty() || update.ids.size(0) == 0) return;
+
+  const OnDevice device(update.params[0]);
+
+  dispatch_floating(update.dtype(), "sparse_sgd", [&](auto zero) {
+    using scalar_t = decltype(zero);
+    for (size_t i = 0; i < update.params.size(); ++i) {
+      const auto part = update.part(i, Sgd<scalar_t>{static_cast<scalar_t>(lr)});
+      check_launch("sparse_sgd",
+                   add_rows(update.ids.const_data_ptr<int64_t>(), part.rows, update.ids.size(0),
+                            part.width, -part.rule.rate, part.param, device.stream));
+    }
+  });
+}
+
 void sparse_sgd_cuda(const Tensors& params, const Tensor& ids, const Tensors& rows, double lr) {
-  update_rows<Sgd>("sparse_sgd", SparseUpdate(params, {}, ids, rows), lr);
+  const SparseUpdate update(params, {}, ids, rows);
+  if (atomics_allowed())
+    subtract_rows(update, lr);
+  else
+    update_rows<Sgd>("sparse_sgd", update, lr);
 }
 
 // A device's pages are large as they are.

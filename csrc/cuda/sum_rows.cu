@@ -1,4 +1,5 @@
 #include "../sparse_rows.h"
+#include "atomic_sums.h"
 #include "launch.h"
 #include "sorted_ids.h"
 #include "sum_rows.h"
@@ -55,6 +56,17 @@ Tensor number_ids(const SortedIds& sorted, cudaStream_t stream) {
 Tensor empty_rows(const Tensor& like, int64_t count) {
   return like.dim() == 2 ? empty(like, like.scalar_type(), {count, like.size(1)})
                          : empty(like, like.scalar_type(), {count});
+}
+
+// Adds the rows, in no order, to those of `result`.
+void add_into(const Tensor& ids, const Tensor& rows, int64_t width, Tensor& result,
+              cudaStream_t stream) {
+  dispatch_floating(rows.scalar_type(), "sum_rows", [&](auto zero) {
+    using scalar_t = decltype(zero);
+    check_launch("sum_rows", add_rows(ids.const_data_ptr<int64_t>(),
+                                      rows.const_data_ptr<scalar_t>(), ids.size(0), width,
+                                      scalar_t{1}, result.mutable_data_ptr<scalar_t>(), stream));
+  });
 }
 
 // Sums the rows into those of `result`.
@@ -130,7 +142,10 @@ Tensor sum_rows(const Tensor& ids_in, const Tensor& rows_in, int64_t num_rows) {
   torch::stable::zero_(result);
   if (count == 0) return result;
 
-  sum_into("sum_rows", SortedIds(ids), rows, width, nullptr, result, device.stream);
+  if (atomics_allowed())
+    add_into(ids, rows, width, result, device.stream);
+  else
+    sum_into("sum_rows", SortedIds(ids), rows, width, nullptr, result, device.stream);
   return result;
 }
 

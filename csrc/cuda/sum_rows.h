@@ -1,4 +1,5 @@
-// Sums rows of equal ids: the same bits every time, and nothing waits for the device.
+// Sums rows of equal ids: the same bits every time, unless atomics are allowed (atomic_sums.h), and
+// nothing waits for the device.
 #pragma once
 
 #include "../tensor.h"

@@ -23,6 +23,7 @@ import torch
 from problems import RAGGED, Draw, tracked
 from torch import Tensor
 
+import metarec_fast as mf
 import simulator
 from metarec_fast import _ops
 from metarec_fast import functional as F
@@ -42,7 +43,7 @@ def cases(small: bool, brief: bool = False) -> Iterator[Case]:
     dtypes = (torch.float32,) if small or brief else (torch.float64, torch.float32)
     widths = (7,) if small else (7, 132) if brief else (7, 16, 132)
     for dtype, dim in itertools.product(dtypes, widths):
-        for part in (adapting, adapting_items, moving, ranking, summing, optimising):
+        for part in (adapting, adapting_items, moving, ranking, summing, optimising, adding):
             for name, run in part(dtype, dim, (3, 0, 34) if small else RAGGED):
                 yield f"{name} {str(dtype)[6:]} D={dim}", dtype, run
         for name, run in adapting_towers(dtype, dim, (3, 0, 34) if small else RAGGED):
@@ -184,6 +185,32 @@ def optimising(dtype: torch.dtype, dim: int, sizes: tuple[int, ...]) -> Iterator
 
     for name, count in itertools.product(numbers, (40,) if len(sizes) == 3 else (40, 0, 700)):
         yield f"sparse_{name}, {count} rows", lambda n=name, c=count: step(n, c)
+
+
+def adding(dtype: torch.dtype, dim: int, sizes: tuple[int, ...]) -> Iterator[tuple[str, Callable[[], Results]]]:
+    """What is summed in any order where atomics are allowed, and one optimiser that goes on sorting."""
+    for part in (summing, optimising):
+        for name, run in part(dtype, dim, sizes):
+            if name.startswith(("sum_rows", "sparse_sgd", "sparse_adam")):
+                yield f"{name}, atomics", lambda r=run: by_atomics(r)
+    draw = Draw(dim, dtype)
+    model, batch, loop = draw.model(dim=dim), draw.batch(sizes), draw.loop(3, dim=dim)
+    yield (
+        "adapt_and_score, atomics",
+        lambda: by_atomics(lambda: differentiated(_ops.adapt_and_score, model, batch, loop)),
+    )
+
+
+def by_atomics(run: Callable[[], Results]) -> Results:
+    """Also where deterministic algorithms are asked for, to have fresh memory filled: they would win."""
+    asked = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
+    try:
+        with mf.allow_atomics():
+            assert mf.atomics_allowed()
+            return run()
+    finally:
+        torch.set_deterministic_debug_mode(asked)
 
 
 def narrow_tables() -> Iterator[tuple[str, Callable[[], Results]]]:

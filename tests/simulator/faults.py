@@ -233,6 +233,30 @@ FAULTS = [
         "plain",
         "mlp_meta_step, several tiles float32 D=7",
     ),
+    Fault(
+        "a sum that is no atomic",
+        "atomic_sums.h",
+        "atomicAdd(address + i, pack.values[i]);",
+        "address[i] += pack.values[i];",
+        "thread",
+        "sum_rows, few, rows, atomics float32 D=7",
+    ),
+    Fault(
+        "rows that are added as they are",
+        "atomic_sums.h",
+        "row.values[i] *= factor;",
+        ";",
+        "plain",
+        "sparse_sgd, 40 rows, atomics float32 D=7",
+    ),
+    Fault(
+        "a row past the last one",
+        "atomic_sums.h",
+        "if (entry >= count) return;",
+        "if (entry > count) return;",
+        "address",
+        "sum_rows, few, rows, atomics float32 D=7",
+    ),
 ]
 
 _HEADER = """#pragma once
