@@ -94,7 +94,8 @@ def score_top_k(
     user: Tensor, user_bias: Tensor, item_table: Tensor, item_bias: Tensor, k: int, exclude: Entries | None
 ) -> TopK:
     excluded = (None, None) if exclude is None else (exclude.items, exclude.offsets)
-    return TopK(*ops.score_top_k(user, user_bias, item_table, item_bias, k, *excluded))
+    tensor_cores = torch.get_float32_matmul_precision() != "highest"
+    return TopK(*ops.score_top_k(user, user_bias, item_table, item_bias, k, *excluded, tensor_cores))
 
 
 def coalesce_rows(gradient: SparseRows) -> SparseRows:
