@@ -91,6 +91,28 @@ def test_on_tensor_cores_equal_rows_come_in_order_and_what_is_no_number_last(hig
     torch.testing.assert_close(best.scores, expected.scores)
 
 
+@pytest.mark.cpu
+def test_what_is_compiled_follows_the_precision_asked_for():
+    user, bias, table, item_bias = problem(9, dtype=torch.float32)
+    graphs = []
+
+    def keep(graph, example):
+        graphs.append(graph.code)
+        return graph
+
+    compiled = torch.compile(
+        lambda users: F.score_top_k(users, bias, table, item_bias, 4).items, fullgraph=True, backend=keep
+    )
+    try:
+        for precision in ("highest", "high", "highest"):
+            torch.set_float32_matmul_precision(precision)
+            compiled(user)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.compiler.reset()
+    assert [", True)" in code for code in graphs] == [False, True]
+
+
 def test_the_best_are_found_wherever_they_lie_between_many_that_are_passed_over():
     user, bias, table, item_bias = problem(5, num_items=20_000)
     for ids in (torch.arange(3), torch.tensor([4095, 4096, 19_999]), torch.tensor([63, 64, 8191])):
