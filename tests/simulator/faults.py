@@ -148,8 +148,8 @@ FAULTS = [
     Fault(
         "numbers of a fragment in the wrong order",
         "tensor_tile.h",
-        "{at[0], at[8 * kStride], at[4], at[8 * kStride + 4]}",
-        "{at[0], at[4], at[8 * kStride], at[8 * kStride + 4]}",
+        "users[u].set({at[0], at[8 * kStride], at[4], at[8 * kStride + 4]});",
+        "users[u].set({at[0], at[4], at[8 * kStride], at[8 * kStride + 4]});",
         "plain",
         "score_top_k, tensor cores float32 D=7",
     ),
