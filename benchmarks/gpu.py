@@ -174,6 +174,7 @@ def profile(device: torch.device, work: Workload) -> None:
     steps.append(metarec_fast.prepare(replace(problem, workload=replace(work, adapt="all", inner_lr=0.02))))
     serve = Problem.draw(replace(work, kind="serve", num_tasks=256, query=0, prior_pull=0.1), device=device)
     steps.append(serving.ours(serve))
+    steps.append(_on_tensor_cores(serving.ours(serve)))
     steps.append(next(peer for peer in training.PEERS if peer.name == OURS).prepare(replace(problem)))
     tower = replace(MLP, num_tasks=work.num_tasks, num_items=work.num_items, dim=work.dim, steps=work.steps)
     steps.append(metarec_fast.prepare(Problem.draw(tower, device=device)))
@@ -187,6 +188,18 @@ def profile(device: torch.device, work: Workload) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
+
+
+def _on_tensor_cores(step: Step) -> Step:
+    def run() -> Outputs:
+        asked = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            return step()
+        finally:
+            torch.set_float32_matmul_precision(asked)
+
+    return run
 
 
 def describe(device: torch.device) -> dict[str, str]:

@@ -80,7 +80,8 @@ STABLE_TORCH_LIBRARY(METAREC_NAMESPACE, m) {
             .c_str());
   m.def(
       "score_top_k(Tensor user, Tensor user_bias, Tensor item_table, Tensor item_bias, int k, "
-      "Tensor? exclude_items, Tensor? exclude_offsets) -> (Tensor, Tensor)");
+      "Tensor? exclude_items, Tensor? exclude_offsets, bool tensor_cores=False) -> (Tensor, "
+      "Tensor)");
   m.def("coalesce_rows(Tensor ids, Tensor rows) -> (Tensor, Tensor)");
   m.def("coalesce_rows_padded(Tensor ids, Tensor rows) -> (Tensor, Tensor, Tensor)");
   m.def("sum_rows(Tensor ids, Tensor rows, SymInt num_rows) -> Tensor");

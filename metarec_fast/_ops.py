@@ -94,7 +94,12 @@ def score_top_k(
     user: Tensor, user_bias: Tensor, item_table: Tensor, item_bias: Tensor, k: int, exclude: Entries | None
 ) -> TopK:
     excluded = (None, None) if exclude is None else (exclude.items, exclude.offsets)
-    return TopK(*ops.score_top_k(user, user_bias, item_table, item_bias, k, *excluded))
+    return TopK(*ops.score_top_k(user, user_bias, item_table, item_bias, k, *excluded, _tensor_cores_allowed()))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # compiled anew where this has changed
+def _tensor_cores_allowed() -> bool:
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 def coalesce_rows(gradient: SparseRows) -> SparseRows:

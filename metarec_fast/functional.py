@@ -272,6 +272,10 @@ def score_top_k(
 ) -> TopK:
     """The k best items of the whole catalogue for many users, without a score matrix [T, N] in memory.
 
+    On a GPU, `torch.set_float32_matmul_precision("high")` lets it multiply float32 on tensor cores, for more than 8
+    users and k ≤ 128: each number is split into two of tf32, and scores have an error of less than 2⁻¹⁹ Σ_d |u_d e_d|
+    besides that of summing; those made of an infinite number are no numbers.
+
     Args:
         user: User vectors, [T, D].
         user_bias: Added to all scores of a user, [T] (put the offset m here too).

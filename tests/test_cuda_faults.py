@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(bool(simulator.missing()), reason=simulator.miss
 
 # How a run may end in which a fault was found, and what it says.
 FOUND = {
-    "plain": ((2, 3), "apart|waits at|divergent|mask|exited"),
+    "plain": ((2, 3), "apart|other integers|waits at|divergent|mask|exited"),
     "address": ((1,), "ERROR: AddressSanitizer|runtime error"),
     "thread": ((66,), "WARNING: ThreadSanitizer: data race"),
 }

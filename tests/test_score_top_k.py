@@ -54,6 +54,65 @@ def test_a_bfloat16_table_is_the_same_as_its_values_in_float32(num_users, dim):
     assert torch.equal(reference.score_top_k(user, bias, narrow, item_bias, 20).items, expected.items)
 
 
+@pytest.fixture
+def high_precision():
+    """What lets a GPU take its tensor cores."""
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("num_users", [8, 9, 33])
+@pytest.mark.parametrize("dim", [1, 8, 33, 64])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_on_tensor_cores_scores_are_as_near_as_documented(num_users, dim, narrow, high_precision):
+    user, bias, table, item_bias = problem(num_users, num_items=130, dim=dim, dtype=torch.float32)
+    if narrow:
+        table = table.bfloat16()
+    best = F.score_top_k(user, bias, table, item_bias, 128)
+    rows, double = table.double(), (user.double(), bias.double(), item_bias.double())
+    exact = double[0] @ rows.T + double[1][:, None] + double[2]
+    products = double[0].abs() @ rows.abs().T
+    additions = 3 * dim + 2  # each with an error of 2⁻²³ at most of what has been summed
+    sums = products + bias.abs()[:, None] + item_bias.abs()
+    allowed = 2.0**-19 * products + additions * 2.0**-23 * sums
+    apart = (best.scores.double() - exact.gather(1, best.items)).abs()
+    assert (apart <= allowed.gather(1, best.items)).all()
+    assert (best.scores.diff(dim=1) <= 0).all()
+
+
+def test_on_tensor_cores_equal_rows_come_in_order_and_what_is_no_number_last(high_precision):
+    user, bias, table, item_bias = problem(9, num_items=130, dtype=torch.float32)
+    table[1::2], item_bias[1::2] = table[0], item_bias[0]
+    table[64:80] = float("nan")
+    best = F.score_top_k(user, bias, table, item_bias, 128)
+    expected = reference.score_top_k(user, bias, table, item_bias, 128)
+    assert torch.equal(best.items, expected.items)
+    torch.testing.assert_close(best.scores, expected.scores)
+
+
+@pytest.mark.cpu
+def test_what_is_compiled_follows_the_precision_asked_for():
+    user, bias, table, item_bias = problem(9, dtype=torch.float32)
+    graphs = []
+
+    def keep(graph, example):
+        graphs.append(graph.code)
+        return graph
+
+    compiled = torch.compile(
+        lambda users: F.score_top_k(users, bias, table, item_bias, 4).items, fullgraph=True, backend=keep
+    )
+    try:
+        for precision in ("highest", "high", "highest"):
+            torch.set_float32_matmul_precision(precision)
+            compiled(user)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.compiler.reset()
+    assert [", True)" in code for code in graphs] == [False, True]
+
+
 def test_the_best_are_found_wherever_they_lie_between_many_that_are_passed_over():
     user, bias, table, item_bias = problem(5, num_items=20_000)
     for ids in (torch.arange(3), torch.tensor([4095, 4096, 19_999]), torch.tensor([63, 64, 8191])):

@@ -127,7 +127,8 @@ scalar_t largest(const scalar_t* scores, int64_t count) {
 std::tuple<Tensor, Tensor> score_top_k_cpu(const Tensor& user_in, const Tensor& user_bias_in,
                                            const Tensor& item_table_in, const Tensor& item_bias_in,
                                            int64_t k, const OptionalTensor& exclude_items,
-                                           const OptionalTensor& exclude_offsets) {
+                                           const OptionalTensor& exclude_offsets,
+                                           bool /*tensor_cores*/) {
   const TopKArguments arguments(user_in, user_bias_in, item_table_in, item_bias_in, k,
                                 exclude_items, exclude_offsets);
   const Tensor &user = arguments.user, &user_bias = arguments.user_bias,

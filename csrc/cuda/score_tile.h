@@ -33,11 +33,28 @@ __device__ inline int64_t end_of_chunk(int64_t first, int64_t end) {
   return first + kItemsPerChunk < end ? first + kItemsPerChunk : end;
 }
 
+// target(row, d) = table[first + row, depth + d], or 0 where there is no such number; by the block.
+template <typename number_t, typename Target>
+__device__ void fetch(const number_t* table, int64_t dim, int64_t first, int64_t last, int num_rows,
+                      int64_t depth, const Target& target) {
+  using scalar_t = std::remove_reference_t<decltype(target(0, 0))>;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < num_rows * kDepth; i += kScoringThreads) {
+    const int row = i / kDepth, d = i % kDepth;
+    const bool is_there = first + row < last && depth + d < dim;
+    target(row, d) =
+        is_there ? static_cast<scalar_t>(table[(first + row) * dim + depth + d]) : scalar_t{0};
+  }
+}
+
 // A warp has kUsers users, a lane the items  first + lane + kWarpSize j  of all of them. It leaves
 // its scores in shared memory too, which costs little and leaves it the registers for other things.
-template <int kUsers, typename scalar_t, typename row_t>
+template <int kUserCount, typename scalar_type, typename row_type>
 class ScoreTile {
  public:
+  using scalar_t = scalar_type;
+  using row_t = row_type;
+  static constexpr int kUsers = kUserCount;
   static constexpr int kUsersPerBlock = kUsers * kWarpsPerBlock;
   static constexpr int kNumbers = (kUsersPerBlock + kItemStride) * kDepth;  // of shared memory
 
@@ -51,9 +68,9 @@ class ScoreTile {
     scalar_t scores[kUsers][kItemsPerLane] = {};
     for (int64_t depth = 0; depth < inputs_.dim; depth += kDepth) {
       __syncthreads();  // nobody reads what was there
-      fetch(inputs_.user, first_user, inputs_.num_users, kUsersPerBlock, depth,
+      fetch(inputs_.user, inputs_.dim, first_user, inputs_.num_users, kUsersPerBlock, depth,
             [&](int user, int d) -> scalar_t& { return users_[user * kDepth + d]; });
-      fetch(inputs_.item_table, first, last, kItemsPerChunk, depth,
+      fetch(inputs_.item_table, inputs_.dim, first, last, kItemsPerChunk, depth,
             [&](int item, int d) -> scalar_t& { return items_[d * kItemStride + item]; });
       __syncthreads();
       const scalar_t* user = users_ + warp * kUsers * kDepth;
@@ -95,20 +112,6 @@ class ScoreTile {
   static_assert(kUsersPerBlock * kItemsPerChunk <= kItemStride * kDepth);
   static constexpr int kPack = kWidestPack<scalar_t>;
   static_assert(kDepth % kPack == 0);
-
-  // target(row, d) = table[first + row, depth + d], or 0 where there is no such number.
-  template <typename number_t, typename Target>
-  __device__ void fetch(const number_t* table, int64_t first, int64_t last, int num_rows,
-                        int64_t depth, const Target& target) const {
-#pragma unroll 4
-    for (int i = threadIdx.x; i < num_rows * kDepth; i += kScoringThreads) {
-      const int row = i / kDepth, d = i % kDepth;
-      const bool is_there = first + row < last && depth + d < inputs_.dim;
-      target(row, d) = is_there
-                           ? static_cast<scalar_t>(table[(first + row) * inputs_.dim + depth + d])
-                           : scalar_t{0};
-    }
-  }
 
   __device__ scalar_t* place(int u, int j) const {
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;

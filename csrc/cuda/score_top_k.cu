@@ -8,6 +8,7 @@
 
 #include "best_list.h"
 #include "score_top_k.h"
+#include "tensor_tile.h"
 
 namespace metarec_fast::cuda {
 namespace {
@@ -59,13 +60,14 @@ __global__ void __launch_bounds__(kThreads)
 
 // The k best of each range of items for each user, best first. Blocks that run at the same time
 // have the same range, and meet its rows in the cache.
-template <int kUsers, typename scalar_t, typename row_t>
-__global__ void __launch_bounds__(kScoringThreads, kBlocksAtOnce<scalar_t>)
-    score_ranges_kernel(ScoreInputs<scalar_t, row_t> inputs, Excluded excluded, int k,
-                        int64_t user_blocks, int64_t ranges,
-                        scalar_t* __restrict__ best_scores,  // [T, ranges, k]
-                        int64_t* __restrict__ best_items) {  // [T, ranges, k]
-  using Tile = ScoreTile<kUsers, scalar_t, row_t>;
+template <typename Tile>
+__global__ void __launch_bounds__(kScoringThreads, kBlocksAtOnce<typename Tile::scalar_t>)
+    score_ranges_kernel(ScoreInputs<typename Tile::scalar_t, typename Tile::row_t> inputs,
+                        Excluded excluded, int k, int64_t user_blocks, int64_t ranges,
+                        typename Tile::scalar_t* __restrict__ best_scores,  // [T, ranges, k]
+                        int64_t* __restrict__ best_items) {                 // [T, ranges, k]
+  using scalar_t = typename Tile::scalar_t;
+  constexpr int kUsers = Tile::kUsers;
   CUDA_DYNAMIC_SHARED(int64_t, list_items);  // [users, k]
   scalar_t* const memory = reinterpret_cast<scalar_t*>(list_items + Tile::kUsersPerBlock * k);
   scalar_t* const list_scores = memory + Tile::kNumbers;  // [users, k]
@@ -172,15 +174,16 @@ int64_t count_ranges(int64_t num_items, int64_t user_blocks, int64_t resident) {
 }
 
 // The best of all items, by lists of those of every range.
-template <int kUsers, typename scalar_t, typename row_t>
+template <typename Tile>
 void keep_best(const TopKArguments& arguments, const Excluded& excluded, Tensor& best_scores,
                Tensor& best_items, cudaStream_t stream) {
-  using Tile = ScoreTile<kUsers, scalar_t, row_t>;
+  using scalar_t = typename Tile::scalar_t;
+  using row_t = typename Tile::row_t;
   const int64_t T = arguments.T(), N = arguments.N();
   const int k = static_cast<int>(arguments.k);
   const size_t entry_bytes = sizeof(int64_t) + sizeof(scalar_t);
   const size_t bytes = Tile::kNumbers * sizeof(scalar_t) + Tile::kUsersPerBlock * k * entry_bytes;
-  const auto kernel = score_ranges_kernel<kUsers, scalar_t, row_t>;
+  const auto kernel = score_ranges_kernel<Tile>;
   const int64_t user_blocks = blocks_for(T, Tile::kUsersPerBlock);
   const int64_t ranges =
       count_ranges(N, user_blocks, resident_blocks(kernel, kScoringThreads, bytes));
@@ -210,7 +213,8 @@ void keep_best(const TopKArguments& arguments, const Excluded& excluded, Tensor&
 std::tuple<Tensor, Tensor> score_top_k_cuda(const Tensor& user, const Tensor& user_bias,
                                             const Tensor& item_table, const Tensor& item_bias,
                                             int64_t k, const OptionalTensor& exclude_items,
-                                            const OptionalTensor& exclude_offsets) {
+                                            const OptionalTensor& exclude_offsets,
+                                            bool tensor_cores) {
   const TopKArguments arguments(user, user_bias, item_table, item_bias, k, exclude_items,
                                 exclude_offsets);
   const int64_t T = arguments.T();
@@ -232,8 +236,10 @@ std::tuple<Tensor, Tensor> score_top_k_cuda(const Tensor& user, const Tensor& us
   dispatch_rows(arguments, [&](auto zero, auto row) {
     using scalar_t = decltype(zero);
     using row_t = decltype(row);
-    const auto run =
-        T <= kWarpsPerBlock ? keep_best<1, scalar_t, row_t> : keep_best<4, scalar_t, row_t>;
+    auto run = T <= kWarpsPerBlock ? keep_best<ScoreTile<1, scalar_t, row_t>>
+                                   : keep_best<ScoreTile<4, scalar_t, row_t>>;
+    if constexpr (std::is_same_v<scalar_t, float>)
+      if (tensor_cores && T > kWarpsPerBlock) run = keep_best<TensorTile<row_t>>;
     run(arguments, excluded, best_scores, best_items, device.stream);
   });
   return {best_items, best_scores};

@@ -156,6 +156,18 @@ def ranking(dtype: torch.dtype, dim: int, sizes: tuple[int, ...]) -> Iterator[tu
                 f"score_top_k, {k} of {num_items}{', some excluded' * (exclude is not None)}",
                 lambda u=users, t=table, b=bias, n=k, e=exclude: flat(_ops.score_top_k(u, u[:, 0].clone(), t, b, n, e)),
             )
+    if dtype == torch.float32:  # more users than one a warp
+        table, bias, users = draw.normal(150, dim), draw.normal(150), draw.normal(11, dim)
+        yield "score_top_k, tensor cores", lambda: on_tensor_cores(users, table, bias)
+
+
+def on_tensor_cores(users: Tensor, table: Tensor, bias: Tensor) -> Results:
+    asked = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        return flat(_ops.score_top_k(users, users[:, 0].clone(), table, bias, 4, None))
+    finally:
+        torch.set_float32_matmul_precision(asked)
 
 
 def summing(dtype: torch.dtype, dim: int, sizes: tuple[int, ...]) -> Iterator[tuple[str, Callable[[], Results]]]:
@@ -230,6 +242,11 @@ def narrow_tables() -> Iterator[tuple[str, Callable[[], Results]]]:
         yield (
             f"score_top_k, bfloat16, D={dim}",
             lambda u=users, t=table, b=bias: flat(_ops.score_top_k(u, u[:, 0].clone(), t, b, 4, None)),
+        )
+        users = draw.normal(11, dim)
+        yield (
+            f"score_top_k, bfloat16, tensor cores, D={dim}",
+            lambda u=users, t=table, b=bias: on_tensor_cores(u, t, b),
         )
 
 
