@@ -33,7 +33,7 @@ def _register(library: torch.library.Library, op: Any, device_type: str) -> None
     def run(*args: Any) -> Any:
         widened = [
             arg if keeps and isinstance(arg, Tensor) and arg.dtype is torch.bfloat16 else _widened(arg)
-            for arg, keeps in zip(args, narrow, strict=True)
+            for arg, keeps in zip(args, narrow, strict=False)  # what is left out has a default
         ]
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             return op(*widened)
