@@ -99,7 +99,7 @@ def score_top_k(
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # compiled anew where this has changed
 def _tensor_cores_allowed() -> bool:
-    return torch.get_float32_matmul_precision() != "highest"
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")  # set by either of PyTorch's ways
 
 
 def coalesce_rows(gradient: SparseRows) -> SparseRows:

@@ -91,6 +91,19 @@ def test_on_tensor_cores_equal_rows_come_in_order_and_what_is_no_number_last(hig
     torch.testing.assert_close(best.scores, expected.scores)
 
 
+def test_either_way_to_ask_for_a_precision_is_heard():
+    precision, arguments = torch.backends.cuda.matmul, problem(9, dtype=torch.float32)
+    before = precision.fp32_precision
+    try:
+        for asked in ("tf32", "ieee"):
+            precision.fp32_precision = asked
+            assert _ops._tensor_cores_allowed() == (asked == "tf32")
+            assert F.score_top_k(*arguments, 4).items.shape == (9, 4)
+    finally:
+        precision.fp32_precision = before
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.cpu
 def test_what_is_compiled_follows_the_precision_asked_for():
     user, bias, table, item_bias = problem(9, dtype=torch.float32)
