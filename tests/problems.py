@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +16,17 @@ from metarec_fast.tasks import Entries, TaskBatch
 
 RAGGED = (3, 0, 1, 13, 40, 5)
 DEVICE = "cpu"  # where problems are; conftest.py sets it to what `pytest --device` says
+
+
+@contextmanager
+def less_precise_products() -> Iterator[None]:
+    """What lets a GPU take its tensor cores for products of float32."""
+    asked = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(asked)
 
 
 @dataclass

@@ -24,7 +24,7 @@ def ratings(tmp_path, monkeypatch):
     return path
 
 
-def test_draws_and_the_order_of_what_is_known_are_those_of_evaluate(ratings, tmp_path, capsys):
+def test_draws_and_the_order_of_what_is_known_are_those_of_evaluate(ratings, tmp_path):
     assert cli.main(["prepare"]) == 0
     assert cli.main(["train", "--epochs", "1", "--dim", "2", "--support", "4", "--draws", "2"]) == 0
     learner, log = mf.load("runs/train/learner"), read_prepared(tmp_path / "runs/train/test.npz")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import Draw
+from problems import Draw, less_precise_products
 from torch.library import opcheck
 
 from metarec_fast import _ops, reference
@@ -56,10 +56,8 @@ def test_a_bfloat16_table_is_the_same_as_its_values_in_float32(num_users, dim):
 
 @pytest.fixture
 def high_precision():
-    """What lets a GPU take its tensor cores."""
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision("highest")
+    with less_precise_products():
+        yield
 
 
 @pytest.mark.parametrize("num_users", [8, 9, 33])

@@ -15,10 +15,6 @@
 
 namespace metarec_fast::cuda {
 
-struct Split {
-  float head, rest;
-};
-
 // x without what tf32 has no room for.
 __device__ __forceinline__ float head_of(float x) {
   uint32_t bits;
@@ -26,11 +22,6 @@ __device__ __forceinline__ float head_of(float x) {
   bits &= ~uint32_t{0x1fff};
   std::memcpy(&x, &bits, sizeof(bits));
   return x;
-}
-
-__device__ __forceinline__ Split split(float x) {
-  const float head = head_of(x);
-  return {head, head_of(x - head)};
 }
 
 // sums [16, 8] += left [16, 8] · right [8, 8], by a warp. Lane l = 4 g + i holds

@@ -95,9 +95,8 @@ class TensorTile {
     __device__ __forceinline__ void set(const float (&numbers)[kCount]) {
 #pragma unroll
       for (int n = 0; n < kCount; ++n) {
-        const Split both = split(numbers[n]);
-        heads[n] = both.head;
-        rests[n] = both.rest;
+        heads[n] = head_of(numbers[n]);
+        rests[n] = head_of(numbers[n] - heads[n]);
       }
     }
   };

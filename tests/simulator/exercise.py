@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from problems import RAGGED, Draw, tracked
+from problems import RAGGED, Draw, less_precise_products, tracked
 from torch import Tensor
 
 import metarec_fast as mf
@@ -162,12 +162,8 @@ def ranking(dtype: torch.dtype, dim: int, sizes: tuple[int, ...]) -> Iterator[tu
 
 
 def on_tensor_cores(users: Tensor, table: Tensor, bias: Tensor) -> Results:
-    asked = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
+    with less_precise_products():
         return flat(_ops.score_top_k(users, users[:, 0].clone(), table, bias, 4, None))
-    finally:
-        torch.set_float32_matmul_precision(asked)
 
 
 def summing(dtype: torch.dtype, dim: int, sizes: tuple[int, ...]) -> Iterator[tuple[str, Callable[[], Results]]]:
