@@ -317,17 +317,24 @@ _MOST_SCALARS = 1000
 
 
 def _scalar(value: float, like: Tensor) -> Tensor:
-    """The number as a tensor. Those on the CPU are kept: nobody writes to them, and a call has several."""
+    """The number as a tensor."""
     if like.device.type != "cpu" or type(like) not in (Tensor, Parameter) or torch.compiler.is_compiling():
         return torch.full((), value, dtype=like.dtype, device=like.device)
-    scalar = _scalars.get((value, like.dtype))
+    return kept_scalar(value, like.dtype)
+
+
+def kept_scalar(value: Number, dtype: torch.dtype) -> Tensor:
+    """The number as a tensor on the CPU. These are kept: nobody writes to them, and a call has several."""
+    if isinstance(value, Tensor):
+        return value
+    scalar = _scalars.get((value, dtype))
     if scalar is None:
         if len(_scalars) >= _MOST_SCALARS:
             _scalars.clear()
         with torch.inference_mode(False):  # or later calls could not differentiate
-            scalar = torch.full((), value, dtype=like.dtype, device=like.device)
+            scalar = torch.full((), value, dtype=dtype, device="cpu")
         if type(scalar) is Tensor:  # no fake one, whose mode ends before the next call
-            _scalars[value, like.dtype] = scalar
+            _scalars[value, dtype] = scalar
     return scalar
 
 

@@ -7,12 +7,12 @@ Everything is for the dot-product recommender, whose score of item i for a user 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from metarec_fast import _library, _ops, reference
+from metarec_fast import _library, _ops, _usual, reference
 from metarec_fast._arguments import (
     PAIRWISE,
     InnerLoop,
@@ -89,12 +89,16 @@ def adapt(
         NotImplementedError: Derivatives are asked for in forward mode (`torch.func.jvp`).
     """
     num_tasks = _count_tasks("support", support)
-    model = check_model(user_init, user_bias_init, item_table, item_bias, offset, num_tasks)
-    loop = check_inner_loop(
-        model, num_tasks, inner_lr=inner_lr, inner_steps=inner_steps, preconditioner=preconditioner,
-        prior_pull=prior_pull, extra_count=extra_count, momentum=momentum, loss=loss, first_order=first_order,
-        adapt=adapt,
-    )  # fmt: skip
+    start = user_init, user_bias_init, item_table, item_bias, offset
+    settings: dict[str, Any] = {
+        "inner_lr": inner_lr, "inner_steps": inner_steps, "preconditioner": preconditioner, "prior_pull": prior_pull,
+        "extra_count": extra_count, "momentum": momentum, "loss": loss, "first_order": first_order, "adapt": adapt,
+    }  # fmt: skip
+    usual = _usual.attempt(lambda model, loop: _ops.adapt(model, support, loop), start, support, settings)
+    if usual is not None:
+        return usual
+    model = check_model(*start, num_tasks)
+    loop = check_inner_loop(model, num_tasks, **settings)
     support = check_entries("support", support, model.item_bias, (loss,))
     check_differentiation(model, loop, TaskBatch(support))
     return _ops.either(_ops.adapt, reference.adapt, item_table)(model, support, loop)
@@ -132,12 +136,13 @@ def adapt_and_score(
         IndexError, ValueError, TypeError: As for `adapt`.
     """
     num_tasks = _count_tasks("batch", batch)
-    model = check_model(user_init, user_bias_init, item_table, item_bias, offset, num_tasks)
-    loop = check_inner_loop(
-        model, num_tasks, inner_lr=inner_lr, inner_steps=inner_steps, preconditioner=preconditioner,
-        prior_pull=prior_pull, extra_count=extra_count, momentum=momentum, loss=loss, first_order=first_order,
-        adapt=adapt,
-    )  # fmt: skip
+    start = user_init, user_bias_init, item_table, item_bias, offset
+    settings: dict[str, Any] = {
+        "inner_lr": inner_lr, "inner_steps": inner_steps, "preconditioner": preconditioner, "prior_pull": prior_pull,
+        "extra_count": extra_count, "momentum": momentum, "loss": loss, "first_order": first_order, "adapt": adapt,
+    }  # fmt: skip
+    model = check_model(*start, num_tasks)
+    loop = check_inner_loop(model, num_tasks, **settings)
     batch = check_batch(batch, model.item_bias, loss, outer_losses=())
     check_differentiation(model, loop, batch)
     candidates = with_negatives(batch)
@@ -192,18 +197,26 @@ def meta_step(
         IndexError, ValueError, TypeError: As for `adapt`.
     """
     num_tasks = _count_tasks("batch", batch)
-    model = check_model(user_init, user_bias_init, item_table, item_bias, offset, num_tasks)
-    loop = check_inner_loop(
-        model, num_tasks, inner_lr=inner_lr, inner_steps=inner_steps, preconditioner=preconditioner,
-        prior_pull=prior_pull, extra_count=extra_count, momentum=momentum, loss=loss, first_order=first_order,
-        adapt=adapt,
-    )  # fmt: skip
+    start = user_init, user_bias_init, item_table, item_bias, offset
+    settings: dict[str, Any] = {
+        "inner_lr": inner_lr, "inner_steps": inner_steps, "preconditioner": preconditioner, "prior_pull": prior_pull,
+        "extra_count": extra_count, "momentum": momentum, "loss": loss, "first_order": first_order, "adapt": adapt,
+    }  # fmt: skip
     losses = check_outer_loss(outer_loss)
-    batch = check_batch(batch, model.item_bias, loss, losses)
-    step_weights = check_step_weights(step_weights, loop, model.item_bias)
-    check_differentiation(model, loop, batch, step_weights)
-    run = _ops.either(_ops.meta_step, reference.meta_step, item_table)
-    result = run(model, batch, loop, losses, step_weights)
+    result: MetaStep | None = None
+    if step_weights is None:
+        result = _usual.attempt(
+            lambda model, loop: _ops.meta_step(model, batch, loop, losses, None),
+            start, batch.support, settings, batch, losses,
+        )  # fmt: skip
+    if result is None:
+        model = check_model(*start, num_tasks)
+        loop = check_inner_loop(model, num_tasks, **settings)
+        batch = check_batch(batch, model.item_bias, loss, losses)
+        step_weights = check_step_weights(step_weights, loop, model.item_bias)
+        check_differentiation(model, loop, batch, step_weights)
+        run = _ops.either(_ops.meta_step, reference.meta_step, item_table)
+        result = run(model, batch, loop, losses, step_weights)
     if coalesce:
         for name in ("item_table", "item_bias"):
             gradient = result.grads[name]
@@ -249,13 +262,21 @@ def reptile_step(
         IndexError, ValueError, TypeError: As for `adapt`; the losses "bpr" and "softmax" are refused.
     """
     num_tasks = _count_tasks("support", support)
-    model = check_model(user_init, user_bias_init, item_table, item_bias, offset, num_tasks)
+    start = user_init, user_bias_init, item_table, item_bias, offset
+    settings: dict[str, Any] = {
+        "inner_lr": inner_lr, "inner_steps": inner_steps, "preconditioner": preconditioner, "prior_pull": prior_pull,
+        "extra_count": extra_count, "momentum": momentum, "loss": loss, "first_order": False, "adapt": adapt,
+    }  # fmt: skip
+    if task_weights is None:
+        usual = _usual.attempt(
+            lambda model, loop: _ops.reptile_step(model, support, None, loop), start, support, settings
+        )
+        if usual is not None:
+            return usual
+    model = check_model(*start, num_tasks)
     if loss in PAIRWISE:
         raise ValueError(f"loss: Reptile adapts on a loss of single scores, got {loss!r}")
-    loop = check_inner_loop(
-        model, num_tasks, inner_lr=inner_lr, inner_steps=inner_steps, preconditioner=preconditioner,
-        prior_pull=prior_pull, extra_count=extra_count, momentum=momentum, loss=loss, first_order=False, adapt=adapt,
-    )  # fmt: skip
+    loop = check_inner_loop(model, num_tasks, **settings)
     support = check_entries("support", support, model.item_bias, (loss,))
     weights = check_task_weights(task_weights, model.item_bias, num_tasks)
     return _ops.either(_ops.reptile_step, reference.reptile_step, item_table)(model, support, weights, loop)
