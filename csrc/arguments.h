@@ -127,9 +127,11 @@ struct Inputs {
     check_tensor("support_targets", targets, dtype, item_table);
     check_size("item_bias", item_bias, item_table.size(0));
     check_size("support_targets", targets, support.size());
-    STD_TORCH_CHECK(offset.numel() == 1, "offset: expected a scalar");
-    STD_TORCH_CHECK(user_init.dim() >= 1 && user_init.numel() == (per_task_start() ? T() : 1) * D(),
-                    "user_init: expected shape [D] or [T, D] with T = ", T(), ", D = ", D());
+    STD_TORCH_CHECK(offset.dim() == 0, "offset: expected a scalar");
+    STD_TORCH_CHECK(
+        (user_init.dim() == 1 && user_init.size(0) == D()) ||
+            (user_init.dim() == 2 && user_init.size(0) == T() && user_init.size(1) == D()),
+        "user_init: expected shape [D] or [T, D] with T = ", T(), ", D = ", D());
     STD_TORCH_CHECK(
         user_bias_init.dim() == 0 || (user_bias_init.dim() == 1 && user_bias_init.size(0) == T()),
         "user_bias_init: expected a scalar or shape [T] with T = ", T());
@@ -245,9 +247,29 @@ struct LoopArguments {
 };
 
 // What operators return that differentiate: the gradients of user_init, user_bias_init, item_table,
-// item_bias, offset, inner_lr, preconditioner, prior_pull, momentum and support_weights.
+// item_bias, offset, inner_lr, preconditioner, prior_pull, momentum and support_weights, as far as
+// they are wanted.
 using GradientTuple =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+    std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
+               OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+
+// Those of meta_step: the loss before them, the items of the rows behind.
+using MetaStepTuple =
+    decltype(std::tuple_cat(std::tuple<Tensor>(), GradientTuple(), std::tuple<Tensor>()));
+
+// Those of reptile_step: loss, user_init, user_bias_init and, where items adapt, rows and biases.
+using ReptileTuple = std::tuple<Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor>;
+
+// Stands for what is not wanted, and is not returned.
+struct Unwanted {
+  Tensor tensor;
+
+  Unwanted(const Tensor& like, ScalarType dtype) : tensor(empty(like, dtype, {0})) {}
+
+  OptionalTensor unless(const Tensor& result) const {
+    return result.get() == tensor.get() ? OptionalTensor() : OptionalTensor(result);
+  }
+};
 
 inline ItemRows item_rows_of(const Inputs& inputs, const LoopArguments& loop,
                              const RaggedItems& query) {

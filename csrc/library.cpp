@@ -20,9 +20,9 @@ const std::string kLoop =
     "str adapt";
 
 // user_init, user_bias_init, item_table, item_bias, offset, inner_lr, preconditioner, prior_pull,
-// momentum, support_weights
+// momentum, support_weights, as far as they are wanted
 const std::string kGradients =
-    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor";
+    "Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?";
 
 // An MLP tower, whose parameters are one vector, and the tasks that it adapts to, each of at most
 // `largest_support` support entries.
@@ -76,7 +76,7 @@ STABLE_TORCH_LIBRARY(METAREC_NAMESPACE, m) {
          kInputs + kLoop + ", int wanted) -> (" + kGradients + ")")
             .c_str());
   m.def(("reptile_step(" + kInputs + "Tensor? task_weights, " + kLoop +
-         ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+         ") -> (Tensor, Tensor, Tensor, Tensor?, Tensor?)")
             .c_str());
   m.def(
       "score_top_k(Tensor user, Tensor user_bias, Tensor item_table, Tensor item_bias, int k, "

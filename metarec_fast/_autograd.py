@@ -51,10 +51,10 @@ def _adapted(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     return like.new_empty((num_tasks, dim)), like.new_empty((num_tasks,))
 
 
-def _gradients(args: tuple[Any, ...], where: dict[str, int], wanted: int) -> list[Tensor]:
-    """Fake gradients in the operators' order; an unwanted one is empty."""
+def _gradients(args: tuple[Any, ...], where: dict[str, int], wanted: int) -> list[Tensor | None]:
+    """Fake gradients in the operators' order; None where one is not wanted."""
     return [
-        args[ITEM_BIAS].new_empty(args[where[name]].shape if args[where[name]] is not None and wanted & bit else (0,))
+        args[ITEM_BIAS].new_empty(args[where[name]].shape) if args[where[name]] is not None and wanted & bit else None
         for name, bit in WANT.items()
     ]
 
@@ -69,7 +69,7 @@ def _fake_adapt_and_score(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _fake_adapt_and_score_backward(
     grad_user: Tensor, grad_bias: Tensor, grad_scores: Tensor, *args: Any
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     return _gradients(args, ADAPT_AND_SCORE, args[-1])
 
 
@@ -81,26 +81,25 @@ def _fake_adapt_all(*args: Any) -> tuple[Tensor, ...]:
 
 def _fake_adapt_all_backward(
     grad_user: Tensor, grad_bias: Tensor, grad_rows: Tensor, grad_biases: Tensor, *args: Any
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     return _gradients(args, ADAPT, args[-1])
 
 
-def _fake_meta_step(*args: Any) -> list[Tensor]:
+def _fake_meta_step(*args: Any) -> list[Tensor | None]:
     wanted, like = args[-1], args[ITEM_BIAS]
     gradients = _gradients(args, META_STEP, wanted)
+    rows = _num_rows(args) if wanted & WANT["item_table"] else 0
     if wanted & WANT["item_table"]:
-        rows = _num_rows(args)
         gradients[2:4] = [like.new_empty((rows, args[ITEM_TABLE].shape[1])), like.new_empty((rows,))]
-    ids = args[INPUTS].new_empty((gradients[3].shape[0],))
-    return [like.new_empty(()), *gradients, ids]
+    return [like.new_empty(()), *gradients, args[INPUTS].new_empty((rows,))]
 
 
-def _fake_reptile_step(*args: Any) -> tuple[Tensor, ...]:
+def _fake_reptile_step(*args: Any) -> tuple[Tensor | None, ...]:
     like, entries = args[ITEM_BIAS], args[SUPPORT_ITEMS].shape[0]
-    adapts_items = args[INPUTS + 1 + ADAPT_WHAT] == "all"
-    rows = like.new_empty((entries, args[ITEM_TABLE].shape[1]) if adapts_items else (0,))
-    moves = like.new_empty(args[0].shape), like.new_empty(args[1].shape)
-    return like.new_empty(()), *moves, rows, like.new_empty((entries if adapts_items else 0,))
+    moves = like.new_empty(()), like.new_empty(args[0].shape), like.new_empty(args[1].shape)
+    if args[INPUTS + 1 + ADAPT_WHAT] != "all":
+        return *moves, None, None
+    return *moves, like.new_empty((entries, args[ITEM_TABLE].shape[1])), like.new_empty((entries,))
 
 
 def _num_rows(args: tuple[Any, ...]) -> int:
@@ -148,7 +147,7 @@ def restore(ctx: Any) -> list[Any]:
     ]
 
 
-def _at_places(ctx: Any, gradients: tuple[Tensor, ...], where: dict[str, int]) -> tuple[Tensor | None, ...]:
+def _at_places(ctx: Any, gradients: tuple[Tensor | None, ...], where: dict[str, int]) -> tuple[Tensor | None, ...]:
     """The gradients at their arguments' places; other arguments have none."""
     result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     for gradient, place in zip(gradients, where.values(), strict=True):
@@ -182,9 +181,9 @@ def _adapt_all_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     return _at_places(ctx, gradients, ADAPT)
 
 
-def _meta_step_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _meta_step_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
     _, *gradients, ids = output
-    ctx.mark_non_differentiable(*gradients, ids)
+    ctx.mark_non_differentiable(*(each for each in gradients if each is not None), ids)
     ctx.num_rows = inputs[2].shape[0]
     inputs_with_gradients = [inputs[place] for place in META_STEP.values()]
     ctx.save_for_backward(*gradients, *inputs_with_gradients, ids)
@@ -197,15 +196,18 @@ def _meta_step_backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[T
     needed = [ctx.needs_input_grad[META_STEP[name]] for name in ("item_table", "item_bias")]
     one = is_known_one(grad_loss)
 
-    def scale(grad_loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        def dense(rows: Tensor, wanted: bool) -> Tensor:
+    def scale(grad_loss: Tensor, *inputs: Tensor) -> tuple[Tensor | None, ...]:
+        def dense(rows: Tensor, wanted: bool) -> Tensor | None:
             if not wanted:
-                return rows
+                return None
             table: Tensor = ops.sum_rows(ids, rows, num_rows)
             return table if one else table * grad_loss
 
         tables = (dense(*each) for each in zip(gradients[2:4], needed, strict=True))
-        before, after = ([gradient * grad_loss for gradient in part] for part in (gradients[:2], gradients[4:]))
+        before, after = (
+            [None if gradient is None else gradient * grad_loss for gradient in part]
+            for part in (gradients[:2], gradients[4:])
+        )
         return *before, *tables, *after
 
     scaled = Once.apply("meta_step", scale, grad_loss, *inputs)

@@ -59,11 +59,11 @@ def meta_step(
     loss, *gradients, ids = call(
         ops.meta_step.default, given.values(),
         *_inputs(model, batch.support), *_query(batch), *_loop(loop),
-        *[float(losses.get(name, 0.0)) for name in OUTER_LOSSES], step_weights, wanted,
+        *[losses.get(name, 0.0) for name in OUTER_LOSSES], step_weights, wanted,
     )  # fmt: skip
     grads: dict[str, Tensor | SparseRows] = {}
     for name, gradient in zip(given, gradients, strict=True):
-        if given[name] is not None:
+        if gradient is not None:
             grads[name] = SparseRows(ids, gradient) if name in _ITEMS else gradient
     return MetaStep(loss, grads)
 

@@ -48,6 +48,8 @@ def test_a_raw_operator_takes_low_precision_and_gives_float32(name, dtype):
         actual = op(*arguments)
     pairs = [(actual, expected)] if isinstance(actual, torch.Tensor) else zip(actual, expected, strict=True)
     for one, other in pairs:
+        if one is None and other is None:  # not wanted
+            continue
         assert one.dtype == other.dtype
         # A bfloat16 table is widened as it is read: the same numbers, added up in another order.
         torch.testing.assert_close(one, other, atol=1e-5 if table_is_stored_so else 0, rtol=1e-5)

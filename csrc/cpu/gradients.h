@@ -33,12 +33,13 @@ class Gradients {
   Gradients(const Inputs& inputs, const LoopArguments& loop, Wanted wanted,
             const RaggedItems& query, int64_t num_blocks)
       : places(item_rows_of(inputs, loop, query)),
+        unwanted(inputs.item_bias, inputs.dtype()),
         layout_(inputs.D()),
         loss_(loop.loss),
         num_blocks_(num_blocks) {
     const Tensor& like = inputs.item_bias;
     const auto zeros = [&](bool is_wanted, const Tensor& shape) {
-      if (!is_wanted) return empty(like, inputs.dtype(), {0});
+      if (!is_wanted) return unwanted.tensor;
       Tensor result = shape.dim() == 0 ? empty(like, inputs.dtype(), {})
                       : shape.dim() == 1
                           ? empty(like, inputs.dtype(), {shape.size(0)})
@@ -58,9 +59,9 @@ class Gradients {
     momentum = optional_zeros(wanted.momentum(), loop.momentum);
     support_weights = optional_zeros(wanted.support_weights(), inputs.weights);
     const int64_t rows = wanted.items() ? places.size() : 0;
-    item_rows = wanted.items() ? empty_result(like, inputs.dtype(), {rows, inputs.D()})
-                               : empty(like, inputs.dtype(), {0});
-    item_bias_rows = empty(like, inputs.dtype(), {rows});
+    item_rows =
+        wanted.items() ? empty_result(like, inputs.dtype(), {rows, inputs.D()}) : unwanted.tensor;
+    item_bias_rows = wanted.items() ? empty(like, inputs.dtype(), {rows}) : unwanted.tensor;
 
     // A block's record: φ̄_0, Ā, s̄, β̄, ρ̄, m̄, loss; whole registers, so that no two blocks share a
     // cache line.
@@ -70,11 +71,14 @@ class Gradients {
       end += padded<scalar_t>(count);
       return begin;
     };
+    const auto place_of = [&](const Tensor& tensor, int64_t count) {
+      return tensor.numel() > 0 ? Place{place(count), tensor.dim() == 0 ? 0 : 1} : Place{};
+    };
     start_at_ = place(layout_.stride);
-    scale_at_ = place(preconditioner.numel() > 0 ? layout_.stride : 0);
-    inner_lr_at_ = place(inner_lr.numel());
-    momentum_at_ = place(momentum.numel());
-    pull_at_ = place(1);
+    scale_at_ = place_of(preconditioner, layout_.stride);
+    inner_lr_at_ = place_of(inner_lr, inner_lr.numel());
+    momentum_at_ = place_of(momentum, momentum.numel());
+    pull_at_ = place_of(prior_pull, 1);
     offset_at_ = place(1);
     loss_at_ = place(1);
     record_size_ = end;
@@ -88,27 +92,27 @@ class Gradients {
     biases_ = data(item_bias_rows);
     per_task_user_ = inputs.per_task_start() && wanted.start() ? data(user_init) : nullptr;
     per_task_bias_ = inputs.per_task_bias() && wanted.start() ? data(user_bias_init) : nullptr;
-    shared_pull_ = prior_pull.dim() == 0;
+    per_task_pull_ = prior_pull.dim() == 1 ? data(prior_pull) : nullptr;
+    weights_ = data(support_weights);
   }
 
   // Where the adjoint of a task puts its gradients; `add_task` takes them from there.
   TaskGradients<scalar_t> of_task(int64_t block, const Task<scalar_t>& task, int64_t begin,
                                   Arena<scalar_t>& arena) {
-    PerIndexSum<scalar_t> pull = sum_in_record(block, prior_pull, pull_at_);
-    if (pull && !shared_pull_) pull.values = data(prior_pull);
+    PerIndexSum<scalar_t> pull = sum_in_record(block, pull_at_);
+    if (per_task_pull_ != nullptr) pull.values = per_task_pull_;
     scalar_t* rows = nullptr;
     if (rows_ != nullptr && places.support)
       rows = in_place(task) ? rows_ + begin * layout_.dim : arena.take(task.size * layout_.dim);
     scalar_t* weights = nullptr;
-    if (support_weights.numel() > 0)
-      weights = in_place(task) ? data(support_weights) + begin : arena.take(task.size);
+    if (weights_ != nullptr) weights = in_place(task) ? weights_ + begin : arena.take(task.size);
     return {arena.take(layout_.stride),
             rows,
             arena.take_zeros(task.size),
             weights,
-            sum_in_record(block, preconditioner, scale_at_).values,
-            sum_in_record(block, inner_lr, inner_lr_at_),
-            sum_in_record(block, momentum, momentum_at_),
+            sum_in_record(block, scale_at_).values,
+            sum_in_record(block, inner_lr_at_),
+            sum_in_record(block, momentum_at_),
             pull,
             stream_ && !pairwise()};
   }
@@ -145,23 +149,31 @@ class Gradients {
     for (int64_t e = 0, next = 0; e < task.size; ++e) {
       const int64_t i = index.place[e];
       const bool first = i == next;  // items are numbered as they come
-      scalar_t* row = rows_ + (support_begin + e) * layout_.dim;
-      copy_scaled(grads.rows + i * layout_.width, scalar_t(first), layout_.dim, row);
+      if (grads.rows != nullptr)
+        copy_scaled(grads.rows + i * layout_.width, scalar_t(first), layout_.dim,
+                    support_row(support_begin + e));
       biases_[support_begin + e] = first ? grads.biases[i] : 0;
       next += first;
     }
   }
 
-  // Where a task whose items adapt, and which has none of that yet, puts its gradients.
+  // Where a task whose items adapt, and which has none of that yet, puts its gradients. Without
+  // `own_rows` whoever fills it sees to those of items himself.
   FullGradients<scalar_t> of_full_task(int64_t block, int64_t items, int64_t begin,
-                                       Arena<scalar_t>& arena) {
-    scalar_t* weights = support_weights.numel() > 0 ? data(support_weights) + begin : nullptr;
+                                       Arena<scalar_t>& arena, bool own_rows = true) {
+    scalar_t* weights = weights_ != nullptr ? weights_ + begin : nullptr;
+    const int64_t numbers = FullPath<scalar_t>::padded_rows(items) * layout_.width;
     return {arena.take_zeros(layout_.stride),
-            arena.take_zeros(FullPath<scalar_t>::padded_rows(items) * layout_.width),
+            own_rows ? arena.take_zeros(numbers) : nullptr,
             arena.take_zeros(items),
             0,
             weights,
-            sum_in_record(block, inner_lr, inner_lr_at_)};
+            sum_in_record(block, inner_lr_at_)};
+  }
+
+  // The row of a support entry's own item, or nullptr where rows are not wanted.
+  scalar_t* support_row(int64_t entry) const {
+    return rows_ == nullptr ? nullptr : rows_ + entry * layout_.dim;
   }
 
   scalar_t* query_row(int64_t entry, int64_t j) {
@@ -183,12 +195,13 @@ class Gradients {
     if (user_bias_init.numel() > 0 && per_task_bias_ == nullptr)
       take_total(start_at_ + layout_.width, 1, data(user_bias_init));
     if (offset.numel() > 0) take_total(offset_at_, 1, data(offset));
-    if (inner_lr.numel() > 0) take_total(inner_lr_at_, inner_lr.numel(), data(inner_lr));
-    if (momentum.numel() > 0) take_total(momentum_at_, momentum.numel(), data(momentum));
-    if (prior_pull.numel() > 0 && shared_pull_) take_total(pull_at_, 1, data(prior_pull));
+    if (inner_lr.numel() > 0) take_total(inner_lr_at_.at, inner_lr.numel(), data(inner_lr));
+    if (momentum.numel() > 0) take_total(momentum_at_.at, momentum.numel(), data(momentum));
+    if (prior_pull.numel() > 0 && per_task_pull_ == nullptr)
+      take_total(pull_at_.at, 1, data(prior_pull));
     if (preconditioner.numel() > 0) {
-      take_total(scale_at_, layout_.dim, data(preconditioner));
-      take_total(scale_at_ + layout_.width, 1, data(preconditioner) + layout_.dim);
+      take_total(scale_at_.at, layout_.dim, data(preconditioner));
+      take_total(scale_at_.at + layout_.width, 1, data(preconditioner) + layout_.dim);
     }
     scalar_t loss = 0;
     take_total(loss_at_, 1, &loss);
@@ -208,11 +221,14 @@ class Gradients {
   Tensor user_init, user_bias_init, item_rows, item_bias_rows, offset, inner_lr, preconditioner,
       prior_pull, momentum, support_weights;
   const ItemRows places;
+  const Unwanted unwanted;
 
  private:
   GradientTuple with_items(const Tensor& table, const Tensor& bias) const {
-    return {user_init, user_bias_init, table,      bias,     offset,
-            inner_lr,  preconditioner, prior_pull, momentum, support_weights};
+    const auto given = [this](const Tensor& tensor) { return unwanted.unless(tensor); };
+    return {given(user_init), given(user_bias_init), given(table),          given(bias),
+            given(offset),    given(inner_lr),       given(preconditioner), given(prior_pull),
+            given(momentum),  given(support_weights)};
   }
 
   static scalar_t* data(Tensor& tensor) {
@@ -240,10 +256,12 @@ class Gradients {
         biases_[places.of_query(begin + q, j)] = grad_scores[i++];
   }
 
-  // The sums of a block for what has a gradient `tensor`, which is empty if not wanted.
-  PerIndexSum<scalar_t> sum_in_record(int64_t block, const Tensor& tensor, int64_t at) const {
-    return {tensor.numel() > 0 ? records_ + block * record_size_ + at : nullptr,
-            tensor.dim() == 0 ? 0 : 1};
+  // Where a record has a gradient's numbers, and whether one for each index; nowhere if not wanted.
+  struct Place {
+    int64_t at = -1, stride = 0;
+  };
+  PerIndexSum<scalar_t> sum_in_record(int64_t block, const Place& place) const {
+    return {place.at < 0 ? nullptr : records_ + block * record_size_ + place.at, place.stride};
   }
 
   bool pairwise() const { return is_pairwise(loss_); }
@@ -261,7 +279,7 @@ class Gradients {
       if (grads.weights != nullptr) {
         scalar_t sum = 0;
         for (int64_t j = 0; j < group; ++j) sum += grads.weights[s * group + j];
-        data(support_weights)[begin + s] = differences ? sum / static_cast<scalar_t>(group) : sum;
+        weights_[begin + s] = differences ? sum / static_cast<scalar_t>(group) : sum;
       }
       if (grads.rows == nullptr) continue;
       const scalar_t* rows = grads.rows + s * group * dim;
@@ -292,12 +310,12 @@ class Gradients {
   Layout<scalar_t> layout_;
   Loss loss_;
   int64_t num_blocks_;
-  int64_t start_at_, scale_at_, inner_lr_at_, momentum_at_, pull_at_, offset_at_, loss_at_;
-  int64_t record_size_;
+  int64_t start_at_, offset_at_, loss_at_, record_size_;
+  Place scale_at_, inner_lr_at_, momentum_at_, pull_at_;
   scalar_t* records_;           // [num_blocks, record_size], this thread's
   std::vector<double> totals_;  // of all records
-  scalar_t *rows_, *biases_, *per_task_user_, *per_task_bias_;
-  bool shared_pull_, stream_;
+  scalar_t *rows_, *biases_, *weights_, *per_task_user_, *per_task_bias_, *per_task_pull_;
+  bool stream_;
 };
 
 // Writes the rows  Σ_k C[q, k] φ_k  of the query's candidates;  C's column k holds the p̄ of step k.

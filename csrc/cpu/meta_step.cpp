@@ -135,9 +135,6 @@ void adapt_items_too(const Batch<scalar_t>& batch, const TaskBlocks& blocks, Wan
   });
 }
 
-using MetaStepTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                                 Tensor, Tensor, Tensor, Tensor>;
-
 MetaStepTuple meta_step_cpu(const Tensor& user_init, const Tensor& user_bias_init,
                             const Tensor& item_table, const Tensor& item_bias, const Tensor& offset,
                             const Tensor& support_items, const Tensor& support_targets,

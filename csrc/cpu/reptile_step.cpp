@@ -10,8 +10,6 @@
 namespace metarec_fast::cpu {
 namespace {
 
-using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 // 1 / Σ ω over the tasks that hold an item. As many numbers as the table has rows, kept from call
 // to call: only those of the batch are looked at, and cleared again.
 template <typename scalar_t>
@@ -61,17 +59,18 @@ void move_of(const scalar_t* before, const scalar_t* after, scalar_t share, int6
     store(moved + i) = share * (load(before + i) - load(after + i));
 }
 
-Result reptile_step_cpu(const Tensor& user_init, const Tensor& user_bias_init,
-                        const Tensor& item_table, const Tensor& item_bias, const Tensor& offset,
-                        const Tensor& support_items, const Tensor& support_targets,
-                        const Tensor& support_offsets, const OptionalTensor& support_weights,
-                        const OptionalTensor& support_negatives,
-                        const OptionalTensor& support_log_q, int64_t largest_support,
-                        const OptionalTensor& task_weights_in, const Tensor& inner_lr,
-                        const OptionalTensor& preconditioner, const OptionalTensor& prior_pull,
-                        const OptionalTensor& momentum, double extra_count, int64_t inner_steps,
-                        const std::string& loss_name, bool first_order, const std::string& form,
-                        const std::string& adapt) {
+ReptileTuple reptile_step_cpu(const Tensor& user_init, const Tensor& user_bias_init,
+                              const Tensor& item_table, const Tensor& item_bias,
+                              const Tensor& offset, const Tensor& support_items,
+                              const Tensor& support_targets, const Tensor& support_offsets,
+                              const OptionalTensor& support_weights,
+                              const OptionalTensor& support_negatives,
+                              const OptionalTensor& support_log_q, int64_t largest_support,
+                              const OptionalTensor& task_weights_in, const Tensor& inner_lr,
+                              const OptionalTensor& preconditioner,
+                              const OptionalTensor& prior_pull, const OptionalTensor& momentum,
+                              double extra_count, int64_t inner_steps, const std::string& loss_name,
+                              bool first_order, const std::string& form, const std::string& adapt) {
   const Inputs inputs(user_init, user_bias_init, item_table, item_bias, offset, support_items,
                       support_targets, support_offsets, support_weights, support_negatives,
                       support_log_q, largest_support);
@@ -83,7 +82,7 @@ Result reptile_step_cpu(const Tensor& user_init, const Tensor& user_bias_init,
   const Wanted wanted{loop.adapts_items ? 3 : 1};  // the start, and items
 
   Tensor loss = empty(item_bias, inputs.dtype(), {});
-  Result result;
+  ReptileTuple result;
   dispatch_floating(inputs.dtype(), "reptile_step", [&](auto zero) {
     using scalar_t = decltype(zero);
     const TaskReader<scalar_t> reader(inputs, loop);
@@ -150,8 +149,9 @@ Result reptile_step_cpu(const Tensor& user_init, const Tensor& user_bias_init,
     });
     if (loop.adapts_items) shares.clear(reader.support, T);
     *loss.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(gradients.finish());
-    result = {loss, gradients.user_init, gradients.user_bias_init, gradients.item_rows,
-              gradients.item_bias_rows};
+    result = {loss, gradients.user_init, gradients.user_bias_init,
+              gradients.unwanted.unless(gradients.item_rows),
+              gradients.unwanted.unless(gradients.item_bias_rows)};
   });
   return result;
 }

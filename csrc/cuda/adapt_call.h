@@ -23,18 +23,20 @@ void dispatch_tables(const Inputs& inputs, const char* op, const Body& body) {
   dispatch_floating(inputs.dtype(), op, [&](auto zero) { body(zero, zero); });
 }
 
-// The gradients of a batch as tensors; those that are not wanted are empty.
+// The gradients of a batch as tensors.
 struct GradientTensors {
   Tensor user_init, user_bias_init, item_rows, item_bias_rows, item_ids, offset, inner_lr,
       preconditioner, prior_pull, momentum, support_weights;
 
   GradientTensors(const Inputs& inputs, const LoopArguments& loop, Wanted wanted_in,
                   const RaggedItems& query)
-      : wanted(wanted_in), places(item_rows_of(inputs, loop, query)) {
+      : wanted(wanted_in),
+        places(item_rows_of(inputs, loop, query)),
+        unwanted(inputs.item_bias, inputs.dtype()) {
     const Tensor& like = inputs.item_bias;
     const ScalarType dtype = inputs.dtype();
     const auto alike = [&](bool is_wanted, const Tensor& shape) {
-      if (!is_wanted) return empty(like, dtype, {0});
+      if (!is_wanted) return unwanted.tensor;
       if (shape.dim() == 0) return empty(like, dtype, {});
       return shape.dim() == 1 ? empty(like, dtype, {shape.size(0)})
                               : empty(like, dtype, {shape.size(0), shape.size(1)});
@@ -51,8 +53,8 @@ struct GradientTensors {
     momentum = optional(wanted.momentum(), loop.momentum);
     support_weights = optional(wanted.support_weights(), inputs.weights);
     const int64_t rows = wanted.items() ? places.size() : 0;
-    item_rows = wanted.items() ? empty(like, dtype, {rows, inputs.D()}) : empty(like, dtype, {0});
-    item_bias_rows = empty(like, dtype, {rows});
+    item_rows = wanted.items() ? empty(like, dtype, {rows, inputs.D()}) : unwanted.tensor;
+    item_bias_rows = wanted.items() ? empty(like, dtype, {rows}) : unwanted.tensor;
     item_ids = empty(query.items, ScalarType::Long, {rows});
   }
 
@@ -121,12 +123,15 @@ struct GradientTensors {
   }
 
   GradientTuple with_items(const Tensor& table, const Tensor& bias) const {
-    return {user_init, user_bias_init, table,      bias,     offset,
-            inner_lr,  preconditioner, prior_pull, momentum, support_weights};
+    const auto given = [this](const Tensor& tensor) { return unwanted.unless(tensor); };
+    return {given(user_init), given(user_bias_init), given(table),          given(bias),
+            given(offset),    given(inner_lr),       given(preconditioner), given(prior_pull),
+            given(momentum),  given(support_weights)};
   }
 
   const Wanted wanted;
   const ItemRows places;
+  const Unwanted unwanted;
 };
 
 // One call of the kernels that adapt tasks.

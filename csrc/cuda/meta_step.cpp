@@ -4,9 +4,6 @@
 namespace metarec_fast::cuda {
 namespace {
 
-using MetaStepTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                                 Tensor, Tensor, Tensor, Tensor>;
-
 MetaStepTuple meta_step_cuda(
     const Tensor& user_init, const Tensor& user_bias_init, const Tensor& item_table,
     const Tensor& item_bias, const Tensor& offset, const Tensor& support_items,

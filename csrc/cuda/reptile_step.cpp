@@ -6,19 +6,19 @@
 namespace metarec_fast::cuda {
 namespace {
 
-using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Result reptile_step_cuda(const Tensor& user_init, const Tensor& user_bias_init,
-                         const Tensor& item_table, const Tensor& item_bias, const Tensor& offset,
-                         const Tensor& support_items, const Tensor& support_targets,
-                         const Tensor& support_offsets, const OptionalTensor& support_weights,
-                         const OptionalTensor& support_negatives,
-                         const OptionalTensor& support_log_q, int64_t largest_support,
-                         const OptionalTensor& task_weights_in, const Tensor& inner_lr,
-                         const OptionalTensor& preconditioner, const OptionalTensor& prior_pull,
-                         const OptionalTensor& momentum, double extra_count, int64_t inner_steps,
-                         const std::string& loss_name, bool first_order, const std::string& form,
-                         const std::string& adapt) {
+ReptileTuple reptile_step_cuda(const Tensor& user_init, const Tensor& user_bias_init,
+                               const Tensor& item_table, const Tensor& item_bias,
+                               const Tensor& offset, const Tensor& support_items,
+                               const Tensor& support_targets, const Tensor& support_offsets,
+                               const OptionalTensor& support_weights,
+                               const OptionalTensor& support_negatives,
+                               const OptionalTensor& support_log_q, int64_t largest_support,
+                               const OptionalTensor& task_weights_in, const Tensor& inner_lr,
+                               const OptionalTensor& preconditioner,
+                               const OptionalTensor& prior_pull, const OptionalTensor& momentum,
+                               double extra_count, int64_t inner_steps,
+                               const std::string& loss_name, bool first_order,
+                               const std::string& form, const std::string& adapt) {
   const Inputs inputs(user_init, user_bias_init, item_table, item_bias, offset, support_items,
                       support_targets, support_offsets, support_weights, support_negatives,
                       support_log_q, largest_support);
@@ -45,7 +45,8 @@ Result reptile_step_cuda(const Tensor& user_init, const Tensor& user_bias_init,
     call.work.grads = grads.view<scalar_t>(inputs);
     call.run(&grads, &loss);
   });
-  return {loss, grads.user_init, grads.user_bias_init, grads.item_rows, grads.item_bias_rows};
+  return {loss, grads.user_init, grads.user_bias_init, grads.unwanted.unless(grads.item_rows),
+          grads.unwanted.unless(grads.item_bias_rows)};
 }
 
 }  // namespace
