@@ -55,7 +55,11 @@ class InnerSolver {
       exact_forward(task, arena, exact_);
       return exact_.fast;
     }
-    form_ = cheapest_form(task.loop, task.layout, task.size, backward);
+    if (task.size != fitted_size_) {  // tasks of a batch often are of one size
+      fitted_form_ = cheapest_form(task.loop, task.layout, task.size, backward);
+      fitted_size_ = task.size;
+    }
+    form_ = fitted_form_;
     if (keep_path && form_ == Form::kGram) form_ = Form::kDirect;
     if (form_ == Form::kGram) {
       scalar_t* fast = arena.take(task.layout.stride);
@@ -103,7 +107,8 @@ class InnerSolver {
       std::copy(task.start, task.start + stride, steps_.fast + k * stride);
   }
 
-  Form form_ = Form::kAuto;
+  Form form_ = Form::kAuto, fitted_form_ = Form::kAuto;  // of this task, of tasks of that size
+  int64_t fitted_size_ = 0;
   PlainPath<scalar_t> plain_{};
   GramPath<scalar_t> gram_{};
   StepPath<scalar_t> steps_{};

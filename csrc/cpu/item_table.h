@@ -51,7 +51,7 @@ class RowsAhead {
     row_bytes_ = table.row_bytes;
     biases_ = reinterpret_cast<const std::byte*>(item_bias);
     bias_bytes_ = sizeof(scalar_t);
-    rounds_ = rounds;
+    rounds_ = std::max<int64_t>(rounds, 1);
     lists_ = list_ = 0;
     total_ = 0;
   }
@@ -67,11 +67,23 @@ class RowsAhead {
   void stop() { lists_ = list_ = 0; }
 
   ALWAYS_INLINE void some() {
-    for (int64_t i = 0; i < share_ && list_ < lists_; ++i) {
-      const int64_t item = *begins_[list_]++;
-      if (begins_[list_] == ends_[list_]) ++list_;
-      prefetch_row<false, 2>(rows_ + item * row_bytes_, row_bytes_);
-      __builtin_prefetch(biases_ + item * bias_bytes_, 0, 2);
+    const std::byte *rows = rows_, *biases = biases_;  // where stores cannot change them
+    const int64_t row_bytes = row_bytes_, bias_bytes = bias_bytes_;
+    for (int64_t left = share_; left > 0 && list_ < lists_;) {
+      const int64_t* item = begins_[list_];
+      const int64_t* end = std::min(item + left, ends_[list_]);
+      left -= end - item;
+      for (; item < end; ++item) {
+        const std::byte* row = rows + *item * row_bytes;
+        int64_t at = 0;
+        for (; at + 4 * kCacheLine <= row_bytes; at += 4 * kCacheLine)  // four lines a turn
+          for (int64_t line = 0; line < 4; ++line)
+            __builtin_prefetch(row + at + line * kCacheLine, 0, 2);
+        for (; at < row_bytes; at += kCacheLine) __builtin_prefetch(row + at, 0, 2);
+        __builtin_prefetch(biases + *item * bias_bytes, 0, 2);
+      }
+      begins_[list_] = item;
+      list_ += item == ends_[list_];
     }
   }
 

@@ -2,21 +2,34 @@
 
 namespace metarec_fast::cpu {
 
-template <typename scalar_t>
-void plain_forward(const Task<scalar_t>& task, Arena<scalar_t>& arena, PlainPath<scalar_t>& path) {
-  const Rows<scalar_t> rows = task.rows;
-  const int64_t R = padded<scalar_t>(task.size), K = task.loop.steps, P = task.layout.stride;
+namespace {
+
+// The losses of single scores and of differences, and how a number of them moves a fast vector.
+enum class Kind { kSquared, kSigmoid, kSoftmax };
+
+Kind kind_of(Loss loss) {
+  if (loss == Loss::kSquared) return Kind::kSquared;
+  return loss == Loss::kSoftmax ? Kind::kSoftmax : Kind::kSigmoid;
+}
+
+// kWidth is layout.width where it is known when compiling, and 0 elsewhere.
+template <int64_t kWidth, Kind kKind, typename scalar_t>
+void forward(const Task<scalar_t>& given, Arena<scalar_t>& arena, PlainPath<scalar_t>& result) {
+  const Task<scalar_t> task = given;  // where stores cannot change it
   constexpr int64_t kLane = kLanes<scalar_t>;
+  const int64_t R = padded<scalar_t>(task.size), K = task.loop.steps, P = task.layout.stride;
+  const int64_t width = kWidth > 0 ? kWidth : task.layout.width;
+  PlainPath<scalar_t> path;
   path.entries = R;
   path.adjoints = arena.take((2 * K + 1) * P);
   path.fast = path.adjoints + K * P;
   path.pushes = arena.take(K * R);
   path.coefficients = arena.take(2 * K * R);
   path.curvatures = arena.take(K * R);
-  scalar_t* scores = arena.take(R);
-  const scalar_t* base = task.base;
-  const int64_t width = task.layout.width;
-  const bool softmax = task.loop.loss == Loss::kSoftmax;
+  result = path;
+  scalar_t *scores = arena.take(R), *shares = arena.take(R);
+  const scalar_t mean = task.mean();
+  for (int64_t r = 0; r < R; r += kLane) store(shares + r) = mean * load(task.weights + r);
   for (int64_t i = 0; i < P; i += kLane) store(path.fast + i) = load(task.start + i);
   for (int64_t k = 0; k < K; ++k) {
     task.ahead.some();
@@ -24,33 +37,38 @@ void plain_forward(const Task<scalar_t>& task, Arena<scalar_t>& arena, PlainPath
     scalar_t *pushes = path.pushes + k * R, *curvatures = path.curvatures + k * R,
              *moves = path.coefficients + k * R;
     const scalar_t rate = task.loop.inner_lr[k];
-    if (softmax) {
-      score_rows(rows, task.base, now, scores);
+    if constexpr (kKind == Kind::kSoftmax) {
+      score_rows(task.rows, task.base, now, scores);
       differentiate(task, scores, pushes, curvatures);
       for (int64_t r = 0; r < R; r += kLane) store(moves + r) = -rate * load(pushes + r);
     } else {
-      const scalar_t bias = rows.bias * now[width];
-      each_dots(now, rows, [&](int64_t r, const Vector<scalar_t>& products) ALWAYS_INLINE_LAMBDA {
-        Vector<scalar_t> push;
-        differentiate_points<scalar_t>(task, r, products + bias + load(base + r), push,
-                                       store(curvatures + r));
-        store(pushes + r) = push;
-        store(moves + r) = -rate * push;
-      });
+      const scalar_t bias = task.rows.bias * now[width];
+      each_dots<scalar_t, kWidth>(
+          now, task.rows, [=](int64_t r, const Vector<scalar_t>& products) ALWAYS_INLINE_LAMBDA {
+            Vector<scalar_t> push;
+            differentiate_loss<VectorMath<scalar_t>>(
+                kKind == Kind::kSquared ? Loss::kSquared : Loss::kLogistic,
+                Vector<scalar_t>(load(shares + r)),
+                Vector<scalar_t>(products + bias + load(task.base + r)),
+                Vector<scalar_t>(load(task.targets + r)), push, store(curvatures + r));
+            store(pushes + r) = push;
+            store(moves + r) = -rate * push;
+          });
     }
-    combine(moves, rows, now, path.fast + (k + 1) * P);
+    combine<scalar_t, kWidth>(moves, task.rows, now, path.fast + (k + 1) * P);
   }
 }
 
-template <typename scalar_t>
-void plain_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
-                   const PlainPath<scalar_t>& path, const scalar_t* grad_path, bool whole_path,
-                   const TaskGradients<scalar_t>& grads) {
-  const Layout<scalar_t> layout = task.layout;
-  const Rows<scalar_t> rows = task.rows;
-  const int64_t R = path.entries, K = task.loop.steps, P = layout.stride, width = layout.width;
+template <int64_t kWidth, typename scalar_t>
+void adjoint(const Task<scalar_t>& given, Arena<scalar_t>& arena, const PlainPath<scalar_t>& taken,
+             const scalar_t* grad_path, bool whole_path, const TaskGradients<scalar_t>& grads) {
+  const Task<scalar_t> task = given;  // where stores cannot change it
+  const PlainPath<scalar_t> path = taken;
+  const int64_t R = path.entries, K = task.loop.steps, P = task.layout.stride;
+  const int64_t width = kWidth > 0 ? kWidth : task.layout.width;
   constexpr int64_t kLane = kLanes<scalar_t>;
-  const bool second_order = !task.loop.first_order, softmax = task.loop.loss == Loss::kSoftmax;
+  const bool second_order = !task.loop.first_order,
+             softmax = kWidth == 0 && task.loop.loss == Loss::kSoftmax;
   scalar_t* along = arena.take(R);       // X λ_{k+1}
   scalar_t* base = arena.take_zeros(R);  // Σ_k h_k
   if (grads.weights != nullptr) std::fill(grads.weights, grads.weights + task.size, scalar_t{0});
@@ -62,18 +80,18 @@ void plain_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
   for (int64_t k = K - 1; k >= 0; --k) {
     const scalar_t rate = task.loop.inner_lr[k];
     const scalar_t* push = path.pushes + k * R;
-    const scalar_t* adjoint = path.adjoints + k * P;
+    const scalar_t* later = path.adjoints + k * P;                           // λ_{k+1}
     scalar_t* earlier = k == 0 ? grads.start : path.adjoints + (k - 1) * P;  // λ_k
     scalar_t* h = path.coefficients + (K + k) * R;
     const scalar_t* curvatures = path.curvatures + k * R;
     if (second_order || whole_path || k == K - 1) {
-      const scalar_t bias = rows.bias * adjoint[width];
-      each_dots(adjoint, rows,
-                [&](int64_t r, const Vector<scalar_t>& products) ALWAYS_INLINE_LAMBDA {
-                  const Vector<scalar_t> sums = products + bias;
-                  store(along + r) = sums;
-                  store(h + r) = -rate * load(curvatures + r) * sums;
-                });
+      const scalar_t bias = task.rows.bias * later[width];
+      each_dots<scalar_t, kWidth>(
+          later, task.rows, [=](int64_t r, const Vector<scalar_t>& products) ALWAYS_INLINE_LAMBDA {
+            const Vector<scalar_t> sums = products + bias;
+            store(along + r) = sums;
+            store(h + r) = -rate * load(curvatures + r) * sums;
+          });
     }
     for (int64_t r = 0; r < R; r += kLane) lr_sum += load(push + r) * load(along + r);
     if (grads.inner_lr && (grads.inner_lr.stride != 0 || k == 0)) {
@@ -84,18 +102,43 @@ void plain_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
       if (softmax) bend(task, curvatures, rate, along, h);
       if (grads.weights != nullptr) add_weight_gradient(task, push, rate, along, grads.weights);
       for (int64_t r = 0; r < R; r += kLane) store(base + r) += load(h + r);
-      combine(h, rows, adjoint, earlier);
+      combine<scalar_t, kWidth>(h, task.rows, later, earlier);
     } else {
-      for (int64_t i = 0; i < P; i += kLane) store(earlier + i) = load(adjoint + i);
+      for (int64_t i = 0; i < P; i += kLane) store(earlier + i) = load(later + i);
     }
     if (whole_path)
       for (int64_t i = 0; i < P; i += kLane) store(earlier + i) += load(grad_path + k * P + i);
   }
   if (grads.base != nullptr) copy_out(base, task.size, grads.base);
   if (grads.rows != nullptr && second_order)
-    write_rows<scalar_t>(layout, {path.coefficients, 1, R}, task.size,
-                         Stack<scalar_t>{path.adjoints, P}, 2 * K, arena, grads.rows, layout.dim,
-                         grads.stream);
+    write_rows<scalar_t>(task.layout, {path.coefficients, 1, R}, task.size,
+                         Stack<scalar_t>{path.adjoints, P}, 2 * K, arena, grads.rows,
+                         task.layout.dim, grads.stream);
+}
+
+}  // namespace
+
+template <typename scalar_t>
+void plain_forward(const Task<scalar_t>& task, Arena<scalar_t>& arena, PlainPath<scalar_t>& path) {
+  const Kind kind = kind_of(task.loop.loss);
+  if (kind == Kind::kSoftmax) return forward<0, Kind::kSoftmax>(task, arena, path);
+  with_width(task.layout, [&](auto width) {
+    if (kind == Kind::kSquared)
+      forward<width(), Kind::kSquared>(task, arena, path);
+    else
+      forward<width(), Kind::kSigmoid>(task, arena, path);
+  });
+}
+
+template <typename scalar_t>
+void plain_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
+                   const PlainPath<scalar_t>& path, const scalar_t* grad_path, bool whole_path,
+                   const TaskGradients<scalar_t>& grads) {
+  if (task.loop.loss == Loss::kSoftmax)
+    return adjoint<0>(task, arena, path, grad_path, whole_path, grads);
+  with_width(task.layout, [&](auto width) {
+    adjoint<width()>(task, arena, path, grad_path, whole_path, grads);
+  });
 }
 
 template void plain_forward<float>(const Task<float>& task, Arena<float>& arena,

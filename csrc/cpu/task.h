@@ -147,6 +147,23 @@ ALWAYS_INLINE void add_weight_gradient(const Task<scalar_t>& task, const scalar_
   for (int64_t r = 0; r < task.size; ++r) grad[r] -= rate * push[r] / task.weights[r] * along[r];
 }
 
+// Calls body(width) with layout.width as a constant where it is one of the usual ones, and with 0
+// elsewhere.
+template <typename scalar_t, typename Body>
+void with_width(const Layout<scalar_t>& layout, const Body& body) {
+  constexpr int64_t kLane = kLanes<scalar_t>;
+  if constexpr (std::is_same_v<scalar_t, float> && kNativeBytes > 16)
+    switch (layout.width / kLane) {
+      case 2:
+        return body(std::integral_constant<int64_t, 2 * kLane>());
+      case 4:
+        return body(std::integral_constant<int64_t, 4 * kLane>());
+      case 8:
+        return body(std::integral_constant<int64_t, 8 * kLane>());
+    }
+  body(std::integral_constant<int64_t, 0>());
+}
+
 // Writes  Σ_j C[r, j] basis[j]  to rows + r · row_stride, D numbers each, which may lie anywhere.
 template <typename scalar_t, typename Basis>
 ALWAYS_INLINE void write_rows(const Layout<scalar_t>& layout,

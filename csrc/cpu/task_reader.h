@@ -147,7 +147,7 @@ class TaskReader {
 
   // Lets `ahead` ask for the rows of task `t`, bit by bit while the one before it is adapted.
   void aim(RowsAhead& ahead, int64_t t, const EntryData<scalar_t>* query) const {
-    ahead.start(item_table_, item_bias_, std::max<int64_t>(loop.steps, 1));
+    ahead.start(item_table_, item_bias_, std::min<int64_t>(loop.steps, kRoundsAhead));
     for (const EntryData<scalar_t>* entries : {&support, query}) {
       if (entries == nullptr) continue;
       const int64_t begin = entries->begin(t), end = entries->begin(t + 1),
@@ -178,6 +178,9 @@ class TaskReader {
       }
     return rows_of<scalar_t>({rows, width}, count, width, 0, arena);
   }
+
+  // Early enough to be there, and not so many at once that all of them wait.
+  static constexpr int64_t kRoundsAhead = 2;
 
   const scalar_t *user_init_, *user_bias_init_;
   const ItemTable<scalar_t> item_table_;

@@ -246,7 +246,7 @@ ALWAYS_INLINE Quad<scalar_t> sum_lanes(const Vector<scalar_t>* vectors) {
 #if defined(__AVX512F__)
 // Lane i is the sum of all lanes of vectors[i]: each round adds the halves of pairs of vectors, so
 // that 15 additions and 31 shuffles do what takes 44 and 59 with four at a time.
-ALWAYS_INLINE Vector<float> sum_lanes_of_sixteen(const Vector<float>* vectors) {
+ALWAYS_INLINE Vector<float> sum_lanes_of_each(const Vector<float>* vectors) {
   __m512 eights[8], fours[4], twos[2];
   const auto at = [&](int i) ALWAYS_INLINE_LAMBDA { return (__m512)vectors[i]; };
   for (int i = 0; i < 8; ++i)
@@ -260,6 +260,21 @@ ALWAYS_INLINE Vector<float> sum_lanes_of_sixteen(const Vector<float>* vectors) {
         _mm512_unpacklo_ps(fours[i], fours[i + 2]) + _mm512_unpackhi_ps(fours[i], fours[i + 2]);
   const __m512 sums = _mm512_unpacklo_ps(twos[0], twos[1]) + _mm512_unpackhi_ps(twos[0], twos[1]);
   return (Vector<float>)_mm512_shuffle_f32x4(sums, sums, _MM_SHUFFLE(3, 1, 2, 0));
+}
+#elif defined(__AVX__)
+// Lane i is the sum of all lanes of vectors[i]: 7 additions and 14 shuffles for what takes 22 and
+// 22 with four at a time.
+ALWAYS_INLINE Vector<float> sum_lanes_of_each(const Vector<float>* vectors) {
+  __m256 fours[4], twos[2];
+  const auto at = [&](int i) ALWAYS_INLINE_LAMBDA { return (__m256)vectors[i]; };
+  for (int i = 0; i < 4; ++i)
+    fours[i] = _mm256_permute2f128_ps(at(i), at(i + 4), 0x20) +
+               _mm256_permute2f128_ps(at(i), at(i + 4), 0x31);
+  for (int i = 0; i < 2; ++i)
+    twos[i] =
+        _mm256_unpacklo_ps(fours[i], fours[i + 2]) + _mm256_unpackhi_ps(fours[i], fours[i + 2]);
+  return (Vector<float>)(_mm256_unpacklo_ps(twos[0], twos[1]) +
+                         _mm256_unpackhi_ps(twos[0], twos[1]));
 }
 #endif
 
@@ -347,14 +362,14 @@ ALWAYS_INLINE scalar_t dot(const scalar_t* a, const scalar_t* b, int64_t width) 
 }
 
 // Calls sink(j, products) for every register of products left · row_j, left · row_{j+1}, …; what
-// lies beyond the last row is its product again, or zero.
-template <typename scalar_t, typename Sink>
+// lies beyond the last row is its product again, or zero. kWidth is rows.width where that is known.
+template <typename scalar_t, int64_t kWidth = 0, typename Sink>
 ALWAYS_INLINE void each_dots(const scalar_t* left, const Rows<scalar_t>& rows, const Sink& sink) {
   constexpr int64_t kLane = kLanes<scalar_t>;
-  const int64_t width = rows.width, count = rows.count;
+  const int64_t width = kWidth > 0 ? kWidth : rows.width, count = rows.count;
   int64_t first = 0;
-#if defined(__AVX512F__)
-  if constexpr (kLane == 16)
+#if defined(__AVX__)
+  if constexpr (std::is_same_v<scalar_t, float>)
     for (; first + kLane <= count; first += kLane) {
       const scalar_t* const* row = rows.at + first;
       Vector<scalar_t> sums[kLane] = {};
@@ -363,7 +378,7 @@ ALWAYS_INLINE void each_dots(const scalar_t* left, const Rows<scalar_t>& rows, c
 #pragma GCC unroll 16
         for (int64_t r = 0; r < kLane; ++r) sums[r] += other * load(row[r] + i);
       }
-      sink(first, sum_lanes_of_sixteen(sums));
+      sink(first, sum_lanes_of_each(sums));
     }
 #endif
   for (; first < count; first += kLane) {
@@ -533,40 +548,44 @@ ALWAYS_INLINE scalar_t sum(const scalar_t* values, int64_t count) {
   return sum_lanes<scalar_t>(total);
 }
 
-// kVectors registers of  plus + Σ_j coefficients[j] rows[j], from column `first` on; even and odd j
-// apart: two chains of additions.
-template <int64_t kVectors, typename scalar_t>
+// kVectors registers of  plus + Σ_j coefficients[j] rows[j], from column `first` on, in kChains
+// chains of additions each: every kChains-th row in turn.
+template <int64_t kVectors, int64_t kChains, typename scalar_t>
 ALWAYS_INLINE void combine_block(const scalar_t* coefficients, const Rows<scalar_t>& rows,
                                  int64_t first, const scalar_t* plus, scalar_t* result) {
   constexpr int64_t kLane = kLanes<scalar_t>;
-  Vector<scalar_t> even[kVectors] = {}, odd[kVectors] = {};
+  Vector<scalar_t> sums[kChains][kVectors] = {};
   if (plus != nullptr)
-    for (int64_t v = 0; v < kVectors; ++v) even[v] = load(plus + first + v * kLane);
+    for (int64_t v = 0; v < kVectors; ++v) sums[0][v] = load(plus + first + v * kLane);
   int64_t j = 0;
-  for (; j + 2 <= rows.count; j += 2) {
-    const scalar_t *one = rows[j] + first, *other = rows[j + 1] + first;
-    for (int64_t v = 0; v < kVectors; ++v) {
-      even[v] += coefficients[j] * load(one + v * kLane);
-      odd[v] += coefficients[j + 1] * load(other + v * kLane);
+  for (; j + kChains <= rows.count; j += kChains)
+    for (int64_t c = 0; c < kChains; ++c) {
+      const scalar_t coefficient = coefficients[j + c];
+      const scalar_t* row = rows[j + c] + first;
+      for (int64_t v = 0; v < kVectors; ++v) sums[c][v] += coefficient * load(row + v * kLane);
     }
-  }
-  if (j < rows.count)
+  for (; j < rows.count; ++j)
     for (int64_t v = 0; v < kVectors; ++v)
-      even[v] += coefficients[j] * load(rows[j] + first + v * kLane);
-  for (int64_t v = 0; v < kVectors; ++v) store(result + first + v * kLane) = even[v] + odd[v];
+      sums[0][v] += coefficients[j] * load(rows[j] + first + v * kLane);
+  for (int64_t c = 1; c < kChains; ++c)
+    for (int64_t v = 0; v < kVectors; ++v) sums[0][v] += sums[c][v];
+  for (int64_t v = 0; v < kVectors; ++v) store(result + first + v * kLane) = sums[0][v];
 }
 
 // result = plus + Σ_j coefficients[j] (row_j, bias), fast vectors; the coefficients' last register
-// is filled up with zeros. Without `plus` it counts as zero.
-template <typename scalar_t>
+// is filled up with zeros. Without `plus` it counts as zero. kWidth is rows.width where that is
+// known.
+template <typename scalar_t, int64_t kWidth = 0>
 ALWAYS_INLINE void combine(const scalar_t* coefficients, const Rows<scalar_t>& rows,
                            const scalar_t* plus, scalar_t* result) {
   constexpr int64_t kLane = kLanes<scalar_t>;
-  const int64_t width = rows.width;
+  const int64_t width = kWidth > 0 ? kWidth : rows.width;
   int64_t i = 0;
+  for (; i + 8 * kLane <= width; i += 8 * kLane)
+    combine_block<8, 1>(coefficients, rows, i, plus, result);
   for (; i + 4 * kLane <= width; i += 4 * kLane)
-    combine_block<4>(coefficients, rows, i, plus, result);
-  for (; i < width; i += kLane) combine_block<1>(coefficients, rows, i, plus, result);
+    combine_block<4, 2>(coefficients, rows, i, plus, result);
+  for (; i < width; i += kLane) combine_block<1, 2>(coefficients, rows, i, plus, result);
   const scalar_t before = plus == nullptr ? scalar_t{0} : plus[width];
   store(result + width) = first_lane(before + rows.bias * sum(coefficients, rows.count));
 }
