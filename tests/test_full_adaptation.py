@@ -1,5 +1,7 @@
 """adapt="all": a task's item rows and biases adapt with its user, with exact gradients of first and second order."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from problems import Draw, compare_with_reference, relative_error, tracked
@@ -67,6 +69,23 @@ def test_gradients_through_the_scores_equal_the_reference(first_order):
         results.append(torch.autograd.grad(value, list(leaves.values()), materialize_grads=True, allow_unused=True))
     for name, actual, expected in zip(leaves, *results, strict=True):
         assert relative_error(actual, expected) < 1e-10, name
+
+
+@pytest.mark.parametrize("num_items", [FEW, 400])
+@pytest.mark.parametrize("dim", [7, 16, 32, 64])
+@pytest.mark.parametrize("loss", ["squared", "logistic"])
+def test_a_few_steps_on_many_items_go_by_factors_of_rows_and_give_the_same(loss, dim, num_items):
+    draw = Draw(11)
+    model = draw.model(num_items, dim)
+    batch = draw.batch((16, 5, 21, 8), (16, 3, 0, 9), num_items=num_items, weights=True)
+    loop = loop_of(draw, 4, loss=loss)
+    compare_with_reference(model, batch, loop, {"squared": 0.5, "absolute": 0.5})
+    one_rate = replace(loop, inner_lr=loop.inner_lr[1])
+    compare_with_reference(model, batch, one_rate, {"squared": 1.0})
+    last = torch.tensor([0, 0, 0, 0, 1], dtype=torch.float64)  # judged at every step, rows are gone over themselves
+    by_factors, by_rows = (_ops.meta_step(model, batch, loop, {"squared": 1.0}, kappa) for kappa in (None, last))
+    for name, gradient in by_factors.grads.items():
+        assert relative_error(gradient, by_rows.grads[name]) < 1e-11, name
 
 
 def test_adapted_rows_are_those_of_the_reference():

@@ -6,27 +6,6 @@ namespace {
 // Rows are handled so many at a time; what there is of them is padded to that with zeros.
 constexpr int64_t kRows = 4;
 
-// Between entries and items; where no item comes twice they are the same.
-template <typename scalar_t>
-ALWAYS_INLINE void spread_to_entries(const scalar_t* values, const ItemIndex& index,
-                                     int64_t entries, scalar_t* result) {
-  if (index.all_distinct())
-    for (int64_t e = 0; e < entries; e += kLanes<scalar_t>) store(result + e) = load(values + e);
-  else
-    for (int64_t e = 0; e < entries; ++e) result[e] = values[index.place[e]];
-}
-
-template <typename scalar_t>
-ALWAYS_INLINE void sum_by_item(const scalar_t* values, const ItemIndex& index, int64_t entries,
-                               int64_t stride, scalar_t* sums) {
-  if (index.all_distinct()) {
-    for (int64_t i = 0; i < stride; i += kLanes<scalar_t>) store(sums + i) = load(values + i);
-    return;
-  }
-  for (int64_t i = 0; i < stride; i += kLanes<scalar_t>) store(sums + i) = Vector<scalar_t>{};
-  for (int64_t e = 0; e < entries; ++e) sums[index.place[e]] += values[e];
-}
-
 }  // namespace
 
 template <typename scalar_t>

@@ -15,8 +15,10 @@ class ItemIndex {
     mask_ = capacity - 1;
     slots_.assign(capacity, kFree);
     ids.clear();
+    seen_ = 0;
     place.resize(count);
     for (int64_t e = 0; e < count; ++e) {
+      seen_ |= bit_of(items[e]);
       int64_t& slot = slots_[find(items[e])];
       if (slot == kFree) {
         slot = static_cast<int64_t>(ids.size());
@@ -32,12 +34,16 @@ class ItemIndex {
   bool all_distinct() const { return ids.size() == place.size(); }
 
   // The number of `item`, or −1.
-  int64_t operator[](int64_t item) const { return slots_[find(item)]; }
+  int64_t operator[](int64_t item) const {
+    return (seen_ & bit_of(item)) == 0 ? kFree : slots_[find(item)];
+  }
 
   std::vector<int64_t> ids, place;
 
  private:
   static constexpr int64_t kFree = -1;
+
+  static uint64_t bit_of(int64_t item) { return uint64_t{1} << (item & 63); }
 
   // The slot that holds `item`, or the free one where it would be.
   int64_t find(int64_t item) const {
@@ -50,6 +56,7 @@ class ItemIndex {
 
   std::vector<int64_t> slots_;  // numbers, or kFree
   uint64_t mask_ = 0;
+  uint64_t seen_ = 0;  // the bits of all items: most others are told apart by theirs
 };
 
 }  // namespace metarec_fast::cpu

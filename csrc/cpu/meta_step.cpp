@@ -2,7 +2,7 @@
 // adapted, judged and undone.
 //
 //   L = Σ_t ω_t L_Q,t / Σ_t ω_t,   L_Q,t = Σ_k κ_k Σ_q v_q ℓ_out(p_q(φ_k), y_q) / Σ_q v_q
-#include "full_form.h"
+#include "factored_form.h"
 #include "gradients.h"
 #include "inner_solver.h"
 #include "query_loss.h"
@@ -89,18 +89,71 @@ void adapt_users(const Batch<scalar_t>& batch, const TaskBlocks& blocks, Wanted 
   });
 }
 
+// A task whose items adapt, judged after the last step, by the factors of its rows.
+template <typename scalar_t>
+void adapt_factored(const Batch<scalar_t>& batch, int64_t block, const Task<scalar_t>& task,
+                    const Query<scalar_t>& asked, const FullItems& items, Arena<scalar_t>& arena,
+                    Gradients<scalar_t>& gradients) {
+  const Layout<scalar_t>& layout = batch.reader.layout;
+  const int64_t K = task.loop.steps, size = asked.size(), t = task.index;
+  const int64_t begin = batch.queries.begin(t), support_begin = batch.reader.support.begin(t);
+  const int64_t* place = items.query.data();
+  FactoredPath<scalar_t> path;
+  factored_forward(task, items.index, arena, path);
+  const scalar_t* fast = path.vector(K, layout, K);
+
+  const bool met = std::any_of(place, place + size, [](int64_t item) { return item >= 0; });
+  scalar_t *scores = arena.take(size), *grad_scores = arena.take_zeros(size);
+  if (size > 0) score_query(asked, fast, scores);
+  if (met) {
+    scalar_t* item_scores = arena.take(path.stride);
+    factored_scores(task, arena, path, item_scores);
+    for (int64_t q = 0; q < size; ++q)
+      if (place[q] >= 0) scores[q] = item_scores[place[q]];
+  }
+  if (size > 0) gradients.add_loss(block, batch.judge(asked, t, 0, scores, arena, grad_scores));
+
+  const bool distinct = items.index.all_distinct();
+  FullGradients<scalar_t> grads =
+      gradients.of_full_task(block, path.items, support_begin, arena, !distinct);
+  const scalar_t total = sum(grad_scores, size);
+  scalar_t* of_items = path.factors + 2 * K * path.stride;
+  for (int64_t q = 0; q < size; ++q)
+    if (place[q] >= 0) {
+      of_items[place[q]] += grad_scores[q];
+      grad_scores[q] = 0;
+    }
+  query_adjoint(asked, grad_scores, grads.fast);
+  grads.fast[layout.width] = total;
+  write_query_rows(asked, begin, layout, grad_scores, 0, fast, 1, arena, gradients);
+  factored_adjoint(task, items.index, arena, path, met, grads);
+
+  const Rows<scalar_t> vectors{path.rows.at + path.stride, 2 * K + met, layout.width, 0};
+  scalar_t* rows = distinct ? gradients.support_row(support_begin) : grads.rows;
+  if (rows != nullptr)
+    write_rows<scalar_t>(layout, {path.factors, 1, path.stride}, path.items, vectors, vectors.count,
+                         arena, rows, distinct ? layout.dim : layout.width,
+                         distinct && gradients.stream());
+  gradients.add_full_task(block, task, grads, items.index, support_begin, grad_scores, asked,
+                          begin);
+}
+
 template <typename scalar_t>
 void adapt_items_too(const Batch<scalar_t>& batch, const TaskBlocks& blocks, Wanted wanted,
                      Gradients<scalar_t>& gradients) {
   const TaskReader<scalar_t>& reader = batch.reader;
   const Layout<scalar_t>& layout = reader.layout;
   const int64_t K = reader.loop.steps, judged = batch.num_judged(), first_judged = K + 1 - judged;
+  const bool whole_path = batch.whole_path();
   blocks.run<Worker<scalar_t, FullItems>>([&](int64_t block, int64_t t, int64_t last,
                                               auto& worker) {
     auto& [arena, ahead, items] = worker;
     const Task<scalar_t> task = reader.next(t, last, &batch.queries, arena, ahead);
     const Query<scalar_t> asked = read_query(reader, batch.queries, t, arena);
     items.find(reader.support, batch.queries, t);
+    if (wanted.any() && !whole_path && !reader.loop.first_order &&
+        worth_factoring(items.index.size(), K))
+      return adapt_factored(batch, block, task, asked, items, arena, gradients);
     const int64_t* place = items.query.data();
 
     const int64_t begin = batch.queries.begin(t), room = padded<scalar_t>(asked.size());

@@ -1,0 +1,58 @@
+// Full adaptation without the adapted rows. What K steps do to the rows X of the distinct support
+// items is of rank K, and what comes back to them too:
+//
+//   E_k = X + Σ_{j<k} a_j u_jᵀ,   Ē_k = Σ_{j≥k} h_j u_jᵀ + a_j λ_{j+1}ᵀ,   a_j = −s_j g_j
+//
+// g_j the derivatives of the items' scores at step j, h_j what the way back says of these scores, λ
+// the gradient at u; at the end h_K are the gradients of the query's scores of support items. A
+// step goes over X twice, as if the user alone adapted, and over the vectors of the steps before
+// it. So it suits few steps on many items; full_form.h has the others.
+#pragma once
+
+#include "full_form.h"
+
+namespace metarec_fast::cpu {
+
+// Vectors that rows are combined of beside X: u_0 … u_{K−1}, λ_1 … λ_K, u_K.
+template <typename scalar_t>
+struct FactoredPath {
+  int64_t items, stride, entries;  // I; I and R, padded
+  scalar_t* vectors;               // these [2K + 1, layout.stride]
+  scalar_t* factors;               // h_0 … h_{K−1}, a_0 … a_{K−1}, h_K [2K + 1, stride]
+  Rows<scalar_t> rows;             // X, the last again up to `stride`, then these vectors
+  scalar_t* biases;                // m + b, as they are now [stride]
+  scalar_t* slopes;                // g_k [K, stride]
+  scalar_t* pushes;                // w ∘ ℓ'/(S + n0) of the entries [K, entries]
+  scalar_t* curvatures;            // [K, entries], see differentiate
+  scalar_t* products;              // row k: u_j·u_k for j < k [K + 1, K], padded
+  scalar_t* squares;               // row k: a_j·a_k for j < k [K, K], padded
+  int64_t columns;                 // of the two, padded
+
+  scalar_t* vector(int64_t k, const Layout<scalar_t>& layout, int64_t steps) const {
+    return vectors + (k < steps ? k : 2 * steps) * layout.stride;
+  }
+};
+
+// Whether this form takes less than going over the rows themselves, for I items and K steps: what
+// belongs to steps grows with K², measured at K = 1 … 16, I = 3 … 16 (benchmarks/notes.md).
+inline bool worth_factoring(int64_t items, int64_t steps) {
+  return items > 0 && 2 * steps <= items;
+}
+
+template <typename scalar_t>
+void factored_forward(const Task<scalar_t>& task, const ItemIndex& index, Arena<scalar_t>& arena,
+                      FactoredPath<scalar_t>& path);
+
+// scores[i] = E_K[i]·u_K + b_K[i] + c_K of the support items [stride].
+template <typename scalar_t>
+void factored_scores(const Task<scalar_t>& task, Arena<scalar_t>& arena,
+                     const FactoredPath<scalar_t>& path, scalar_t* scores);
+
+// Everything the task began with, from λ_K, whose bias has the sum of all p̄, and h_K [stride] of
+// support items, which `met` says that there are. Rows of items are
+// Σ_j factors[j] vectors[j]ᵀ afterwards, grads.fast is overwritten.
+template <typename scalar_t>
+void factored_adjoint(const Task<scalar_t>& task, const ItemIndex& index, Arena<scalar_t>& arena,
+                      const FactoredPath<scalar_t>& path, bool met, FullGradients<scalar_t>& grads);
+
+}  // namespace metarec_fast::cpu
