@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +49,20 @@ class InnerLoop:
     first_order: bool = False
     adapt: str = "user"  # or "all"
     form: str = "auto"  # of the computation: "gram", "direct" or "normal"; the numbers are the same
+
+
+class Settings(NamedTuple):
+    """How a task is to adapt, as users say it."""
+
+    inner_lr: Number
+    inner_steps: int | Literal["exact"]
+    preconditioner: Tensor | None
+    prior_pull: Number
+    extra_count: float
+    momentum: Number | None
+    loss: str
+    first_order: bool
+    adapt: str
 
 
 def differentiable(model: Model, loop: InnerLoop, support: Entries) -> dict[str, Tensor | None]:
@@ -127,21 +141,9 @@ def check_model(
     )
 
 
-def check_inner_loop(
-    model: Model,
-    num_tasks: int,
-    *,
-    inner_lr: Number,
-    inner_steps: int | Literal["exact"],
-    preconditioner: Tensor | None,
-    prior_pull: Number,
-    extra_count: float,
-    momentum: Number | None,
-    loss: str,
-    first_order: bool,
-    adapt: str,
-) -> InnerLoop:
+def check_inner_loop(model: Model, num_tasks: int, given: Settings) -> InnerLoop:
     """The inner loop's settings, each of a shape and value that makes sense, and allowed beside the others."""
+    inner_lr, inner_steps, preconditioner, prior_pull, extra_count, momentum, loss, first_order, adapt = given
     like, dim = model.item_bias, model.item_table.shape[1]
     if inner_steps != "exact" and (isinstance(inner_steps, bool) or not isinstance(inner_steps, int)):
         raise TypeError(f"inner_steps: expected an int or 'exact', got {inner_steps!r}")

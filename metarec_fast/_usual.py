@@ -8,7 +8,7 @@ at once, and arguments are looked at one by one only if they refuse. What they w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from metarec_fast import _library
-from metarec_fast._arguments import PAIRWISE, InnerLoop, Model, Number, kept_scalar
+from metarec_fast._arguments import PAIRWISE, InnerLoop, Model, Number, Settings, kept_scalar
 from metarec_fast.tasks import Entries, TaskBatch
 
 Result = TypeVar("Result")
@@ -28,7 +28,7 @@ def attempt(
     run: Callable[[Model, InnerLoop], Result],
     start: tuple[Tensor, Number | None, Tensor, Tensor, Number],
     support: Entries,
-    settings: dict[str, Any],
+    settings: Settings,
     judged: TaskBatch | None = None,
     losses: Iterable[str] = (),
 ) -> Result | None:
@@ -38,7 +38,7 @@ def attempt(
         run: Calls the operator.
         start: user_init, user_bias_init, item_table, item_bias and offset.
         support: The entries to adapt on.
-        settings: The arguments of `check_inner_loop`, by name and in its order.
+        settings: How tasks are to adapt.
         judged: The batch whose query is judged.
         losses: By which.
     """
@@ -54,20 +54,19 @@ def attempt(
 
 
 def _take(
-    start: tuple[Tensor, Number | None, Tensor, Tensor, Number], support: Entries, settings: dict[str, Any]
+    start: tuple[Tensor, Number | None, Tensor, Tensor, Number], support: Entries, settings: Settings
 ) -> tuple[Model, InnerLoop] | None:
     user_init, user_bias_init, item_table, item_bias, offset = start
-    inner_lr, steps, preconditioner, pull, extra_count, momentum, loss, first_order, adapt = settings.values()
+    inner_lr, steps, preconditioner, prior_pull, extra_count, momentum, loss, first_order, adapt = settings
     if not (type(item_table) in _PLAIN and type(item_bias) in _PLAIN and item_table.is_cpu):
         return None
     if not (_has_just_what(support, item_bias, (loss,)) and (type(steps) is int or steps == "exact")):
         return None
     if not (momentum is None or isinstance(momentum, Tensor)):
         return None
-    if not isinstance(pull, Tensor):
-        if pull != 0:
-            return None
-        pull = None
+    pull = prior_pull if isinstance(prior_pull, Tensor) else None
+    if pull is None and prior_pull != 0:
+        return None
     dtype = item_bias.dtype
     bias = kept_scalar(0.0 if user_bias_init is None else user_bias_init, dtype)
     model = Model(user_init, bias, item_table, item_bias, kept_scalar(offset, dtype))

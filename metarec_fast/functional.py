@@ -7,7 +7,7 @@ Everything is for the dot-product recommender, whose score of item i for a user 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from metarec_fast._arguments import (
     InnerLoop,
     Model,
     Number,
+    Settings,
     check_batch,
     check_differentiation,
     check_entries,
@@ -90,15 +91,14 @@ def adapt(
     """
     num_tasks = _count_tasks("support", support)
     start = user_init, user_bias_init, item_table, item_bias, offset
-    settings: dict[str, Any] = {
-        "inner_lr": inner_lr, "inner_steps": inner_steps, "preconditioner": preconditioner, "prior_pull": prior_pull,
-        "extra_count": extra_count, "momentum": momentum, "loss": loss, "first_order": first_order, "adapt": adapt,
-    }  # fmt: skip
+    settings = Settings(
+        inner_lr, inner_steps, preconditioner, prior_pull, extra_count, momentum, loss, first_order, adapt
+    )
     usual = _usual.attempt(lambda model, loop: _ops.adapt(model, support, loop), start, support, settings)
     if usual is not None:
         return usual
     model = check_model(*start, num_tasks)
-    loop = check_inner_loop(model, num_tasks, **settings)
+    loop = check_inner_loop(model, num_tasks, settings)
     support = check_entries("support", support, model.item_bias, (loss,))
     check_differentiation(model, loop, TaskBatch(support))
     return _ops.either(_ops.adapt, reference.adapt, item_table)(model, support, loop)
@@ -137,12 +137,11 @@ def adapt_and_score(
     """
     num_tasks = _count_tasks("batch", batch)
     start = user_init, user_bias_init, item_table, item_bias, offset
-    settings: dict[str, Any] = {
-        "inner_lr": inner_lr, "inner_steps": inner_steps, "preconditioner": preconditioner, "prior_pull": prior_pull,
-        "extra_count": extra_count, "momentum": momentum, "loss": loss, "first_order": first_order, "adapt": adapt,
-    }  # fmt: skip
+    settings = Settings(
+        inner_lr, inner_steps, preconditioner, prior_pull, extra_count, momentum, loss, first_order, adapt
+    )
     model = check_model(*start, num_tasks)
-    loop = check_inner_loop(model, num_tasks, **settings)
+    loop = check_inner_loop(model, num_tasks, settings)
     batch = check_batch(batch, model.item_bias, loss, outer_losses=())
     check_differentiation(model, loop, batch)
     candidates = with_negatives(batch)
@@ -198,10 +197,9 @@ def meta_step(
     """
     num_tasks = _count_tasks("batch", batch)
     start = user_init, user_bias_init, item_table, item_bias, offset
-    settings: dict[str, Any] = {
-        "inner_lr": inner_lr, "inner_steps": inner_steps, "preconditioner": preconditioner, "prior_pull": prior_pull,
-        "extra_count": extra_count, "momentum": momentum, "loss": loss, "first_order": first_order, "adapt": adapt,
-    }  # fmt: skip
+    settings = Settings(
+        inner_lr, inner_steps, preconditioner, prior_pull, extra_count, momentum, loss, first_order, adapt
+    )
     losses = check_outer_loss(outer_loss)
     result: MetaStep | None = None
     if step_weights is None:
@@ -211,7 +209,7 @@ def meta_step(
         )  # fmt: skip
     if result is None:
         model = check_model(*start, num_tasks)
-        loop = check_inner_loop(model, num_tasks, **settings)
+        loop = check_inner_loop(model, num_tasks, settings)
         batch = check_batch(batch, model.item_bias, loss, losses)
         step_weights = check_step_weights(step_weights, loop, model.item_bias)
         check_differentiation(model, loop, batch, step_weights)
@@ -263,10 +261,7 @@ def reptile_step(
     """
     num_tasks = _count_tasks("support", support)
     start = user_init, user_bias_init, item_table, item_bias, offset
-    settings: dict[str, Any] = {
-        "inner_lr": inner_lr, "inner_steps": inner_steps, "preconditioner": preconditioner, "prior_pull": prior_pull,
-        "extra_count": extra_count, "momentum": momentum, "loss": loss, "first_order": False, "adapt": adapt,
-    }  # fmt: skip
+    settings = Settings(inner_lr, inner_steps, preconditioner, prior_pull, extra_count, momentum, loss, False, adapt)
     if task_weights is None:
         usual = _usual.attempt(
             lambda model, loop: _ops.reptile_step(model, support, None, loop), start, support, settings
@@ -276,7 +271,7 @@ def reptile_step(
     model = check_model(*start, num_tasks)
     if loss in PAIRWISE:
         raise ValueError(f"loss: Reptile adapts on a loss of single scores, got {loss!r}")
-    loop = check_inner_loop(model, num_tasks, **settings)
+    loop = check_inner_loop(model, num_tasks, settings)
     support = check_entries("support", support, model.item_bias, (loss,))
     weights = check_task_weights(task_weights, model.item_bias, num_tasks)
     return _ops.either(_ops.reptile_step, reference.reptile_step, item_table)(model, support, weights, loop)

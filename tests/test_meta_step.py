@@ -324,7 +324,7 @@ def test_parts_of_different_dtypes_meet_in_that_of_the_table():
 
 
 def test_large_gradients_are_those_of_their_parts_and_their_memory_comes_again():
-    """From 6 MB on rows are written past the caches, and from 4 MB on their memory is kept for the next call."""
+    """From 6 MB on rows are written past the caches, and all but small ones' memory is kept for the next call."""
     draw = Draw(25, torch.float32)
     tasks, size, num_items = 8192, 9, 500
     model = draw.model(num_items, 64)
@@ -359,8 +359,8 @@ def test_large_gradients_are_those_of_their_parts_and_their_memory_comes_again()
 
 @pytest.mark.cpu
 @pytest.mark.skipif("not _keeps_result_memory()")
-@pytest.mark.parametrize("megabytes", [4.1, 6.3, 8.0, 40.5])
-def test_results_of_any_large_size_get_the_memory_of_the_last_one(megabytes):
+@pytest.mark.parametrize("megabytes", [0.003, 0.08, 2.0, 4.1, 6.3, 8.0, 40.5])
+def test_results_of_any_size_but_a_small_one_get_the_memory_of_the_last_one(megabytes):
     count = int(megabytes * 2**20 / 256)
     gradient = SparseRows(torch.arange(count), torch.ones(count, 64))
     first = F.coalesce_rows(gradient).rows.data_ptr()  # freed at once

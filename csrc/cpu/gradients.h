@@ -12,7 +12,7 @@ namespace metarec_fast::cpu {
 // The item of every gradient row.
 inline Tensor row_ids(const RaggedItems& support, const RaggedItems& query,
                       const ItemRows& places) {
-  Tensor result = empty(query.items, ScalarType::Long, {places.size()});
+  Tensor result = empty_result(query.items, ScalarType::Long, {places.size()});
   int64_t* ids = result.mutable_data_ptr<int64_t>();
   const auto append = [&](const Tensor& from) {
     ids = std::copy_n(from.const_data_ptr<int64_t>(), from.numel(), ids);
@@ -61,7 +61,7 @@ class Gradients {
     const int64_t rows = wanted.items() ? places.size() : 0;
     item_rows =
         wanted.items() ? empty_result(like, inputs.dtype(), {rows, inputs.D()}) : unwanted.tensor;
-    item_bias_rows = wanted.items() ? empty(like, inputs.dtype(), {rows}) : unwanted.tensor;
+    item_bias_rows = wanted.items() ? empty_result(like, inputs.dtype(), {rows}) : unwanted.tensor;
 
     // A block's record: φ̄_0, Ā, s̄, β̄, ρ̄, m̄, loss; whole registers, so that no two blocks share a
     // cache line.

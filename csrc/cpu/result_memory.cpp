@@ -21,10 +21,11 @@ namespace metarec_fast::cpu {
 #ifdef KEEPS_RESULT_MEMORY
 namespace {
 
-constexpr size_t kHugePage = size_t{1} << 21;
-constexpr size_t kSmallest = 2 * kHugePage;  // bytes; below, the C library keeps blocks itself
+constexpr size_t kPage = size_t{1} << 12, kHugePage = size_t{1} << 21;
+constexpr size_t kSmallest = size_t{1} << 10;  // bytes; below, the C library is quick
+constexpr size_t kLarge = 2 * kHugePage;       // from here on in huge pages, and free to take
 constexpr size_t kMostKept = size_t{2} << 30;
-constexpr size_t kMostBlocks = 8;
+constexpr size_t kMostBlocks = 16;
 
 struct Block {
   void* data;
@@ -35,10 +36,11 @@ struct Block {
 // fork() that happened while another thread held it cannot hang.
 class KeptBlocks {
  public:
-  // At least `bytes`, and of whole huge pages at most a quarter more; of equals the one that was in
-  // use last.
+  // At least `bytes`, and of whole pages at most a quarter more; of equals the one that was in use
+  // last.
   Block take(size_t bytes) {
-    const size_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    const size_t page = bytes >= kLarge ? kHugePage : kPage;
+    const size_t whole = (bytes + page - 1) / page * page;
     if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) {
       Block* best = nullptr;
       for (Block* block = free_; block != free_ + count_; ++block)
@@ -47,15 +49,15 @@ class KeptBlocks {
           best = block;
       if (best != nullptr) return remove(best);
     }
-    void* data = std::aligned_alloc(kHugePage, whole);
+    void* data = std::aligned_alloc(page, whole);
     STD_TORCH_CHECK(data != nullptr, "out of memory: a result needs ", whole, " bytes");
-    madvise(data, whole, MADV_HUGEPAGE);
+    if (whole >= kLarge) madvise(data, whole, MADV_HUGEPAGE);
     return {data, whole};
   }
 
   void give_back(const Block& block) {
     if (block.bytes > kMostKept) return std::free(block.data);
-    madvise(block.data, block.bytes, MADV_FREE);
+    if (block.bytes >= kLarge) madvise(block.data, block.bytes, MADV_FREE);
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return std::free(block.data);
     while (count_ == kMostBlocks || kept_ + block.bytes > kMostKept)  // the longest unused first
@@ -95,8 +97,7 @@ void give_back(void*, void* context) {
 Tensor empty_result(const Tensor& like, ScalarType dtype, std::initializer_list<int64_t> sizes) {
 #ifdef KEEPS_RESULT_MEMORY
   const TensorLayout layout(like, dtype, sizes);
-  const size_t bytes =
-      layout.numel * (dtype == ScalarType::Double ? sizeof(double) : sizeof(float));
+  const size_t bytes = layout.numel * (dtype == ScalarType::Float ? 4 : 8);
   if (torch_from_blob != nullptr && bytes >= kSmallest) {
     Block* block = new Block(kept_blocks().take(bytes));
     AtenTensorHandle handle;
