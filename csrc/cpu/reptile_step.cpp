@@ -3,6 +3,7 @@
 //
 //   φ_0 − Σ_t ω_t φ_K,t / Σ_t ω_t,   of item rows over the tasks that hold the item
 //   L = Σ_t ω_t L_t / Σ_t ω_t,       L_t = Σ_s w_s ℓ(p_s, y_s) / Σ_s w_s  on the support at φ_K
+#include "factored_form.h"
 #include "gradients.h"
 #include "inner_solver.h"
 #include "query_loss.h"
@@ -57,6 +58,58 @@ void move_of(const scalar_t* before, const scalar_t* after, scalar_t share, int6
              scalar_t* moved) {
   for (int64_t i = 0; i < count; i += kLanes<scalar_t>)
     store(moved + i) = share * (load(before + i) - load(after + i));
+}
+
+// How far a task's items go: moves.rows and moves.biases are share_i (before − after); item_scores
+// are those afterwards. Returns φ_K.
+template <typename scalar_t>
+const scalar_t* move_items(const Task<scalar_t>& task, const ItemIndex& index,
+                           const scalar_t* shares, Arena<scalar_t>& arena,
+                           FullGradients<scalar_t>& moves, scalar_t* item_scores) {
+  const int64_t K = task.loop.steps, width = task.layout.width;
+  FullPath<scalar_t> path;
+  start_full(task, index, arena, path);
+  moves.rows = arena.take(path.items * width);
+  moves.biases = arena.take(path.items);
+  std::copy_n(path.rows, path.items * width, moves.rows);
+  std::copy_n(path.biases, path.items, moves.biases);
+  for (int64_t k = 0; k < K; ++k) step_full(task, index, k, arena, path);
+  const scalar_t* fast = path.fast + K * task.layout.stride;
+  score_query<scalar_t>({path.items, 1, path.item_rows, path.biases}, fast, item_scores);
+  for (int64_t i = 0; i < path.items; ++i) {
+    scalar_t* row = moves.rows + i * width;
+    move_of(row, path.rows + i * width, shares[i], width, row);
+    moves.biases[i] = shares[i] * (moves.biases[i] - path.biases[i]);
+  }
+  return fast;
+}
+
+// The same by factors: E_0 − E_K = −Σ_j a_j u_jᵀ. Rows [I, D] go to `rows` where that is given.
+template <typename scalar_t>
+const scalar_t* move_by_factors(const Task<scalar_t>& task, const ItemIndex& index,
+                                const scalar_t* shares, Arena<scalar_t>& arena,
+                                FullGradients<scalar_t>& moves, scalar_t* item_scores,
+                                scalar_t* rows, bool stream) {
+  constexpr int64_t kLane = kLanes<scalar_t>;
+  const Layout<scalar_t>& layout = task.layout;
+  const int64_t K = task.loop.steps;
+  FactoredPath<scalar_t> path;
+  factored_forward(task, index, arena, path);
+  factored_scores(task, arena, path, item_scores);
+  const int64_t stride = path.stride;
+  moves.biases = arena.take_zeros(stride);
+  scalar_t* a = path.factors + K * stride;
+  for (int64_t j = 0; j < K; ++j)
+    for (int64_t i = 0; i < stride; i += kLane) {
+      store(a + j * stride + i) *= -load(shares + i);
+      store(moves.biases + i) += load(a + j * stride + i);
+    }
+  const bool own_rows = rows == nullptr;
+  if (own_rows) rows = moves.rows = arena.take(path.items * layout.width);
+  write_rows<scalar_t>(layout, {a, 1, stride}, path.items,
+                       Stack<scalar_t>{path.vectors, layout.stride}, K, arena, rows,
+                       own_rows ? layout.width : layout.dim, stream && !own_rows);
+  return path.vector(K, layout, K);
 }
 
 ReptileTuple reptile_step_cpu(const Tensor& user_init, const Tensor& user_bias_init,
@@ -116,26 +169,15 @@ ReptileTuple reptile_step_cpu(const Tensor& user_init, const Tensor& user_bias_i
       if (loop.adapts_items) {
         ItemIndex& index = state.index;
         index.assign(reader.support.items + begin, task.size);
-        FullPath<scalar_t> path;
-        start_full(task, index, arena, path);
-        scalar_t* before = arena.take(path.items * layout.width);
-        scalar_t* biases_before = arena.take(path.items);
-        std::copy_n(path.rows, path.items * layout.width, before);
-        std::copy_n(path.biases, path.items, biases_before);
-        for (int64_t k = 0; k < reader.loop.steps; ++k) step_full(task, index, k, arena, path);
-        fast = path.fast + reader.loop.steps * layout.stride;
-
-        scalar_t* item_scores = arena.take(path.items);
-        score_query<scalar_t>({path.items, 1, path.item_rows, path.biases}, fast, item_scores);
+        scalar_t *item_scores = arena.take(index.size()), *item_shares = arena.take(index.size());
+        for (int64_t i = 0; i < index.size(); ++i) item_shares[i] = weight * shares[index.ids[i]];
+        if (worth_factoring(index.size(), reader.loop.steps))
+          fast = move_by_factors(task, index, item_shares, arena, moves, item_scores,
+                                 index.all_distinct() ? gradients.support_row(begin) : nullptr,
+                                 gradients.stream());
+        else
+          fast = move_items(task, index, item_shares, arena, moves, item_scores);
         for (int64_t e = 0; e < task.size; ++e) scores[e] = item_scores[index.place[e]];
-        moves.rows = before;
-        moves.biases = biases_before;
-        for (int64_t i = 0; i < path.items; ++i) {
-          const scalar_t share = weight * shares[index.ids[i]];
-          scalar_t* row = before + i * layout.width;
-          move_of(row, path.rows + i * layout.width, share, layout.width, row);
-          biases_before[i] = share * (biases_before[i] - path.biases[i]);
-        }
       } else {
         fast = state.solver.forward(task, arena, /*backward=*/false);
         score_query<scalar_t>({task.size, 1, task.rows, task.base}, fast, scores);
