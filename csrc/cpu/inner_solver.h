@@ -12,27 +12,29 @@ namespace metarec_fast::cpu {
 constexpr int64_t kLargestGram = 192;
 
 // What each form would cost, in multiply-adds of whole registers. V is a row's registers, kSum what
-// it takes besides to sum the lanes of one, step what a step takes beyond its rows; the products of
-// the Gram matrix come cheaper by kGram, but take kGramStart besides. Fitted to times of S from 4
-// to 32, D from 32 to 128 and K from 1 to 20 (benchmarks/notes.md).
+// it takes besides to sum the lanes of one (plain steps sum many rows in one tree), step what a
+// step takes beyond its rows; the products of the Gram matrix, in tiles, take kGram times as long,
+// and kGramStart besides. Fitted to times of S from 4 to 32, D from 16 to 128 and K from 1 to 20
+// under AVX-512 and AVX2 (benchmarks/notes.md).
 template <typename scalar_t>
 Form cheapest_form(const InnerLoop<scalar_t>& loop, const Layout<scalar_t>& layout, int64_t size,
                    bool backward) {
   if (loop.form != Form::kAuto) return loop.form;
-  constexpr double kSum = 2, kGramStep = 42, kGram = 0.92, kGramStart = 200;
-  const double step = loop.plain() ? 35 : 60;
+  constexpr double kSum = 2, kGramStep = 42, kGram = 1.1, kGramStart = 200;
+  const double step = loop.plain() ? 35 : 60, sum = loop.plain() ? 1 : kSum;
   const double lanes = static_cast<double>(kLanes<scalar_t>),
                V = static_cast<double>(layout.width) / lanes, W = static_cast<double>(layout.width),
                R = static_cast<double>(size), K = static_cast<double>(loop.steps),
+               tiled = static_cast<double>((size + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce),
                Rv = static_cast<double>(padded<scalar_t>(size)) / lanes;
   const bool adjoint = backward && !loop.first_order;
   const double ways = adjoint ? 2 : 1;
-  const double direct = K * (ways * (R * (2 * V + kSum) + step) + (adjoint ? 2 * R * V : 0));
+  const double direct = K * (ways * (R * (2 * V + sum) + step) + (adjoint ? 2 * R * V : 0));
   const double scaling = loop.preconditioner == nullptr ? 0 : R * V * (backward ? R + 3 : 1);
-  const double gram =
-      kGramStart +
-      kGram * (R * R / 2 * (V + kSum) + ways * 2 * R * V + (adjoint ? R * R * V : 0) + scaling) +
-      K * (ways * (R * Rv + kGramStep) + (adjoint ? 2 * R * Rv : 0));
+  const double gram = kGramStart +
+                      kGram * (tiled * tiled / 2 * (V + kSum) + ways * 2 * R * V +
+                               (adjoint ? tiled * tiled * V : 0) + scaling) +
+                      K * (ways * (R * Rv + kGramStep) + (adjoint ? 2 * R * Rv : 0));
   const double normal = W * R * V + K * ways * (W * (V + 1 + kSum) + step) +
                         (adjoint ? K * R * (4 * V + 2 * kSum) : 0);
   const bool gram_is_exact = loop.preconditioner == nullptr || loop.prior_pull.values == nullptr;
