@@ -262,8 +262,8 @@ ALWAYS_INLINE Vector<float> sum_lanes_of_each(const Vector<float>* vectors) {
   return (Vector<float>)_mm512_shuffle_f32x4(sums, sums, _MM_SHUFFLE(3, 1, 2, 0));
 }
 #elif defined(__AVX__)
-// Lane i is the sum of all lanes of vectors[i]: 7 additions and 14 shuffles for what takes 22 and
-// 22 with four at a time.
+// Lane i is the sum of all lanes of vectors[i]: 7 additions and 14 shuffles for what takes 14 and
+// 21 with four at a time.
 ALWAYS_INLINE Vector<float> sum_lanes_of_each(const Vector<float>* vectors) {
   __m256 fours[4], twos[2];
   const auto at = [&](int i) ALWAYS_INLINE_LAMBDA { return (__m256)vectors[i]; };
