@@ -260,17 +260,6 @@ using MetaStepTuple =
 // Those of reptile_step: loss, user_init, user_bias_init and, where items adapt, rows and biases.
 using ReptileTuple = std::tuple<Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor>;
 
-// Stands for what is not wanted, and is not returned.
-struct Unwanted {
-  Tensor tensor;
-
-  Unwanted(const Tensor& like, ScalarType dtype) : tensor(empty(like, dtype, {0})) {}
-
-  OptionalTensor unless(const Tensor& result) const {
-    return result.get() == tensor.get() ? OptionalTensor() : OptionalTensor(result);
-  }
-};
-
 inline ItemRows item_rows_of(const Inputs& inputs, const LoopArguments& loop,
                              const RaggedItems& query) {
   return {inputs.support.size(), inputs.support.num_negatives(), query.size(),

@@ -115,7 +115,7 @@ GradientTuple adapt_all_backward_cpu(
           gradients.add_moves(block, task, grads, index, begin);
         });
     gradients.finish();
-    result = gradients.dense_tuple(inputs, nothing, wanted);
+    result = gradients.dense_tuple(inputs, nothing);
   });
   return result;
 }

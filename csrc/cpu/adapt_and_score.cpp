@@ -187,7 +187,7 @@ GradientTuple adapt_and_score_backward_cpu(
     else
       blocks.run<Worker<scalar_t, InnerSolver<scalar_t>>>(undo_users);
     gradients.finish();
-    result = gradients.dense_tuple(inputs, query, wanted);
+    result = gradients.dense_tuple(inputs, query);
   });
   return result;
 }

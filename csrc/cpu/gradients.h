@@ -33,22 +33,21 @@ class Gradients {
   Gradients(const Inputs& inputs, const LoopArguments& loop, Wanted wanted,
             const RaggedItems& query, int64_t num_blocks)
       : places(item_rows_of(inputs, loop, query)),
-        unwanted(inputs.item_bias, inputs.dtype()),
         layout_(inputs.D()),
         loss_(loop.loss),
         num_blocks_(num_blocks) {
     const Tensor& like = inputs.item_bias;
     const auto zeros = [&](bool is_wanted, const Tensor& shape) {
-      if (!is_wanted) return unwanted.tensor;
+      if (!is_wanted) return OptionalTensor();
       Tensor result = shape.dim() == 0 ? empty(like, inputs.dtype(), {})
                       : shape.dim() == 1
                           ? empty(like, inputs.dtype(), {shape.size(0)})
                           : empty(like, inputs.dtype(), {shape.size(0), shape.size(1)});
       std::memset(result.mutable_data_ptr(), 0, result.numel() * sizeof(scalar_t));
-      return result;
+      return OptionalTensor(std::move(result));
     };
     const auto optional_zeros = [&](bool is_wanted, const OptionalTensor& shape) {
-      return zeros(is_wanted && shape, shape ? *shape : like);
+      return shape ? zeros(is_wanted, *shape) : OptionalTensor();
     };
     user_init = zeros(wanted.start(), inputs.user_init);
     user_bias_init = zeros(wanted.start(), inputs.user_bias_init);
@@ -59,9 +58,10 @@ class Gradients {
     momentum = optional_zeros(wanted.momentum(), loop.momentum);
     support_weights = optional_zeros(wanted.support_weights(), inputs.weights);
     const int64_t rows = wanted.items() ? places.size() : 0;
-    item_rows =
-        wanted.items() ? empty_result(like, inputs.dtype(), {rows, inputs.D()}) : unwanted.tensor;
-    item_bias_rows = wanted.items() ? empty_result(like, inputs.dtype(), {rows}) : unwanted.tensor;
+    if (wanted.items()) {
+      item_rows = empty_result(like, inputs.dtype(), {rows, inputs.D()});
+      item_bias_rows = empty_result(like, inputs.dtype(), {rows});
+    }
 
     // A block's record: φ̄_0, Ā, s̄, β̄, ρ̄, m̄, loss; whole registers, so that no two blocks share a
     // cache line.
@@ -71,13 +71,13 @@ class Gradients {
       end += padded<scalar_t>(count);
       return begin;
     };
-    const auto place_of = [&](const Tensor& tensor, int64_t count) {
-      return tensor.numel() > 0 ? Place{place(count), tensor.dim() == 0 ? 0 : 1} : Place{};
+    const auto place_of = [&](const OptionalTensor& tensor, int64_t count) {
+      return size(tensor) > 0 ? Place{place(count), tensor->dim() == 0 ? 0 : 1} : Place{};
     };
     start_at_ = place(layout_.stride);
     scale_at_ = place_of(preconditioner, layout_.stride);
-    inner_lr_at_ = place_of(inner_lr, inner_lr.numel());
-    momentum_at_ = place_of(momentum, momentum.numel());
+    inner_lr_at_ = place_of(inner_lr, size(inner_lr));
+    momentum_at_ = place_of(momentum, size(momentum));
     pull_at_ = place_of(prior_pull, 1);
     offset_at_ = place(1);
     loss_at_ = place(1);
@@ -92,7 +92,7 @@ class Gradients {
     biases_ = data(item_bias_rows);
     per_task_user_ = inputs.per_task_start() && wanted.start() ? data(user_init) : nullptr;
     per_task_bias_ = inputs.per_task_bias() && wanted.start() ? data(user_bias_init) : nullptr;
-    per_task_pull_ = prior_pull.dim() == 1 ? data(prior_pull) : nullptr;
+    per_task_pull_ = prior_pull && prior_pull->dim() == 1 ? data(prior_pull) : nullptr;
     weights_ = data(support_weights);
   }
 
@@ -190,16 +190,14 @@ class Gradients {
     totals_.assign(record_size_, 0.0);
     for (int64_t block = 0; block < num_blocks_; ++block)
       add_record(records_ + block * record_size_, record_size_, totals_.data());
-    if (user_init.numel() > 0 && per_task_user_ == nullptr)
-      take_total(start_at_, layout_.dim, data(user_init));
-    if (user_bias_init.numel() > 0 && per_task_bias_ == nullptr)
-      take_total(start_at_ + layout_.width, 1, data(user_bias_init));
-    if (offset.numel() > 0) take_total(offset_at_, 1, data(offset));
-    if (inner_lr.numel() > 0) take_total(inner_lr_at_.at, inner_lr.numel(), data(inner_lr));
-    if (momentum.numel() > 0) take_total(momentum_at_.at, momentum.numel(), data(momentum));
-    if (prior_pull.numel() > 0 && per_task_pull_ == nullptr)
-      take_total(pull_at_.at, 1, data(prior_pull));
-    if (preconditioner.numel() > 0) {
+    if (per_task_user_ == nullptr) take_total(start_at_, size(user_init), data(user_init));
+    if (per_task_bias_ == nullptr)
+      take_total(start_at_ + layout_.width, size(user_bias_init), data(user_bias_init));
+    take_total(offset_at_, size(offset), data(offset));
+    take_total(inner_lr_at_.at, size(inner_lr), data(inner_lr));
+    take_total(momentum_at_.at, size(momentum), data(momentum));
+    if (per_task_pull_ == nullptr) take_total(pull_at_.at, size(prior_pull), data(prior_pull));
+    if (preconditioner) {
       take_total(scale_at_.at, layout_.dim, data(preconditioner));
       take_total(scale_at_.at + layout_.width, 1, data(preconditioner) + layout_.dim);
     }
@@ -211,28 +209,27 @@ class Gradients {
   GradientTuple tuple() const { return with_items(item_rows, item_bias_rows); }
 
   // The same with the items' gradients, if wanted, as whole tables: [N, D] and [N].
-  GradientTuple dense_tuple(const Inputs& inputs, const RaggedItems& query, Wanted wanted) const {
-    if (!wanted.items()) return tuple();
+  GradientTuple dense_tuple(const Inputs& inputs, const RaggedItems& query) const {
+    if (!item_rows) return tuple();
     const Tensor ids = row_ids(inputs.support, query, places);
-    return with_items(sum_rows(ids, item_rows, inputs.N()),
-                      sum_rows(ids, item_bias_rows, inputs.N()));
+    return with_items(sum_rows(ids, *item_rows, inputs.N()),
+                      sum_rows(ids, *item_bias_rows, inputs.N()));
   }
 
-  Tensor user_init, user_bias_init, item_rows, item_bias_rows, offset, inner_lr, preconditioner,
-      prior_pull, momentum, support_weights;
+  // What is not wanted, or not given, is not there.
+  OptionalTensor user_init, user_bias_init, item_rows, item_bias_rows, offset, inner_lr,
+      preconditioner, prior_pull, momentum, support_weights;
   const ItemRows places;
-  const Unwanted unwanted;
 
  private:
-  GradientTuple with_items(const Tensor& table, const Tensor& bias) const {
-    const auto given = [this](const Tensor& tensor) { return unwanted.unless(tensor); };
-    return {given(user_init), given(user_bias_init), given(table),          given(bias),
-            given(offset),    given(inner_lr),       given(preconditioner), given(prior_pull),
-            given(momentum),  given(support_weights)};
+  GradientTuple with_items(const OptionalTensor& table, const OptionalTensor& bias) const {
+    return {user_init, user_bias_init, table,      bias,     offset,
+            inner_lr,  preconditioner, prior_pull, momentum, support_weights};
   }
 
-  static scalar_t* data(Tensor& tensor) {
-    return tensor.numel() == 0 ? nullptr : tensor.mutable_data_ptr<scalar_t>();
+  static int64_t size(const OptionalTensor& tensor) { return tensor ? tensor->numel() : 0; }
+  static scalar_t* data(OptionalTensor& tensor) {
+    return size(tensor) == 0 ? nullptr : tensor->mutable_data_ptr<scalar_t>();
   }
 
   ALWAYS_INLINE void add_start(int64_t block, int64_t task, const scalar_t* start,

@@ -219,7 +219,7 @@ MetaStepTuple meta_step_cpu(const Tensor& user_init, const Tensor& user_bias_ini
   const Wanted wanted{wanted_bits};
 
   Tensor loss = empty(item_bias, inputs.dtype(), {});
-  Tensor item_ids = empty(query.items, ScalarType::Long, {0});
+  OptionalTensor item_ids;
   GradientTuple grads;
   dispatch_floating(inputs.dtype(), "meta_step", [&](auto zero) {
     using scalar_t = decltype(zero);
@@ -241,7 +241,8 @@ MetaStepTuple meta_step_cpu(const Tensor& user_init, const Tensor& user_bias_ini
     grads = gradients.tuple();
     if (wanted.items()) item_ids = row_ids(inputs.support, query, gradients.places);
   });
-  return std::tuple_cat(std::make_tuple(loss), grads, std::make_tuple(item_ids));
+  if (!item_ids) item_ids = empty(query.items, ScalarType::Long, {0});
+  return std::tuple_cat(std::make_tuple(loss), std::move(grads), std::make_tuple(*item_ids));
 }
 
 }  // namespace

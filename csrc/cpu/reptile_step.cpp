@@ -135,7 +135,7 @@ ReptileTuple reptile_step_cpu(const Tensor& user_init, const Tensor& user_bias_i
   const Wanted wanted{loop.adapts_items ? 3 : 1};  // the start, and items
 
   Tensor loss = empty(item_bias, inputs.dtype(), {});
-  ReptileTuple result;
+  ReptileTuple result{loss, loss, loss, {}, {}};
   dispatch_floating(inputs.dtype(), "reptile_step", [&](auto zero) {
     using scalar_t = decltype(zero);
     const TaskReader<scalar_t> reader(inputs, loop);
@@ -191,9 +191,8 @@ ReptileTuple reptile_step_cpu(const Tensor& user_init, const Tensor& user_bias_i
     });
     if (loop.adapts_items) shares.clear(reader.support, T);
     *loss.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(gradients.finish());
-    result = {loss, gradients.user_init, gradients.user_bias_init,
-              gradients.unwanted.unless(gradients.item_rows),
-              gradients.unwanted.unless(gradients.item_bias_rows)};
+    result = {loss, *gradients.user_init, *gradients.user_bias_init, gradients.item_rows,
+              gradients.item_bias_rows};
   });
   return result;
 }

@@ -23,26 +23,27 @@ void dispatch_tables(const Inputs& inputs, const char* op, const Body& body) {
   dispatch_floating(inputs.dtype(), op, [&](auto zero) { body(zero, zero); });
 }
 
-// The gradients of a batch as tensors.
+// The gradients of a batch as tensors; what is not wanted, or not given, is not there.
 struct GradientTensors {
-  Tensor user_init, user_bias_init, item_rows, item_bias_rows, item_ids, offset, inner_lr,
+  const ItemRows places;
+  Tensor item_ids;
+  OptionalTensor user_init, user_bias_init, item_rows, item_bias_rows, offset, inner_lr,
       preconditioner, prior_pull, momentum, support_weights;
 
-  GradientTensors(const Inputs& inputs, const LoopArguments& loop, Wanted wanted_in,
+  GradientTensors(const Inputs& inputs, const LoopArguments& loop, Wanted wanted,
                   const RaggedItems& query)
-      : wanted(wanted_in),
-        places(item_rows_of(inputs, loop, query)),
-        unwanted(inputs.item_bias, inputs.dtype()) {
+      : places(item_rows_of(inputs, loop, query)),
+        item_ids(empty(query.items, ScalarType::Long, {wanted.items() ? places.size() : 0})) {
     const Tensor& like = inputs.item_bias;
     const ScalarType dtype = inputs.dtype();
-    const auto alike = [&](bool is_wanted, const Tensor& shape) {
-      if (!is_wanted) return unwanted.tensor;
+    const auto alike = [&](bool is_wanted, const Tensor& shape) -> OptionalTensor {
+      if (!is_wanted) return std::nullopt;
       if (shape.dim() == 0) return empty(like, dtype, {});
       return shape.dim() == 1 ? empty(like, dtype, {shape.size(0)})
                               : empty(like, dtype, {shape.size(0), shape.size(1)});
     };
     const auto optional = [&](bool is_wanted, const OptionalTensor& shape) {
-      return alike(is_wanted && shape, shape ? *shape : like);
+      return shape ? alike(is_wanted, *shape) : std::nullopt;
     };
     user_init = alike(wanted.start(), inputs.user_init);
     user_bias_init = alike(wanted.start(), inputs.user_bias_init);
@@ -52,38 +53,42 @@ struct GradientTensors {
     prior_pull = optional(wanted.prior_pull(), loop.prior_pull);
     momentum = optional(wanted.momentum(), loop.momentum);
     support_weights = optional(wanted.support_weights(), inputs.weights);
-    const int64_t rows = wanted.items() ? places.size() : 0;
-    item_rows = wanted.items() ? empty(like, dtype, {rows, inputs.D()}) : unwanted.tensor;
-    item_bias_rows = wanted.items() ? empty(like, dtype, {rows}) : unwanted.tensor;
-    item_ids = empty(query.items, ScalarType::Long, {rows});
+    if (!wanted.items()) return;
+    item_rows = empty(like, dtype, {places.size(), inputs.D()});
+    item_bias_rows = empty(like, dtype, {places.size()});
   }
 
   template <typename scalar_t>
   GradientData<scalar_t> view(const Inputs& inputs) {
-    const auto per_task = [](Tensor& tensor, bool has_own) -> scalar_t* {
-      return tensor.numel() > 0 && has_own ? tensor.mutable_data_ptr<scalar_t>() : nullptr;
+    const auto data = [](OptionalTensor& tensor) {
+      return tensor ? tensor->mutable_data_ptr<scalar_t>() : nullptr;
     };
-    scalar_t* rows = wanted.items() ? item_rows.mutable_data_ptr<scalar_t>() : nullptr;
+    const auto per_task = [&](OptionalTensor& tensor, int dim) -> scalar_t* {
+      return size(tensor) > 0 && tensor->dim() == dim ? data(tensor) : nullptr;
+    };
+    scalar_t* rows = data(item_rows);
     return {used(),
-            per_task(user_init, user_init.dim() == 2),
-            per_task(user_bias_init, user_bias_init.dim() == 1),
-            per_task(prior_pull, prior_pull.dim() == 1),
-            per_task(support_weights, true),
+            per_task(user_init, 2),
+            per_task(user_bias_init, 1),
+            per_task(prior_pull, 1),
+            per_task(support_weights, 1),
             rows,
-            item_bias_rows.mutable_data_ptr<scalar_t>(),
+            data(item_bias_rows),
             item_ids.mutable_data_ptr<int64_t>(),
             places,
             packs(rows, inputs.D())};
   }
 
-  // What of that is given: a gradient may be wanted of what is not there.
+  // What of that there is.
   Wanted used() const {
-    int64_t bits = wanted.bits & 3;  // the start, items
-    if (inner_lr.numel() > 0) bits |= 4;
-    if (preconditioner.numel() > 0) bits |= 8;
-    if (prior_pull.numel() > 0) bits |= 16;
-    if (momentum.numel() > 0) bits |= 32;
-    if (support_weights.numel() > 0) bits |= 64;
+    int64_t bits = 0;
+    if (user_init) bits |= 1;
+    if (item_rows) bits |= 2;
+    if (size(inner_lr) > 0) bits |= 4;
+    if (size(preconditioner) > 0) bits |= 8;
+    if (size(prior_pull) > 0) bits |= 16;
+    if (size(momentum) > 0) bits |= 32;
+    if (size(support_weights) > 0) bits |= 64;
     return {bits};
   }
 
@@ -95,17 +100,17 @@ struct GradientTensors {
     const auto add = [&](Tensor& tensor, int place, int64_t count, bool folded) {
       result.add(place, count, folded, tensor.mutable_data_ptr<scalar_t>());
     };
-    if (wanted.start()) {
-      if (user_init.dim() == 1) add(user_init, at.start(), dim, false);
-      if (user_bias_init.dim() == 0)
-        add(user_bias_init, at.start() + static_cast<int>(width), 1, false);
-      add(offset, at.offset(), 1, false);
+    if (user_init) {
+      if (user_init->dim() == 1) add(*user_init, at.start(), dim, false);
+      if (user_bias_init->dim() == 0)
+        add(*user_bias_init, at.start() + static_cast<int>(width), 1, false);
+      add(*offset, at.offset(), 1, false);
     }
-    if (wanted.inner_lr()) add(inner_lr, at.inner_lr(), steps, inner_lr.dim() == 0);
-    if (momentum.numel() > 0) add(momentum, at.momentum(), steps, momentum.dim() == 0);
-    if (prior_pull.numel() > 0 && prior_pull.dim() == 0) add(prior_pull, at.pull(), 1, false);
-    if (preconditioner.numel() > 0) {
-      scalar_t* out = preconditioner.mutable_data_ptr<scalar_t>();
+    if (inner_lr) add(*inner_lr, at.inner_lr(), steps, inner_lr->dim() == 0);
+    if (size(momentum) > 0) add(*momentum, at.momentum(), steps, momentum->dim() == 0);
+    if (prior_pull && prior_pull->dim() == 0) add(*prior_pull, at.pull(), 1, false);
+    if (preconditioner) {
+      scalar_t* out = preconditioner->mutable_data_ptr<scalar_t>();
       result.add(at.scale(), dim, false, out);
       result.add(at.scale() + static_cast<int>(width), 1, false, out + dim);
     }
@@ -117,21 +122,18 @@ struct GradientTensors {
 
   // The same with the items' gradients, if wanted, as whole tables: [N, D] and [N].
   GradientTuple dense_tuple(int64_t num_items) const {
-    if (!wanted.items()) return tuple();
-    return with_items(sum_rows(item_ids, item_rows, num_items),
-                      sum_rows(item_ids, item_bias_rows, num_items));
+    if (!item_rows) return tuple();
+    return with_items(sum_rows(item_ids, *item_rows, num_items),
+                      sum_rows(item_ids, *item_bias_rows, num_items));
   }
 
-  GradientTuple with_items(const Tensor& table, const Tensor& bias) const {
-    const auto given = [this](const Tensor& tensor) { return unwanted.unless(tensor); };
-    return {given(user_init), given(user_bias_init), given(table),          given(bias),
-            given(offset),    given(inner_lr),       given(preconditioner), given(prior_pull),
-            given(momentum),  given(support_weights)};
-  }
+ private:
+  static int64_t size(const OptionalTensor& tensor) { return tensor ? tensor->numel() : 0; }
 
-  const Wanted wanted;
-  const ItemRows places;
-  const Unwanted unwanted;
+  GradientTuple with_items(const OptionalTensor& table, const OptionalTensor& bias) const {
+    return {user_init, user_bias_init, table,      bias,     offset,
+            inner_lr,  preconditioner, prior_pull, momentum, support_weights};
+  }
 };
 
 // One call of the kernels that adapt tasks.

@@ -45,8 +45,7 @@ ReptileTuple reptile_step_cuda(const Tensor& user_init, const Tensor& user_bias_
     call.work.grads = grads.view<scalar_t>(inputs);
     call.run(&grads, &loss);
   });
-  return {loss, grads.user_init, grads.user_bias_init, grads.unwanted.unless(grads.item_rows),
-          grads.unwanted.unless(grads.item_bias_rows)};
+  return {loss, *grads.user_init, *grads.user_bias_init, grads.item_rows, grads.item_bias_rows};
 }
 
 }  // namespace
