@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -51,22 +51,34 @@ class InnerLoop:
     form: str = "auto"  # of the computation: "gram", "direct" or "normal"; the numbers are the same
 
 
-class Settings(NamedTuple):
-    """How a task is to adapt, as users say it."""
+Start = tuple[Tensor, Number | None, Tensor, Tensor, Number]
+"""user_init, user_bias_init, item_table, item_bias and offset, as users say them."""
 
-    inner_lr: Number
-    inner_steps: int | Literal["exact"]
-    preconditioner: Tensor | None
-    prior_pull: Number
-    extra_count: float
-    momentum: Number | None
-    loss: str
-    first_order: bool
-    adapt: str
+Settings = tuple[
+    Number, int | Literal["exact"], Tensor | None, Number, float, Number | None, str, bool, str
+]  # fmt: skip
+"""inner_lr, inner_steps, preconditioner, prior_pull, extra_count, momentum, loss, first_order and adapt, likewise."""
+
+WANT = {
+    "user_init": 1,
+    "user_bias_init": 1,
+    "item_table": 2,
+    "item_bias": 2,
+    "offset": 1,
+    "inner_lr": 4,
+    "preconditioner": 8,
+    "prior_pull": 16,
+    "momentum": 32,
+    "support_weights": 64,
+}
+"""The bit that says that a meta-gradient is wanted, in the order in which the operators return them; the same numbers
+stand in csrc/inner_loop.h."""
+WANT_ALL = sum(set(WANT.values()))
+"""Of what is not given there is no gradient, wanted or not."""
 
 
 def differentiable(model: Model, loop: InnerLoop, support: Entries) -> dict[str, Tensor | None]:
-    """What meta-gradients are taken of, by argument name, in the order in which the operators return them."""
+    """What meta-gradients are taken of, by argument name, in the order of `WANT`."""
     return {
         "user_init": model.user_init,
         "user_bias_init": model.user_bias_init,

@@ -10,24 +10,10 @@ from torch import Tensor
 from torch.library import impl, register_autograd, register_fake
 
 from metarec_fast import _autocast
+from metarec_fast._arguments import WANT
 from metarec_fast._known_gradients import Once, is_known_one
 
 ops = torch.ops.metarec_fast
-
-# Which gradients are wanted, as bits; the same numbers stand in csrc/inner_loop.h.
-WANT = {
-    "user_init": 1,
-    "user_bias_init": 1,
-    "item_table": 2,
-    "item_bias": 2,
-    "offset": 1,
-    "inner_lr": 4,
-    "preconditioner": 8,
-    "prior_pull": 16,
-    "momentum": 32,
-    "support_weights": 64,
-}
-"""In the order in which the operators return gradients."""
 
 ITEM_TABLE, ITEM_BIAS, SUPPORT_ITEMS, SUPPORT_OFFSETS, SUPPORT_WEIGHTS, SUPPORT_NEGATIVES, INPUTS = 2, 3, 5, 7, 8, 9, 12
 QUERY = 2  # query_items, query_offsets of adapt_and_score

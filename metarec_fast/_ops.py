@@ -9,18 +9,17 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _library
-from metarec_fast._arguments import OUTER_LOSSES, InnerLoop, Model, differentiable, is_autocast
+from metarec_fast._arguments import OUTER_LOSSES, WANT_ALL, InnerLoop, Model, differentiable, is_autocast
 from metarec_fast.results import AdaptedItems, FastWeights, MetaStep, SparseRows, TopK
 from metarec_fast.tasks import Entries, TaskBatch
 
 if _library.cpu.loaded:
-    from metarec_fast import _autograd
+    from metarec_fast import _autograd  # noqa: F401
 
 Result = TypeVar("Result")
 
 ops = torch.ops.metarec_fast
 
-_ITEMS = ("item_table", "item_bias")
 EXACT = -1
 """`inner_steps` of the operators for the closed form."""
 
@@ -33,10 +32,15 @@ def either(kernels: Callable[..., Result], plain: Callable[..., Result], like: T
 
 
 def adapt(model: Model, support: Entries, loop: InnerLoop) -> FastWeights:
-    if loop.adapt == "all":
-        user, bias, rows, biases = ops.adapt_all(*_inputs(model, support), *_loop(loop))
-        return FastWeights(user, bias, AdaptedItems(rows, biases))
-    return FastWeights(*ops.adapt(*_inputs(model, support), *_loop(loop)))
+    op = ops.adapt_all if loop.adapt == "all" else ops.adapt
+    args = (*_inputs(model, support), *_loop(loop))
+    return adapted(call(op.default, differentiable(model, loop, support).values(), args))
+
+
+def adapted(results: tuple[Tensor, ...]) -> FastWeights:
+    """What adapt and adapt_all return."""
+    user, bias, *items = results
+    return FastWeights(user, bias, AdaptedItems(*items) if items else None)
 
 
 def adapt_and_score(model: Model, batch: TaskBatch, loop: InnerLoop) -> tuple[FastWeights, Tensor]:
@@ -49,36 +53,46 @@ def adapt_and_score(model: Model, batch: TaskBatch, loop: InnerLoop) -> tuple[Fa
 def meta_step(
     model: Model, batch: TaskBatch, loop: InnerLoop, losses: dict[str, float], step_weights: Tensor | None
 ) -> MetaStep:
-    query = batch.query
-    assert query is not None
-    given = differentiable(model, loop, batch.support)
-    wanted = 0
-    for name, value in given.items():
-        if value is not None:
-            wanted |= _autograd.WANT[name]
-    loss, *gradients, ids = call(
-        ops.meta_step.default, given.values(),
-        *_inputs(model, batch.support), *_query(batch), *_loop(loop),
-        *[losses.get(name, 0.0) for name in OUTER_LOSSES], step_weights, wanted,
+    args = (
+        *_inputs(model, batch.support), *judged_query(batch), *_loop(loop),
+        *[losses.get(name, 0.0) for name in OUTER_LOSSES], step_weights, WANT_ALL,
     )  # fmt: skip
-    grads: dict[str, Tensor | SparseRows] = {}
-    for name, gradient in zip(given, gradients, strict=True):
-        if gradient is not None:
-            grads[name] = SparseRows(ids, gradient) if name in _ITEMS else gradient
+    return stepped(call(ops.meta_step.default, differentiable(model, loop, batch.support).values(), args))
+
+
+def stepped(results: tuple[Any, ...]) -> MetaStep:
+    """What meta_step returns if all is wanted."""
+    loss, user, user_bias, rows, biases, offset, rate, preconditioner, pull, momentum, weights, ids = results
+    grads: dict[str, Tensor | SparseRows] = {
+        "user_init": user, "user_bias_init": user_bias,
+        "item_table": SparseRows(ids, rows), "item_bias": SparseRows(ids, biases),
+        "offset": offset, "inner_lr": rate,
+    }  # fmt: skip
+    if preconditioner is not None:
+        grads["preconditioner"] = preconditioner
+    if pull is not None:
+        grads["prior_pull"] = pull
+    if momentum is not None:
+        grads["momentum"] = momentum
+    if weights is not None:
+        grads["support_weights"] = weights
     return MetaStep(loss, grads)
 
 
 def reptile_step(model: Model, support: Entries, task_weights: Tensor | None, loop: InnerLoop) -> MetaStep:
-    loss, user, bias, rows, biases = call(
-        ops.reptile_step.default, (), *_inputs(model, support), task_weights, *_loop(loop)
-    )
+    return moved(call(ops.reptile_step.default, (), (*_inputs(model, support), task_weights, *_loop(loop))), support)
+
+
+def moved(results: tuple[Any, ...], support: Entries) -> MetaStep:
+    """What reptile_step returns."""
+    loss, user, bias, rows, biases = results
     grads: dict[str, Tensor | SparseRows] = {"user_init": user, "user_bias_init": bias}
-    if loop.adapt == "all":
+    if rows is not None:
         grads["item_table"], grads["item_bias"] = SparseRows(support.items, rows), SparseRows(support.items, biases)
     return MetaStep(loss, grads)
 
 
-def call(op: Any, given: Iterable[Tensor | None], *args: Any) -> Any:
+def call(op: Any, given: Iterable[Tensor | None], args: tuple[Any, ...]) -> Any:
     """The same as op(*args), without the detour through Python's autograd where none of `given` asks for gradients."""
     if torch.compiler.is_compiling():
         return op(*args)
@@ -87,7 +101,7 @@ def call(op: Any, given: Iterable[Tensor | None], *args: Any) -> Any:
             if value is not None and value.requires_grad:
                 return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+        return getattr(op, "_op", op)(*args)  # what an overload passes its arguments on to
 
 
 def score_top_k(
@@ -111,22 +125,26 @@ def coalesce_rows_padded(gradient: SparseRows) -> tuple[SparseRows, Tensor]:
     return SparseRows(ids, rows), count
 
 
-def _inputs(model: Model, support: Entries) -> tuple[Any, ...]:
-    targets = model.item_bias.new_zeros(len(support)) if support.targets is None else support.targets
+def inputs(model: tuple[Tensor, ...], support: Entries) -> tuple[Any, ...]:
+    """What every operator begins with: user_init, user_bias_init, item_table, item_bias, offset and the support."""
+    targets = model[3].new_zeros(len(support)) if support.targets is None else support.targets
     return (
-        model.user_init, model.user_bias_init, model.item_table, model.item_bias, model.offset,
-        support.items, targets, support.offsets, support.weights, support.negative_rows, support.log_q,
+        *model, support.items, targets, support.offsets, support.weights, support.negative_rows, support.log_q,
         support.size_bound,
     )  # fmt: skip
 
 
-def _query(batch: TaskBatch) -> tuple[Tensor | None, ...]:
+def judged_query(batch: TaskBatch) -> tuple[Tensor | None, ...]:
     """The query as it is judged, and the tasks' weights."""
     query = batch.query
     assert query is not None
     return (
         query.items, query.targets, query.offsets, query.weights, query.negative_rows, query.log_q, batch.weights,
     )  # fmt: skip
+
+
+def _inputs(model: Model, support: Entries) -> tuple[Any, ...]:
+    return inputs((model.user_init, model.user_bias_init, model.item_table, model.item_bias, model.offset), support)
 
 
 def _loop(loop: InnerLoop) -> tuple[Any, ...]:

@@ -3,97 +3,129 @@
 To look at every argument, so that whatever is wrong is said by its name, takes longer than a small batch does, and on
 the CPU the operators refuse by themselves what does not fit. So where nothing is out of the ordinary they are called
 at once, and arguments are looked at one by one only if they refuse. What they would not refuse is looked at here.
+
+All of this runs between two batches, when what it needs has left the processor's nearest caches: here a microsecond is
+won by every call that is not made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from metarec_fast import _library
-from metarec_fast._arguments import PAIRWISE, InnerLoop, Model, Number, Settings, kept_scalar
+from metarec_fast import _library, _ops
+from metarec_fast._arguments import OUTER_LOSSES, PAIRWISE, WANT_ALL, Settings, Start, kept_scalar
+from metarec_fast.results import FastWeights, MetaStep
 from metarec_fast.tasks import Entries, TaskBatch
 
 Result = TypeVar("Result")
 
 _PLAIN = (Tensor, Parameter)
+_OUTER_WEIGHTS = {loss: tuple(float(loss == each) for each in OUTER_LOSSES) for loss in OUTER_LOSSES}
 
 
-def attempt(
-    run: Callable[[Model, InnerLoop], Result],
-    start: tuple[Tensor, Number | None, Tensor, Tensor, Number],
-    support: Entries,
-    settings: Settings,
-    judged: TaskBatch | None = None,
-    losses: Iterable[str] = (),
-) -> Result | None:
-    """What an operator gives, or None where anything has to be looked at more closely.
+class Unusual(Exception):
+    """An argument has to be looked at more closely."""
 
-    Args:
-        run: Calls the operator.
-        start: user_init, user_bias_init, item_table, item_bias and offset.
-        support: The entries to adapt on.
-        settings: How tasks are to adapt.
-        judged: The batch whose query is judged.
-        losses: By which.
-    """
+
+def attempt(call: Callable[..., Result], *args: Any) -> Result | None:
+    """What one of the calls below gives, or None where arguments have to be looked at more closely."""
     if torch.compiler.is_compiling() or not _library.cpu.loaded or getattr(forward_ad, "_current_level", 0) >= 0:
         return None
     try:
-        taken = _take(start, support, settings)
-        if taken is None or not (judged is None or _is_judged_by(judged, losses, taken[0].item_bias)):
-            return None
-        return run(*taken)
+        return call(*args)
     except Exception:  # whoever looks closely finds out what it is, and says it by name
         return None
 
 
-def _take(
-    start: tuple[Tensor, Number | None, Tensor, Tensor, Number], support: Entries, settings: Settings
-) -> tuple[Model, InnerLoop] | None:
+def adapt(start: Start, settings: Settings, support: Entries) -> FastWeights:
+    model, loop = _take(start, settings, support)
+    op = _ops.ops.adapt_all if settings[-1] == "all" else _ops.ops.adapt
+    return _ops.adapted(_run(op.default, model, loop, support, (*_ops.inputs(model, support), *loop)))
+
+
+def meta_step(start: Start, settings: Settings, batch: TaskBatch, outer_loss: str) -> MetaStep:
+    support, query = batch.support, batch.query
+    model, loop = _take(start, settings, support)
+    if query is None:
+        raise Unusual
+    _look_at(query, outer_loss, model[3])
+    for weights in (query.weights, batch.weights):
+        if weights is not None and (weights.dtype is not model[3].dtype or weights.requires_grad):
+            raise Unusual
+    args = (
+        *_ops.inputs(model, support), *_ops.judged_query(batch), *loop, *_OUTER_WEIGHTS[outer_loss], None,
+        WANT_ALL,
+    )  # fmt: skip
+    return _ops.stepped(_run(_ops.ops.meta_step.default, model, loop, support, args))
+
+
+def reptile_step(start: Start, settings: Settings, support: Entries) -> MetaStep:
+    model, loop = _take(start, settings, support)
+    args = (*_ops.inputs(model, support), None, *loop)
+    return _ops.moved(_ops.call(_ops.ops.reptile_step.default, (), args), support)
+
+
+def _run(op: Any, model: tuple[Tensor, ...], loop: tuple[Any, ...], support: Entries, args: tuple[Any, ...]) -> Any:
+    return _ops.call(op, (*model, *loop[:4], support.weights), args)
+
+
+def _take(start: Start, settings: Settings, support: Entries) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """The meta-parameters and the inner loop as the operators take them."""
     user_init, user_bias_init, item_table, item_bias, offset = start
-    inner_lr, steps, preconditioner, prior_pull, extra_count, momentum, loss, first_order, adapt = settings
     if not (type(item_table) in _PLAIN and type(item_bias) in _PLAIN and item_table.is_cpu):
-        return None
-    if not (_has_just_what(support, item_bias, (loss,)) and (type(steps) is int or steps == "exact")):
-        return None
+        raise Unusual
+    if type(settings[1]) not in (int, str):  # True and 1.0 would be found where 1 is kept
+        raise Unusual
+    _look_at(support, settings[6], item_bias)
+    dtype = item_bias.dtype
+    if support.weights is not None and support.weights.dtype is not dtype:
+        raise Unusual
+    bias = kept_scalar(0.0 if user_bias_init is None else user_bias_init, dtype)
+    model = user_init, bias, item_table, item_bias, kept_scalar(offset, dtype)
+    return model, _loops.get((settings, dtype)) or _loop(settings, dtype)
+
+
+_loops: dict[tuple[Settings, torch.dtype], tuple[Any, ...]] = {}
+_MOST_LOOPS = 1000
+
+
+def _loop(settings: Settings, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The inner loop as the operators take it, which is kept unless there are tensors in it."""
+    inner_lr, steps, preconditioner, prior_pull, extra_count, momentum, loss, first_order, adapt = settings
+    if not (isinstance(steps, int) or steps == "exact") or type(extra_count) not in (int, float):
+        raise Unusual
     if not (momentum is None or isinstance(momentum, Tensor)):
-        return None
+        raise Unusual
     pull = prior_pull if isinstance(prior_pull, Tensor) else None
     if pull is None and prior_pull != 0:
-        return None
-    dtype = item_bias.dtype
-    bias = kept_scalar(0.0 if user_bias_init is None else user_bias_init, dtype)
-    model = Model(user_init, bias, item_table, item_bias, kept_scalar(offset, dtype))
-    rate = kept_scalar(inner_lr, dtype)
-    return model, InnerLoop(rate, steps, preconditioner, pull, momentum, extra_count, loss, first_order, adapt)
+        raise Unusual
+    count = _ops.EXACT if steps == "exact" else steps
+    loop = (
+        kept_scalar(inner_lr, dtype), preconditioner, pull, momentum, float(extra_count), count, loss,
+        bool(first_order), "auto", adapt,
+    )  # fmt: skip
+    if not any(isinstance(setting, Tensor) for setting in settings):
+        if len(_loops) >= _MOST_LOOPS:
+            _loops.clear()
+        _loops[settings, dtype] = loop
+    return loop
 
 
-def _is_judged_by(batch: TaskBatch, losses: Iterable[str], item_bias: Tensor) -> bool:
-    """Whether the batch's query has just what the losses look at, and its weights are as they should be."""
-    query = batch.query
-    if query is None or not _has_just_what(query, item_bias, losses):
-        return False
-    if query.weights is not None and query.weights.requires_grad:
-        return False
-    weights = batch.weights
-    return weights is None or (weights.dtype is item_bias.dtype and not weights.requires_grad)
-
-
-def _has_just_what(entries: Entries, item_bias: Tensor, losses: Iterable[str]) -> bool:
-    """Whether entries have just what the losses look at, of known items, of everyone's dtype, without gradients."""
-    if type(entries) is not Entries or entries.log_q is not None or entries.max_item >= len(item_bias):
-        return False
-    targets, weights = entries.targets, entries.weights
-    for loss in losses:
-        pairwise = loss in PAIRWISE
-        if pairwise == (entries.negatives is None) or (targets is None and not pairwise):
-            return False
-    if weights is not None and weights.dtype is not item_bias.dtype:
-        return False
-    return targets is None or (targets.dtype is item_bias.dtype and not targets.requires_grad)
+def _look_at(entries: Entries, loss: str, item_bias: Tensor) -> None:
+    """Raises unless entries have just what the loss looks at, of known items, of everyone's dtype."""
+    targets = entries.targets
+    if type(entries) is not Entries or entries.log_q is not None or entries.max_item >= item_bias.numel():
+        raise Unusual
+    if (entries.negatives is None) == (loss in PAIRWISE):
+        raise Unusual
+    if targets is None:
+        if loss not in PAIRWISE:
+            raise Unusual
+    elif targets.dtype is not item_bias.dtype or targets.requires_grad:
+        raise Unusual

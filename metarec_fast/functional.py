@@ -18,7 +18,6 @@ from metarec_fast._arguments import (
     InnerLoop,
     Model,
     Number,
-    Settings,
     check_batch,
     check_differentiation,
     check_entries,
@@ -89,14 +88,12 @@ def adapt(
         ValueError, TypeError: An argument does not fit; the message names it.
         NotImplementedError: Derivatives are asked for in forward mode (`torch.func.jvp`).
     """
-    num_tasks = _count_tasks("support", support)
     start = user_init, user_bias_init, item_table, item_bias, offset
-    settings = Settings(
-        inner_lr, inner_steps, preconditioner, prior_pull, extra_count, momentum, loss, first_order, adapt
-    )
-    usual = _usual.attempt(lambda model, loop: _ops.adapt(model, support, loop), start, support, settings)
+    settings = inner_lr, inner_steps, preconditioner, prior_pull, extra_count, momentum, loss, first_order, adapt
+    usual = _usual.attempt(_usual.adapt, start, settings, support)
     if usual is not None:
         return usual
+    num_tasks = _count_tasks("support", support)
     model = check_model(*start, num_tasks)
     loop = check_inner_loop(model, num_tasks, settings)
     support = check_entries("support", support, model.item_bias, (loss,))
@@ -137,9 +134,7 @@ def adapt_and_score(
     """
     num_tasks = _count_tasks("batch", batch)
     start = user_init, user_bias_init, item_table, item_bias, offset
-    settings = Settings(
-        inner_lr, inner_steps, preconditioner, prior_pull, extra_count, momentum, loss, first_order, adapt
-    )
+    settings = inner_lr, inner_steps, preconditioner, prior_pull, extra_count, momentum, loss, first_order, adapt
     model = check_model(*start, num_tasks)
     loop = check_inner_loop(model, num_tasks, settings)
     batch = check_batch(batch, model.item_bias, loss, outer_losses=())
@@ -195,19 +190,14 @@ def meta_step(
     Raises:
         IndexError, ValueError, TypeError: As for `adapt`.
     """
-    num_tasks = _count_tasks("batch", batch)
     start = user_init, user_bias_init, item_table, item_bias, offset
-    settings = Settings(
-        inner_lr, inner_steps, preconditioner, prior_pull, extra_count, momentum, loss, first_order, adapt
-    )
-    losses = check_outer_loss(outer_loss)
+    settings = inner_lr, inner_steps, preconditioner, prior_pull, extra_count, momentum, loss, first_order, adapt
     result: MetaStep | None = None
     if step_weights is None:
-        result = _usual.attempt(
-            lambda model, loop: _ops.meta_step(model, batch, loop, losses, None),
-            start, batch.support, settings, batch, losses,
-        )  # fmt: skip
+        result = _usual.attempt(_usual.meta_step, start, settings, batch, outer_loss)
     if result is None:
+        num_tasks = _count_tasks("batch", batch)
+        losses = check_outer_loss(outer_loss)
         model = check_model(*start, num_tasks)
         loop = check_inner_loop(model, num_tasks, settings)
         batch = check_batch(batch, model.item_bias, loss, losses)
@@ -223,7 +213,6 @@ def meta_step(
     return result
 
 
-@torch.no_grad()
 def reptile_step(
     user_init: Tensor,  # [D] or [T, D]
     item_table: Tensor,  # [N, D]
@@ -259,22 +248,22 @@ def reptile_step(
     Raises:
         IndexError, ValueError, TypeError: As for `adapt`; the losses "bpr" and "softmax" are refused.
     """
-    num_tasks = _count_tasks("support", support)
     start = user_init, user_bias_init, item_table, item_bias, offset
-    settings = Settings(inner_lr, inner_steps, preconditioner, prior_pull, extra_count, momentum, loss, False, adapt)
+    settings = inner_lr, inner_steps, preconditioner, prior_pull, extra_count, momentum, loss, False, adapt
     if task_weights is None:
-        usual = _usual.attempt(
-            lambda model, loop: _ops.reptile_step(model, support, None, loop), start, support, settings
-        )
+        usual = _usual.attempt(_usual.reptile_step, start, settings, support)
         if usual is not None:
             return usual
+    num_tasks = _count_tasks("support", support)
     model = check_model(*start, num_tasks)
     if loss in PAIRWISE:
         raise ValueError(f"loss: Reptile adapts on a loss of single scores, got {loss!r}")
     loop = check_inner_loop(model, num_tasks, settings)
     support = check_entries("support", support, model.item_bias, (loss,))
     weights = check_task_weights(task_weights, model.item_bias, num_tasks)
-    return _ops.either(_ops.reptile_step, reference.reptile_step, item_table)(model, support, weights, loop)
+    run = _ops.either(_ops.reptile_step, reference.reptile_step, item_table)
+    with torch.no_grad():
+        return run(model, support, weights, loop)
 
 
 def score_top_k(

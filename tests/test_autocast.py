@@ -30,7 +30,7 @@ def raw_arguments():
     return {
         "adapt": (*inputs, *settings),
         "adapt_and_score": (*inputs, *query, *settings),
-        "meta_step": (*inputs, *_ops._query(batch), *settings, *losses, None, 127),
+        "meta_step": (*inputs, *_ops.judged_query(batch), *settings, *losses, None, 127),
         "reptile_step": (*inputs, None, *settings),
         "score_top_k": (users, users[:, 0], model.item_table, model.item_bias, 5, None, None),
         "coalesce_rows": rows,

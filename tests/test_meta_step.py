@@ -138,7 +138,7 @@ def test_opcheck_finds_nothing_and_it_compiles_into_one_graph():
     draw = Draw(8)
     leaves, model, batch, loop = tracked(draw.model(), draw.batch(weights=True), draw.loop(3, learned=True))
     outer = (1.0, 0.0, 0.0, 0.0, 0.0)
-    arguments = (*_ops._inputs(model, batch.support), *_ops._query(batch), *_ops._loop(loop), *outer, None, 127)
+    arguments = (*_ops._inputs(model, batch.support), *_ops.judged_query(batch), *_ops._loop(loop), *outer, None, 127)
     opcheck(torch.ops.metarec_fast.meta_step, arguments)
 
     def loss(table):
