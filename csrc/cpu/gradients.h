@@ -187,9 +187,11 @@ class Gradients {
 
   // Sums the blocks' records, always in the same order; returns the loss.
   double finish() {
-    totals_.assign(record_size_, 0.0);
+    static thread_local std::vector<double> totals;  // a large block would make malloc tidy up
+    totals.assign(record_size_, 0.0);
+    totals_ = totals.data();
     for (int64_t block = 0; block < num_blocks_; ++block)
-      add_record(records_ + block * record_size_, record_size_, totals_.data());
+      add_record(records_ + block * record_size_, record_size_, totals_);
     if (per_task_user_ == nullptr) take_total(start_at_, size(user_init), data(user_init));
     if (per_task_bias_ == nullptr)
       take_total(start_at_ + layout_.width, size(user_bias_init), data(user_bias_init));
@@ -310,7 +312,7 @@ class Gradients {
   int64_t start_at_, offset_at_, loss_at_, record_size_;
   Place scale_at_, inner_lr_at_, momentum_at_, pull_at_;
   scalar_t* records_;           // [num_blocks, record_size], this thread's
-  std::vector<double> totals_;  // of all records
+  double* totals_ = nullptr;  // of all records, this thread's
   scalar_t *rows_, *biases_, *weights_, *per_task_user_, *per_task_bias_, *per_task_pull_;
   bool stream_;
 };

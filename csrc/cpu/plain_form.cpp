@@ -59,6 +59,29 @@ void forward(const Task<scalar_t>& given, Arena<scalar_t>& arena, PlainPath<scal
   }
 }
 
+// The way back where λ stays the same: first order, and nothing but the last step is judged.
+template <int64_t kWidth, typename scalar_t>
+void first_order_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
+                         const PlainPath<scalar_t>& path, const scalar_t* last,
+                         const TaskGradients<scalar_t>& grads) {
+  constexpr int64_t kLane = kLanes<scalar_t>;
+  const int64_t R = path.entries, K = task.loop.steps, P = task.layout.stride;
+  for (int64_t i = 0; i < P; i += kLane) store(grads.start + i) = load(last + i);
+  std::fill(grads.base, grads.base + task.size, scalar_t{0});
+  if (grads.weights != nullptr) std::fill(grads.weights, grads.weights + task.size, scalar_t{0});
+  if (K == 0 || !grads.inner_lr) return;
+  scalar_t* along = arena.take(R);  // X λ
+  dots<scalar_t, kWidth>(last, task.rows, task.rows.bias * last[task.layout.width], nullptr, along);
+  Vector<scalar_t> lr_sum = {};  // −s̄
+  for (int64_t k = 0; k < K; ++k) {
+    for (int64_t r = 0; r < R; r += kLane)
+      lr_sum += load(path.pushes + k * R + r) * load(along + r);
+    if (grads.inner_lr.stride == 0 && k < K - 1) continue;
+    grads.inner_lr.add(k, -sum_lanes<scalar_t>(lr_sum));
+    lr_sum = Vector<scalar_t>{};
+  }
+}
+
 template <int64_t kWidth, typename scalar_t>
 void adjoint(const Task<scalar_t>& given, Arena<scalar_t>& arena, const PlainPath<scalar_t>& taken,
              const scalar_t* grad_path, bool whole_path, const TaskGradients<scalar_t>& grads) {
@@ -84,15 +107,13 @@ void adjoint(const Task<scalar_t>& given, Arena<scalar_t>& arena, const PlainPat
     scalar_t* earlier = k == 0 ? grads.start : path.adjoints + (k - 1) * P;  // λ_k
     scalar_t* h = path.coefficients + (K + k) * R;
     const scalar_t* curvatures = path.curvatures + k * R;
-    if (second_order || whole_path || k == K - 1) {
-      const scalar_t bias = task.rows.bias * later[width];
-      each_dots<scalar_t, kWidth>(
-          later, task.rows, [=](int64_t r, const Vector<scalar_t>& products) ALWAYS_INLINE_LAMBDA {
-            const Vector<scalar_t> sums = products + bias;
-            store(along + r) = sums;
-            store(h + r) = -rate * load(curvatures + r) * sums;
-          });
-    }
+    const scalar_t bias = task.rows.bias * later[width];
+    each_dots<scalar_t, kWidth>(
+        later, task.rows, [=](int64_t r, const Vector<scalar_t>& products) ALWAYS_INLINE_LAMBDA {
+          const Vector<scalar_t> sums = products + bias;
+          store(along + r) = sums;
+          store(h + r) = -rate * load(curvatures + r) * sums;
+        });
     for (int64_t r = 0; r < R; r += kLane) lr_sum += load(push + r) * load(along + r);
     if (grads.inner_lr && (grads.inner_lr.stride != 0 || k == 0)) {
       grads.inner_lr.add(k, -sum_lanes<scalar_t>(lr_sum));
@@ -134,6 +155,10 @@ template <typename scalar_t>
 void plain_adjoint(const Task<scalar_t>& task, Arena<scalar_t>& arena,
                    const PlainPath<scalar_t>& path, const scalar_t* grad_path, bool whole_path,
                    const TaskGradients<scalar_t>& grads) {
+  if (task.loop.first_order && !whole_path)
+    return with_width(task.layout, [&](auto width) {
+      first_order_adjoint<width()>(task, arena, path, grad_path, grads);
+    });
   if (task.loop.loss == Loss::kSoftmax)
     return adjoint<0>(task, arena, path, grad_path, whole_path, grads);
   with_width(task.layout, [&](auto width) {

@@ -401,17 +401,18 @@ ALWAYS_INLINE void each_dots(const scalar_t* left, const Rows<scalar_t>& rows, c
 }
 
 // result[j] = left · row_j + shift + base[j],  j < count;  the last register is filled up with
-// zeros. Without `base` it counts as zero.
-template <typename scalar_t>
+// zeros. Without `base` it counts as zero. kWidth is rows.width where that is known.
+template <typename scalar_t, int64_t kWidth = 0>
 ALWAYS_INLINE void dots(const scalar_t* left, const Rows<scalar_t>& rows, scalar_t shift,
                         const scalar_t* base, scalar_t* result) {
   const int64_t count = rows.count;
-  each_dots(left, rows, [=](int64_t j, const Vector<scalar_t>& products) ALWAYS_INLINE_LAMBDA {
-    Vector<scalar_t> sums = products + shift;
-    if (base != nullptr) sums += load(base + j);
-    store(result + j) =
-        j + kLanes<scalar_t> > count ? lower_lanes<scalar_t>(sums, count - j) : sums;
-  });
+  each_dots<scalar_t, kWidth>(
+      left, rows, [=](int64_t j, const Vector<scalar_t>& products) ALWAYS_INLINE_LAMBDA {
+        Vector<scalar_t> sums = products + shift;
+        if (base != nullptr) sums += load(base + j);
+        store(result + j) =
+            j + kLanes<scalar_t> > count ? lower_lanes<scalar_t>(sums, count - j) : sums;
+      });
 }
 
 // result[i, j] = left_i · row_j + shift for all i, j < count, which must be symmetric: left rows
@@ -514,6 +515,20 @@ ALWAYS_INLINE void multiply_block(const Coefficients<scalar_t>& coefficients, in
       store_out<scalar_t>(sums[r][v], out + r * result_stride + v * kLanes<scalar_t>, stream);
 }
 
+// kVectors registers of  result[m] = c[m] vector,  m < rows, from column `first` on.
+template <int64_t kVectors, typename scalar_t>
+ALWAYS_INLINE void scale_block(const Coefficients<scalar_t>& coefficients, int64_t rows,
+                               const scalar_t* vector, int64_t first, scalar_t* result,
+                               int64_t result_stride, bool stream) {
+  constexpr int64_t kLane = kLanes<scalar_t>;
+  Vector<scalar_t> parts[kVectors];
+  for (int64_t v = 0; v < kVectors; ++v) parts[v] = load(vector + first + v * kLane);
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t v = 0; v < kVectors; ++v)
+      store_out<scalar_t>(coefficients.at(m, 0) * parts[v],
+                          result + m * result_stride + first + v * kLane, stream);
+}
+
 // result[m] = Σ_j C[m, j] basis[j],  m < rows, j < count, over `width` numbers, a multiple of a
 // register; basis is a Stack or Rows, result may lie anywhere.
 template <typename scalar_t, typename Basis>
@@ -521,6 +536,16 @@ ALWAYS_INLINE void multiply(const Coefficients<scalar_t>& coefficients, int64_t 
                             const Basis& basis, int64_t count, int64_t width, scalar_t* result,
                             int64_t result_stride, bool stream = false) {
   constexpr int64_t kLane = kLanes<scalar_t>;
+  if (count == 1) {
+    int64_t i = 0;
+    for (; i + 8 * kLane <= width; i += 8 * kLane)
+      scale_block<8>(coefficients, rows, basis[0], i, result, result_stride, stream);
+    for (; i + 4 * kLane <= width; i += 4 * kLane)
+      scale_block<4>(coefficients, rows, basis[0], i, result, result_stride, stream);
+    for (; i < width; i += kLane)
+      scale_block<1>(coefficients, rows, basis[0], i, result, result_stride, stream);
+    return;
+  }
   int64_t m = 0;
   for (; width == kLane && m + 8 <= rows; m += 8)  // eight chains of additions here, too
     multiply_block<8, 1>(coefficients, m, basis, 0, count, result, result_stride, stream);
