@@ -5,9 +5,9 @@
 // number of threads.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
-#include <vector>
 
 #include "../arguments.h"
 #include "vector.h"
@@ -27,16 +27,17 @@ class TaskBlocks {
     };
     const int64_t total = cost(num_tasks);
     const int64_t work = total * entry_cost;
-    const int64_t blocks = std::max<int64_t>(1, std::min({most, num_tasks, work / kLeastWork}));
-    bounds_.push_back(0);
-    for (int64_t block = 1, task = 0; block <= blocks; ++block) {
-      while (task < num_tasks && cost(task) * blocks < total * block) ++task;
-      bounds_.push_back(block == blocks ? num_tasks : task);
+    size_ = std::max<int64_t>(1, std::min({most, kMostBlocks, num_tasks, work / kLeastWork}));
+    for (int64_t block = 1, task = 0; block < size_; ++block) {
+      while (task < num_tasks && cost(task) * size_ < total * block) ++task;
+      bounds_[block] = task;
     }
+    bounds_[0] = 0;
+    bounds_[size_] = num_tasks;
     worth_sharing_ = work > kWorthSharing;
   }
 
-  int64_t size() const { return static_cast<int64_t>(bounds_.size()) - 1; }
+  int64_t size() const { return size_; }
 
   // body(block, task, last, worker) for every task, with a Worker of the thread that computes it. A
   // thread takes several blocks at once, fewer and fewer of them: it goes on to the task after this
@@ -68,7 +69,8 @@ class TaskBlocks {
   // Multiply-adds that take about as long as waking a thread up, and as what a block costs.
   static constexpr int64_t kWorthSharing = 500'000, kLeastWork = 100'000;
   bool worth_sharing_;
-  std::vector<int64_t> bounds_;
+  int64_t size_;
+  std::array<int64_t, kMostBlocks + 1> bounds_;
 };
 
 // Throws unless all ids lie in [0, limit); the message begins with `subject`.
