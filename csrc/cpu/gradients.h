@@ -311,7 +311,7 @@ class Gradients {
   int64_t num_blocks_;
   int64_t start_at_, offset_at_, loss_at_, record_size_;
   Place scale_at_, inner_lr_at_, momentum_at_, pull_at_;
-  scalar_t* records_;           // [num_blocks, record_size], this thread's
+  scalar_t* records_;         // [num_blocks, record_size], this thread's
   double* totals_ = nullptr;  // of all records, this thread's
   scalar_t *rows_, *biases_, *weights_, *per_task_user_, *per_task_bias_, *per_task_pull_;
   bool stream_;

@@ -56,7 +56,7 @@ using Quad = typename Register<scalar_t>::quad;  // four numbers
 
 template <typename scalar_t>
 constexpr int64_t padded(int64_t count) {
-  return (count + kLanes<scalar_t> - 1) / kLanes<scalar_t> * kLanes<scalar_t>;
+  return (count + kLanes<scalar_t> - 1) & -kLanes<scalar_t>;  // a power of two
 }
 
 // How fast vectors of D + 1 numbers lie in memory.
@@ -76,7 +76,7 @@ class Arena {
  public:
   // Uninitialised, except for the padding after the last of `count` numbers.
   ALWAYS_INLINE scalar_t* take(int64_t count) {
-    const int64_t size = std::max(padded<scalar_t>(count), kLanes<scalar_t>);
+    const int64_t size = padded<scalar_t>(std::max<int64_t>(count, 1));
     if (used_ + size > capacity_) grow(size);
     scalar_t* result = data_ + used_;
     used_ += size;
