@@ -78,11 +78,12 @@ def _run(op: Any, model: tuple[Tensor, ...], loop: tuple[Any, ...], support: Ent
 def _take(start: Start, settings: Settings, support: Entries) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """The meta-parameters and the inner loop as the operators take them."""
     user_init, user_bias_init, item_table, item_bias, offset = start
+    steps, loss = settings[1], settings[6]
     if not (type(item_table) in _PLAIN and type(item_bias) in _PLAIN and item_table.is_cpu):
         raise Unusual
-    if type(settings[1]) not in (int, str):  # True and 1.0 would be found where 1 is kept
+    if type(steps) not in (int, str):  # True and 1.0 would be found where 1 is kept
         raise Unusual
-    _look_at(support, settings[6], item_bias)
+    _look_at(support, loss, item_bias)
     dtype = item_bias.dtype
     if support.weights is not None and support.weights.dtype is not dtype:
         raise Unusual
@@ -106,11 +107,12 @@ def _loop(settings: Settings, dtype: torch.dtype) -> tuple[Any, ...]:
     if pull is None and prior_pull != 0:
         raise Unusual
     count = _ops.EXACT if steps == "exact" else steps
+    rate = kept_scalar(inner_lr, dtype)
     loop = (
-        kept_scalar(inner_lr, dtype), preconditioner, pull, momentum, float(extra_count), count, loss,
+        rate, preconditioner, pull, momentum, float(extra_count), count, loss,
         bool(first_order), "auto", adapt,
     )  # fmt: skip
-    if not any(isinstance(setting, Tensor) for setting in settings):
+    if type(rate) is Tensor and not any(isinstance(setting, Tensor) for setting in settings):  # and no fake one
         if len(_loops) >= _MOST_LOOPS:
             _loops.clear()
         _loops[settings, dtype] = loop
