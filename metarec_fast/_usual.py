@@ -52,11 +52,12 @@ def adapt(start: Start, settings: Settings, support: Entries) -> FastWeights:
 def meta_step(start: Start, settings: Settings, batch: TaskBatch, outer_loss: str) -> MetaStep:
     support, query = batch.support, batch.query
     model, loop = _take(start, settings, support)
+    item_bias = model[3]
     if query is None:
         raise Unusual
-    _look_at(query, outer_loss, model[3])
+    _look_at(query, outer_loss, item_bias)
     for weights in (query.weights, batch.weights):
-        if weights is not None and (weights.dtype is not model[3].dtype or weights.requires_grad):
+        if weights is not None and (weights.dtype is not item_bias.dtype or weights.requires_grad):
             raise Unusual
     args = (
         *_ops.inputs(model, support), *_ops.judged_query(batch), *loop, *_OUTER_WEIGHTS[outer_loss], None,
