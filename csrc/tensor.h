@@ -23,6 +23,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// How many numbers there are, none in a tensor that is not there.
+inline int64_t numel(const OptionalTensor& tensor) { return tensor ? tensor->numel() : 0; }
+
 // torch::stable::contiguous() always enters the dispatcher; this does not when
 // there is nothing to copy.
 inline Tensor as_contiguous(const Tensor& tensor) {

@@ -72,12 +72,12 @@ class Gradients {
       return begin;
     };
     const auto place_of = [&](const OptionalTensor& tensor, int64_t count) {
-      return size(tensor) > 0 ? Place{place(count), tensor->dim() == 0 ? 0 : 1} : Place{};
+      return numel(tensor) > 0 ? Place{place(count), tensor->dim() == 0 ? 0 : 1} : Place{};
     };
     start_at_ = place(layout_.stride);
     scale_at_ = place_of(preconditioner, layout_.stride);
-    inner_lr_at_ = place_of(inner_lr, size(inner_lr));
-    momentum_at_ = place_of(momentum, size(momentum));
+    inner_lr_at_ = place_of(inner_lr, numel(inner_lr));
+    momentum_at_ = place_of(momentum, numel(momentum));
     pull_at_ = place_of(prior_pull, 1);
     offset_at_ = place(1);
     loss_at_ = place(1);
@@ -189,16 +189,19 @@ class Gradients {
   double finish() {
     static thread_local std::vector<double> totals;  // a large block would make malloc tidy up
     totals.assign(record_size_, 0.0);
-    totals_ = totals.data();
     for (int64_t block = 0; block < num_blocks_; ++block)
-      add_record(records_ + block * record_size_, record_size_, totals_);
-    if (per_task_user_ == nullptr) take_total(start_at_, size(user_init), data(user_init));
+      add_record(records_ + block * record_size_, record_size_, totals.data());
+    const double* total = totals.data();
+    const auto take_total = [total](int64_t at, int64_t count, scalar_t* result) {
+      for (int64_t i = 0; i < count; ++i) result[i] = static_cast<scalar_t>(total[at + i]);
+    };
+    if (per_task_user_ == nullptr) take_total(start_at_, numel(user_init), data(user_init));
     if (per_task_bias_ == nullptr)
-      take_total(start_at_ + layout_.width, size(user_bias_init), data(user_bias_init));
-    take_total(offset_at_, size(offset), data(offset));
-    take_total(inner_lr_at_.at, size(inner_lr), data(inner_lr));
-    take_total(momentum_at_.at, size(momentum), data(momentum));
-    if (per_task_pull_ == nullptr) take_total(pull_at_.at, size(prior_pull), data(prior_pull));
+      take_total(start_at_ + layout_.width, numel(user_bias_init), data(user_bias_init));
+    take_total(offset_at_, numel(offset), data(offset));
+    take_total(inner_lr_at_.at, numel(inner_lr), data(inner_lr));
+    take_total(momentum_at_.at, numel(momentum), data(momentum));
+    if (per_task_pull_ == nullptr) take_total(pull_at_.at, numel(prior_pull), data(prior_pull));
     if (preconditioner) {
       take_total(scale_at_.at, layout_.dim, data(preconditioner));
       take_total(scale_at_.at + layout_.width, 1, data(preconditioner) + layout_.dim);
@@ -229,9 +232,8 @@ class Gradients {
             inner_lr,  preconditioner, prior_pull, momentum, support_weights};
   }
 
-  static int64_t size(const OptionalTensor& tensor) { return tensor ? tensor->numel() : 0; }
   static scalar_t* data(OptionalTensor& tensor) {
-    return size(tensor) == 0 ? nullptr : tensor->mutable_data_ptr<scalar_t>();
+    return numel(tensor) == 0 ? nullptr : tensor->mutable_data_ptr<scalar_t>();
   }
 
   ALWAYS_INLINE void add_start(int64_t block, int64_t task, const scalar_t* start,
@@ -302,17 +304,13 @@ class Gradients {
   static void add_record(const scalar_t* record, int64_t count, double* totals) {
     for (int64_t i = 0; i < count; ++i) totals[i] += record[i];
   }
-  void take_total(int64_t at, int64_t count, scalar_t* result) const {
-    for (int64_t i = 0; i < count; ++i) result[i] = static_cast<scalar_t>(totals_[at + i]);
-  }
 
   Layout<scalar_t> layout_;
   Loss loss_;
   int64_t num_blocks_;
   int64_t start_at_, offset_at_, loss_at_, record_size_;
   Place scale_at_, inner_lr_at_, momentum_at_, pull_at_;
-  scalar_t* records_;         // [num_blocks, record_size], this thread's
-  double* totals_ = nullptr;  // of all records, this thread's
+  scalar_t* records_;  // [num_blocks, record_size], this thread's
   scalar_t *rows_, *biases_, *weights_, *per_task_user_, *per_task_bias_, *per_task_pull_;
   bool stream_;
 };

@@ -64,7 +64,7 @@ struct GradientTensors {
       return tensor ? tensor->mutable_data_ptr<scalar_t>() : nullptr;
     };
     const auto per_task = [&](OptionalTensor& tensor, int dim) -> scalar_t* {
-      return size(tensor) > 0 && tensor->dim() == dim ? data(tensor) : nullptr;
+      return numel(tensor) > 0 && tensor->dim() == dim ? data(tensor) : nullptr;
     };
     scalar_t* rows = data(item_rows);
     return {used(),
@@ -84,11 +84,11 @@ struct GradientTensors {
     int64_t bits = 0;
     if (user_init) bits |= 1;
     if (item_rows) bits |= 2;
-    if (size(inner_lr) > 0) bits |= 4;
-    if (size(preconditioner) > 0) bits |= 8;
-    if (size(prior_pull) > 0) bits |= 16;
-    if (size(momentum) > 0) bits |= 32;
-    if (size(support_weights) > 0) bits |= 64;
+    if (numel(inner_lr) > 0) bits |= 4;
+    if (numel(preconditioner) > 0) bits |= 8;
+    if (numel(prior_pull) > 0) bits |= 16;
+    if (numel(momentum) > 0) bits |= 32;
+    if (numel(support_weights) > 0) bits |= 64;
     return {bits};
   }
 
@@ -107,7 +107,7 @@ struct GradientTensors {
       add(*offset, at.offset(), 1, false);
     }
     if (inner_lr) add(*inner_lr, at.inner_lr(), steps, inner_lr->dim() == 0);
-    if (size(momentum) > 0) add(*momentum, at.momentum(), steps, momentum->dim() == 0);
+    if (numel(momentum) > 0) add(*momentum, at.momentum(), steps, momentum->dim() == 0);
     if (prior_pull && prior_pull->dim() == 0) add(*prior_pull, at.pull(), 1, false);
     if (preconditioner) {
       scalar_t* out = preconditioner->mutable_data_ptr<scalar_t>();
@@ -128,8 +128,6 @@ struct GradientTensors {
   }
 
  private:
-  static int64_t size(const OptionalTensor& tensor) { return tensor ? tensor->numel() : 0; }
-
   GradientTuple with_items(const OptionalTensor& table, const OptionalTensor& bias) const {
     return {user_init, user_bias_init, table,      bias,     offset,
             inner_lr,  preconditioner, prior_pull, momentum, support_weights};
