@@ -13,24 +13,31 @@
 
 namespace metarec_fast::cpu {
 
-// Vectors that rows are combined of beside X: u_0 … u_{K−1}, λ_1 … λ_K, u_K.
+// Rows that a step is made of: X, and then vectors u_0 … u_{K−1}, λ_K … λ_1, u_K, so that what a
+// step needs of them comes first on the way there and on the way back.
 template <typename scalar_t>
 struct FactoredPath {
+  int64_t steps, width;            // K, layout.width
   int64_t items, stride, entries;  // I; I and R, padded
-  scalar_t* vectors;               // these [2K + 1, layout.stride]
-  scalar_t* factors;               // h_0 … h_{K−1}, a_0 … a_{K−1}, h_K [2K + 1, stride]
-  Rows<scalar_t> rows;             // X, the last again up to `stride`, then these vectors
+  int64_t row, columns;            // of factors; of products, K padded
+  const scalar_t* const* at;       // these rows, the last of X again up to `stride`
+  scalar_t* vectors;               // u_0 … u_{K−1}, λ_1 … λ_K, u_K [2K + 1, width + a register]
+  scalar_t* factors;               // h_0 … h_{K−1}, a_0 … a_{K−1}, h_K [2K + 1, row]: numbers of
+                                   // items, then what the step takes of the vectors
   scalar_t* biases;                // m + b, as they are now [stride]
   scalar_t* slopes;                // g_k [K, stride]
   scalar_t* pushes;                // w ∘ ℓ'/(S + n0) of the entries [K, entries]
-  scalar_t* curvatures;            // [K, entries], see differentiate
-  scalar_t* products;              // row k: u_j·u_k for j < k [K + 1, K], padded
-  scalar_t* squares;               // row k: a_j·a_k for j < k [K, K], padded
-  int64_t columns;                 // of the two, padded
+  scalar_t* curvatures;            // w ∘ ℓ''/(S + n0) [K, entries]
+  scalar_t* products;              // row k: u_j·u_k for j < k [K + 1, columns]
 
-  scalar_t* vector(int64_t k, const Layout<scalar_t>& layout, int64_t steps) const {
-    return vectors + (k < steps ? k : 2 * steps) * layout.stride;
-  }
+  scalar_t* vector(int64_t k) const { return stacked(k < steps ? k : 2 * steps); }          // u_k
+  scalar_t* adjoint(int64_t k) const { return stacked(steps + k - 1); }                     // λ_k
+  scalar_t* bends(int64_t k) const { return factors + (k < steps ? k : 2 * steps) * row; }  // h_k
+  scalar_t* moves(int64_t k) const { return factors + (steps + k) * row; }                  // a_k
+  int64_t vector_stride() const { return width + kLanes<scalar_t>; }
+
+ private:
+  scalar_t* stacked(int64_t j) const { return vectors + j * vector_stride(); }
 };
 
 // Whether this form takes less than going over the rows themselves, for I items and K steps: what
@@ -45,8 +52,7 @@ void factored_forward(const Task<scalar_t>& task, const ItemIndex& index, Arena<
 
 // scores[i] = E_K[i]·u_K + b_K[i] + c_K of the support items [stride].
 template <typename scalar_t>
-void factored_scores(const Task<scalar_t>& task, Arena<scalar_t>& arena,
-                     const FactoredPath<scalar_t>& path, scalar_t* scores);
+void factored_scores(const FactoredPath<scalar_t>& path, scalar_t* scores);
 
 // Everything the task began with, from λ_K, whose bias has the sum of all p̄, and h_K [stride] of
 // support items, which `met` says that there are. Rows of items are

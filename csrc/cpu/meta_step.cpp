@@ -100,14 +100,14 @@ void adapt_factored(const Batch<scalar_t>& batch, int64_t block, const Task<scal
   const int64_t* place = items.query.data();
   FactoredPath<scalar_t> path;
   factored_forward(task, items.index, arena, path);
-  const scalar_t* fast = path.vector(K, layout, K);
+  const scalar_t* fast = path.vector(K);
 
   const bool met = std::any_of(place, place + size, [](int64_t item) { return item >= 0; });
   scalar_t *scores = arena.take(size), *grad_scores = arena.take_zeros(size);
   if (size > 0) score_query(asked, fast, scores);
   if (met) {
     scalar_t* item_scores = arena.take(path.stride);
-    factored_scores(task, arena, path, item_scores);
+    factored_scores(path, item_scores);
     for (int64_t q = 0; q < size; ++q)
       if (place[q] >= 0) scores[q] = item_scores[place[q]];
   }
@@ -117,7 +117,10 @@ void adapt_factored(const Batch<scalar_t>& batch, int64_t block, const Task<scal
   FullGradients<scalar_t> grads =
       gradients.of_full_task(block, path.items, support_begin, arena, !distinct);
   const scalar_t total = sum(grad_scores, size);
-  scalar_t* of_items = path.factors + 2 * K * path.stride;
+  scalar_t* of_items = path.bends(K);
+  if (met)
+    for (int64_t i = 0; i < path.stride; i += kLanes<scalar_t>)
+      store(of_items + i) = Vector<scalar_t>{};
   for (int64_t q = 0; q < size; ++q)
     if (place[q] >= 0) {
       of_items[place[q]] += grad_scores[q];
@@ -128,11 +131,11 @@ void adapt_factored(const Batch<scalar_t>& batch, int64_t block, const Task<scal
   write_query_rows(asked, begin, layout, grad_scores, 0, fast, 1, arena, gradients);
   factored_adjoint(task, items.index, arena, path, met, grads);
 
-  const Rows<scalar_t> vectors{path.rows.at + path.stride, 2 * K + met, layout.width, 0};
   scalar_t* rows = distinct ? gradients.support_row(support_begin) : grads.rows;
   if (rows != nullptr)
-    write_rows<scalar_t>(layout, {path.factors, 1, path.stride}, path.items, vectors, vectors.count,
-                         arena, rows, distinct ? layout.dim : layout.width,
+    write_rows<scalar_t>(layout, {path.factors, 1, path.row}, path.items,
+                         Stack<scalar_t>{path.vectors, path.vector_stride()}, 2 * K + met, arena,
+                         rows, distinct ? layout.dim : layout.width,
                          distinct && gradients.stream());
   gradients.add_full_task(block, task, grads, items.index, support_begin, grad_scores, asked,
                           begin);

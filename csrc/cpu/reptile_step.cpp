@@ -95,21 +95,19 @@ const scalar_t* move_by_factors(const Task<scalar_t>& task, const ItemIndex& ind
   const int64_t K = task.loop.steps;
   FactoredPath<scalar_t> path;
   factored_forward(task, index, arena, path);
-  factored_scores(task, arena, path, item_scores);
-  const int64_t stride = path.stride;
-  moves.biases = arena.take_zeros(stride);
-  scalar_t* a = path.factors + K * stride;
-  for (int64_t j = 0; j < K; ++j)
-    for (int64_t i = 0; i < stride; i += kLane) {
-      store(a + j * stride + i) *= -load(shares + i);
-      store(moves.biases + i) += load(a + j * stride + i);
+  factored_scores(path, item_scores);
+  moves.biases = arena.take_zeros(path.stride);
+  for (int64_t k = 0; k < K; ++k)
+    for (int64_t i = 0; i < path.stride; i += kLane) {
+      store(path.moves(k) + i) *= -load(shares + i);
+      store(moves.biases + i) += load(path.moves(k) + i);
     }
   const bool own_rows = rows == nullptr;
   if (own_rows) rows = moves.rows = arena.take(path.items * layout.width);
-  write_rows<scalar_t>(layout, {a, 1, stride}, path.items,
+  write_rows<scalar_t>(layout, {path.moves(0), 1, path.row}, path.items,
                        Stack<scalar_t>{path.vectors, layout.stride}, K, arena, rows,
                        own_rows ? layout.width : layout.dim, stream && !own_rows);
-  return path.vector(K, layout, K);
+  return path.vector(K);
 }
 
 ReptileTuple reptile_step_cpu(const Tensor& user_init, const Tensor& user_bias_init,

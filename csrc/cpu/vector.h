@@ -597,12 +597,11 @@ ALWAYS_INLINE void combine_block(const scalar_t* coefficients, const Rows<scalar
   for (int64_t v = 0; v < kVectors; ++v) store(result + first + v * kLane) = sums[0][v];
 }
 
-// result = plus + Σ_j coefficients[j] (row_j, bias), fast vectors; the coefficients' last register
-// is filled up with zeros. Without `plus` it counts as zero. kWidth is rows.width where that is
-// known.
+// result = plus + Σ_j coefficients[j] row_j; without `plus` it counts as zero. kWidth is rows.width
+// where that is known.
 template <typename scalar_t, int64_t kWidth = 0>
-ALWAYS_INLINE void combine(const scalar_t* coefficients, const Rows<scalar_t>& rows,
-                           const scalar_t* plus, scalar_t* result) {
+ALWAYS_INLINE void combine_vectors(const scalar_t* coefficients, const Rows<scalar_t>& rows,
+                                   const scalar_t* plus, scalar_t* result) {
   constexpr int64_t kLane = kLanes<scalar_t>;
   const int64_t width = kWidth > 0 ? kWidth : rows.width;
   int64_t i = 0;
@@ -611,7 +610,15 @@ ALWAYS_INLINE void combine(const scalar_t* coefficients, const Rows<scalar_t>& r
   for (; i + 4 * kLane <= width; i += 4 * kLane)
     combine_block<4, 2>(coefficients, rows, i, plus, result);
   for (; i < width; i += kLane) combine_block<1, 2>(coefficients, rows, i, plus, result);
+}
+
+// The same of fast vectors, (row_j, bias); the coefficients' last register is filled up with zeros.
+template <typename scalar_t, int64_t kWidth = 0>
+ALWAYS_INLINE void combine(const scalar_t* coefficients, const Rows<scalar_t>& rows,
+                           const scalar_t* plus, scalar_t* result) {
+  const int64_t width = kWidth > 0 ? kWidth : rows.width;
   const scalar_t before = plus == nullptr ? scalar_t{0} : plus[width];
+  combine_vectors<scalar_t, kWidth>(coefficients, rows, plus, result);
   store(result + width) = first_lane(before + rows.bias * sum(coefficients, rows.count));
 }
 
