@@ -88,6 +88,17 @@ def test_a_few_steps_on_many_items_go_by_factors_of_rows_and_give_the_same(loss,
         assert relative_error(gradient, by_rows.grads[name]) < 1e-11, name
 
 
+@pytest.mark.parametrize("support", [[0, 1024, 2048, 5], [0, 1, 2, 5], [7, 1024, 7, 0]])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_items_a_power_of_two_apart_are_told_apart(support, steps):
+    # Which of them a task has is first looked up by their remainders.
+    draw = Draw(13)
+    model, batch = draw.model(2100), draw.batch((4,), (5,), num_items=2100)
+    batch.support.items = torch.tensor(support)
+    batch.query.items = torch.tensor([1024, 0, 2049, 5, 1031])
+    compare_with_reference(model, batch, loop_of(draw, steps), {"squared": 1.0})
+
+
 def test_adapted_rows_are_those_of_the_reference():
     draw = Draw(7)
     model, batch, loop = draw.model(FEW), draw.batch(num_items=FEW, weights=True), loop_of(draw, 5)

@@ -49,10 +49,10 @@ struct FullItems {
   template <typename scalar_t>
   void find(const EntryData<scalar_t>& support, const EntryData<scalar_t>& asked, int64_t task) {
     index.assign(support.items + support.begin(task), support.size(task));
-    query.clear();
+    query.resize(asked.size(task) * asked.candidates());
+    int64_t* number = query.data();
     for (int64_t q = asked.begin(task); q < asked.begin(task + 1); ++q)
-      for (int64_t j = 0; j <= asked.num_negatives; ++j)
-        query.push_back(index[asked.candidate(q, j)]);
+      for (int64_t j = 0; j < asked.candidates(); ++j) *number++ = index[asked.candidate(q, j)];
   }
 };
 

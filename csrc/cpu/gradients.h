@@ -146,6 +146,8 @@ class Gradients {
                  const ItemIndex& index, int64_t support_begin) {
     add_start(block, task.index, grads.fast, grads.offset);
     if (rows_ == nullptr) return;
+    if (grads.rows == nullptr && index.all_distinct())
+      return copy_out(grads.biases, task.size, biases_ + support_begin);
     for (int64_t e = 0, next = 0; e < task.size; ++e) {
       const int64_t i = index.place[e];
       const bool first = i == next;  // items are numbered as they come
