@@ -41,9 +41,9 @@ struct FactoredPath {
 };
 
 // Whether this form takes less than going over the rows themselves, for I items and K steps: what
-// belongs to steps grows with K², measured at K = 1 … 16, I = 3 … 16 (benchmarks/notes.md).
+// belongs to steps grows with K², measured at K = 1 … 24, I = 1 … 32 (benchmarks/notes.md).
 inline bool worth_factoring(int64_t items, int64_t steps) {
-  return items > 0 && 2 * steps <= items;
+  return items > 2 && 2 * steps <= items + 8;
 }
 
 template <typename scalar_t>
