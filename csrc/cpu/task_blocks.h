@@ -73,13 +73,18 @@ class TaskBlocks {
   std::array<int64_t, kMostBlocks + 1> bounds_;
 };
 
-// Throws unless all ids lie in [0, limit); the message begins with `subject`.
+// Throws unless all ids lie in [0, limit); the message begins with `subject`. One pass without
+// branches, by the sign bits of what must not be negative; the culprit is looked for only if there
+// is one.
 inline void check_ids(const std::string& subject, const int64_t* ids, int64_t count,
                       int64_t limit) {
-  bool inside = true;  // one branch-free pass; the culprit is looked for only if there is one
+  uint64_t signs = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint64_t id = static_cast<uint64_t>(ids[i]);
+    signs |= id | (static_cast<uint64_t>(limit) - 1 - id);
+  }
+  if (signs >> 63 == 0) return;
   for (int64_t i = 0; i < count; ++i)
-    inside &= static_cast<uint64_t>(ids[i]) < static_cast<uint64_t>(limit);
-  for (int64_t i = 0; !inside && i < count; ++i)
     STD_TORCH_CHECK(ids[i] >= 0 && ids[i] < limit, subject, " must be in [0, ", limit, "), got ",
                     ids[i], " at position ", i);
 }
