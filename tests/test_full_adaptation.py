@@ -56,12 +56,13 @@ def test_queries_with_negatives():
     compare_with_reference(draw.model(FEW), batch, loop_of(draw, 3), {"bpr": 0.5, "softmax": 0.5})
 
 
+@pytest.mark.parametrize("num_items", [FEW, 400])
+@pytest.mark.parametrize("steps", [0, 3, 20])
 @pytest.mark.parametrize("first_order", [False, True])
-def test_gradients_through_the_scores_equal_the_reference(first_order):
+def test_gradients_through_the_scores_equal_the_reference(first_order, steps, num_items):
     draw = Draw(6)
-    leaves, model, batch, loop = tracked(
-        draw.model(FEW), draw.batch(num_items=FEW, weights=True), loop_of(draw, 3, first_order=first_order)
-    )
+    batch = draw.batch(num_items=num_items, weights=True)
+    leaves, model, batch, loop = tracked(draw.model(num_items), batch, loop_of(draw, steps, first_order=first_order))
     results = []
     for run in (_ops.adapt_and_score, reference.adapt_and_score):
         fast, scores = run(model, batch, loop)

@@ -1,5 +1,5 @@
 // φ_K of every task from its support set, the scores of its query items, and the way back.
-#include "gradients.h"
+#include "factored_task.h"
 #include "inner_solver.h"
 
 namespace metarec_fast::cpu {
@@ -48,10 +48,17 @@ Adapted run_forward(const Inputs& inputs, const RaggedItems& query, const LoopAr
       auto& [arena, ahead, items] = worker;
       const Task<scalar_t> task = reader.next(t, last, &queries, arena, ahead);
       items.find(reader.support, queries, t);
-      FullPath<scalar_t> path = adapt_full(task, items.index, arena);
-      const scalar_t* fast = path.fast + reader.loop.steps * layout.stride;
+      const int64_t K = reader.loop.steps;
       const Query<scalar_t> asked = read_query(reader, queries, t, arena);
       scalar_t* own = arena.take(asked.size());
+      if (worth_factoring(items.index.size(), K)) {
+        FactoredPath<scalar_t> path;
+        factored_forward(task, items.index, arena, path);
+        score_factored(asked, items, path, arena, own);
+        return put(t, path.vector(K), own);
+      }
+      FullPath<scalar_t> path = adapt_full(task, items.index, arena);
+      const scalar_t* fast = path.fast + K * layout.stride;
       score_full(asked, items.query.data(), path, fast, own);
       put(t, fast, own);
     };
@@ -167,11 +174,16 @@ GradientTuple adapt_and_score_backward_cpu(
       const Task<scalar_t> task = reader.next(t, last, &queries, arena, ahead);
       const Query<scalar_t> asked = read_query(reader, queries, t, arena);
       items.find(reader.support, queries, t);
-      FullPath<scalar_t> path = adapt_full(task, items.index, arena);
-
       const int64_t begin = queries.begin(t), support_begin = reader.support.begin(t);
       const auto [grad_scores, grad_fast] = arrivals(t, asked.size(), arena);
       const int64_t K = reader.loop.steps;
+      if (worth_factoring(items.index.size(), K, reader.loop.first_order)) {
+        FactoredPath<scalar_t> path;
+        factored_forward(task, items.index, arena, path);
+        return undo_factored(task, block, asked, begin, support_begin, items, path, grad_scores,
+                             grad_fast, arena, gradients);
+      }
+      FullPath<scalar_t> path = adapt_full(task, items.index, arena);
       const scalar_t* fast = path.fast + K * layout.stride;
       FullGradients<scalar_t> grads =
           gradients.of_full_task(block, path.items, support_begin, arena);

@@ -28,16 +28,21 @@ ALWAYS_INLINE void factor_products(const scalar_t* factors, int64_t row, int64_t
   }
 }
 
-// products[j] = left · u_j, j < count, and then sink(i, left · X_i) for every register of items.
-template <int64_t kWidth, typename scalar_t, typename Sink>
-ALWAYS_INLINE void each_item_dots(const scalar_t* left, const FactoredPath<scalar_t>& path,
-                                  int64_t count, scalar_t* products, const Sink& sink) {
-  const Rows<scalar_t> items{path.at, path.stride, path.width, 0};
+// products[j] = left · u_j, j < count.
+template <int64_t kWidth, typename scalar_t>
+ALWAYS_INLINE void user_products(const scalar_t* left, const FactoredPath<scalar_t>& path,
+                                 int64_t count, scalar_t* products) {
   const Rows<scalar_t> users{path.at + path.stride, count, path.width, 0};
   each_dots<scalar_t, kWidth>(left, users,
                               [=](int64_t j, const Vector<scalar_t>& sums)
                                   ALWAYS_INLINE_LAMBDA { store(products + j) = sums; });
-  each_dots<scalar_t, kWidth>(left, items, sink);
+}
+
+// Calls sink(i, left · X_i) for every register of items.
+template <int64_t kWidth, typename scalar_t, typename Sink>
+ALWAYS_INLINE void each_item_product(const scalar_t* left, const FactoredPath<scalar_t>& path,
+                                     const Sink& sink) {
+  each_dots<scalar_t, kWidth>(left, Rows<scalar_t>{path.at, path.stride, path.width, 0}, sink);
 }
 
 // result = plus + Σ_j coefficients[j] row_j over X and the first `count` vectors after it.
@@ -48,8 +53,8 @@ ALWAYS_INLINE void combine_rows(const scalar_t* coefficients, const FactoredPath
   combine_vectors<scalar_t, kWidth>(coefficients, rows, plus, result);
 }
 
-// Calls sink(i, scores) for every register of scores[i] = E_k[i]·u_k + b_k[i] + c_k; row k of the
-// products is made on the way.
+// Calls sink(i, scores) for every register of scores[i] = E_k[i]·u_k + b_k[i] + c_k, of which row k
+// of the products is a part.
 template <int64_t kWidth, typename scalar_t, typename Sink>
 ALWAYS_INLINE void each_score(const FactoredPath<scalar_t>& path, int64_t k, const Sink& sink) {
   const scalar_t* now = path.vector(k);
@@ -57,8 +62,9 @@ ALWAYS_INLINE void each_score(const FactoredPath<scalar_t>& path, int64_t k, con
   scalar_t* products = path.products + k * path.columns;
   const scalar_t *biases = path.biases, bias = now[path.width];
   const int64_t row = path.row;
-  each_item_dots<kWidth>(
-      now, path, k, products, [=](int64_t i, const Vector<scalar_t>& sums) ALWAYS_INLINE_LAMBDA {
+  user_products<kWidth>(now, path, k, products);
+  each_item_product<kWidth>(
+      now, path, [=](int64_t i, const Vector<scalar_t>& sums) ALWAYS_INLINE_LAMBDA {
         sink(i, sums + (load(biases + i) + bias) + combine_factors(products, 1, moves + i, row, k));
       });
 }
@@ -160,6 +166,7 @@ void adjoint(const Task<scalar_t>& given, const ItemIndex& index, Arena<scalar_t
 
   // λ_K += E_Kᵀ h_K, whose sum its bias has already
   if (met) {
+    user_products<kWidth>(path.vector(K), path, K, path.products + K * columns);
     for (int64_t i = 0; i < stride; i += kLane) store(grad_biases + i) += load(h_last + i);
     factor_products(path.moves(0), row, K, h_last, stride, h_last + stride);
     combine_rows<kWidth>(h_last, path, K, grads.fast, grads.fast);
@@ -188,14 +195,14 @@ void adjoint(const Task<scalar_t>& given, const ItemIndex& index, Arena<scalar_t
       if (met) sum += path.products[K * columns + k] * load(h_last + i);
       store(along + i) = sum;
     }
-    each_item_dots<kWidth>(later, path, k, products,
-                           [=](int64_t i, const Vector<scalar_t>& sums) ALWAYS_INLINE_LAMBDA {
-                             const Vector<scalar_t> all =
-                                 sums + load(along + i) +
-                                 combine_factors(products, 1, moves + i, row, k);
-                             store(along + i) = all;
-                             if (distinct) store(h + i) = -rate * load(curvature + i) * all;
-                           });
+    user_products<kWidth>(later, path, k, products);
+    each_item_product<kWidth>(
+        later, path, [=](int64_t i, const Vector<scalar_t>& sums) ALWAYS_INLINE_LAMBDA {
+          const Vector<scalar_t> all =
+              sums + load(along + i) + combine_factors(products, 1, moves + i, row, k);
+          store(along + i) = all;
+          if (distinct) store(h + i) = -rate * load(curvature + i) * all;
+        });
     const scalar_t* of_entries = along;
     if (!distinct) {
       spread_to_entries(along, index, task.size, entry_along);
@@ -221,14 +228,15 @@ void adjoint(const Task<scalar_t>& given, const ItemIndex& index, Arena<scalar_t
       of_vectors[2 * K - 1 - j] = path.moves(j)[stride + k];
     }
     combine_rows<kWidth>(h, path, K + rest, later, earlier);
-    store(earlier + width) = first_lane(bias + sum(h, stride));
+    const scalar_t total = sum(h, stride);
+    store(earlier + width) = first_lane(bias + total);
+    grads.offset += total;
     if (met) {
       const scalar_t of_last = dot(h_last, path.moves(k), stride);
       for (int64_t d = 0; d < width; d += kLane)
         store(earlier + d) += of_last * load(path.vector(K) + d);
     }
   }
-  grads.offset += grads.fast[width];
 }
 
 }  // namespace

@@ -21,7 +21,7 @@ struct FactoredPath {
   int64_t items, stride, entries;  // I; I and R, padded
   int64_t row, columns;            // of factors; of products, K padded
   const scalar_t* const* at;       // these rows, the last of X again up to `stride`
-  scalar_t* vectors;               // u_0 … u_{K−1}, λ_1 … λ_K, u_K [2K + 1, width + a register]
+  scalar_t* vectors;               // u_0 … u_{K−1}, λ_1 … λ_K, u_K [2K + 1, layout.stride]
   scalar_t* factors;               // h_0 … h_{K−1}, a_0 … a_{K−1}, h_K [2K + 1, row]: numbers of
                                    // items, then what the step takes of the vectors
   scalar_t* biases;                // m + b, as they are now [stride]
@@ -34,16 +34,16 @@ struct FactoredPath {
   scalar_t* adjoint(int64_t k) const { return stacked(steps + k - 1); }                     // λ_k
   scalar_t* bends(int64_t k) const { return factors + (k < steps ? k : 2 * steps) * row; }  // h_k
   scalar_t* moves(int64_t k) const { return factors + (steps + k) * row; }                  // a_k
-  int64_t vector_stride() const { return width + kLanes<scalar_t>; }
 
  private:
-  scalar_t* stacked(int64_t j) const { return vectors + j * vector_stride(); }
+  scalar_t* stacked(int64_t j) const { return vectors + j * (width + kLanes<scalar_t>); }
 };
 
-// Whether this form takes less than going over the rows themselves, for I items and K steps: what
-// belongs to steps grows with K², measured at K = 1 … 24, I = 1 … 32 (benchmarks/notes.md).
-inline bool worth_factoring(int64_t items, int64_t steps) {
-  return items > 2 && 2 * steps <= items + 8;
+// Whether this form knows what is to be done, and takes less than going over the rows themselves,
+// for I items and K steps: what belongs to steps grows with K², measured at K = 1 … 24, I = 1 … 32
+// (benchmarks/notes.md).
+inline bool worth_factoring(int64_t items, int64_t steps, bool first_order = false) {
+  return !first_order && items > 2 && 2 * steps <= items + 8;
 }
 
 template <typename scalar_t>
@@ -54,8 +54,8 @@ void factored_forward(const Task<scalar_t>& task, const ItemIndex& index, Arena<
 template <typename scalar_t>
 void factored_scores(const FactoredPath<scalar_t>& path, scalar_t* scores);
 
-// Everything the task began with, from λ_K, whose bias has the sum of all p̄, and h_K [stride] of
-// support items, which `met` says that there are. Rows of items are
+// Everything the task began with, from λ_K, whose bias has the sum of all p̄ as the offset has, and
+// h_K [stride] of support items, which `met` says that there are. Rows of items are
 // Σ_j factors[j] vectors[j]ᵀ afterwards, grads.fast is overwritten.
 template <typename scalar_t>
 void factored_adjoint(const Task<scalar_t>& task, const ItemIndex& index, Arena<scalar_t>& arena,

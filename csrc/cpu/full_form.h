@@ -8,6 +8,8 @@
 // the way back e_i is what it was before, e_i + s g_i u.
 #pragma once
 
+#include <algorithm>
+
 #include "item_index.h"
 #include "task_reader.h"
 
@@ -45,6 +47,7 @@ struct FullGradients {
 struct FullItems {
   ItemIndex index;             // of the support
   std::vector<int64_t> query;  // which of them each of the query's candidates is, or −1
+  bool met = false;            // whether one of them is
 
   template <typename scalar_t>
   void find(const EntryData<scalar_t>& support, const EntryData<scalar_t>& asked, int64_t task) {
@@ -53,6 +56,7 @@ struct FullItems {
     int64_t* number = query.data();
     for (int64_t q = asked.begin(task); q < asked.begin(task + 1); ++q)
       for (int64_t j = 0; j < asked.candidates(); ++j) *number++ = index[asked.candidate(q, j)];
+    met = std::any_of(query.begin(), query.end(), [](int64_t item) { return item >= 0; });
   }
 };
 

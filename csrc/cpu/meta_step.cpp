@@ -2,8 +2,7 @@
 // adapted, judged and undone.
 //
 //   L = Σ_t ω_t L_Q,t / Σ_t ω_t,   L_Q,t = Σ_k κ_k Σ_q v_q ℓ_out(p_q(φ_k), y_q) / Σ_q v_q
-#include "factored_form.h"
-#include "gradients.h"
+#include "factored_task.h"
 #include "inner_solver.h"
 #include "query_loss.h"
 
@@ -89,58 +88,6 @@ void adapt_users(const Batch<scalar_t>& batch, const TaskBlocks& blocks, Wanted 
   });
 }
 
-// A task whose items adapt, judged after the last step, by the factors of its rows.
-template <typename scalar_t>
-void adapt_factored(const Batch<scalar_t>& batch, int64_t block, const Task<scalar_t>& task,
-                    const Query<scalar_t>& asked, const FullItems& items, Arena<scalar_t>& arena,
-                    Gradients<scalar_t>& gradients) {
-  const Layout<scalar_t>& layout = batch.reader.layout;
-  const int64_t K = task.loop.steps, size = asked.size(), t = task.index;
-  const int64_t begin = batch.queries.begin(t), support_begin = batch.reader.support.begin(t);
-  const int64_t* place = items.query.data();
-  FactoredPath<scalar_t> path;
-  factored_forward(task, items.index, arena, path);
-  const scalar_t* fast = path.vector(K);
-
-  const bool met = std::any_of(place, place + size, [](int64_t item) { return item >= 0; });
-  scalar_t *scores = arena.take(size), *grad_scores = arena.take_zeros(size);
-  if (size > 0) score_query(asked, fast, scores);
-  if (met) {
-    scalar_t* item_scores = arena.take(path.stride);
-    factored_scores(path, item_scores);
-    for (int64_t q = 0; q < size; ++q)
-      if (place[q] >= 0) scores[q] = item_scores[place[q]];
-  }
-  if (size > 0) gradients.add_loss(block, batch.judge(asked, t, 0, scores, arena, grad_scores));
-
-  const bool distinct = items.index.all_distinct();
-  FullGradients<scalar_t> grads =
-      gradients.of_full_task(block, path.items, support_begin, arena, !distinct);
-  const scalar_t total = sum(grad_scores, size);
-  scalar_t* of_items = path.bends(K);
-  if (met)
-    for (int64_t i = 0; i < path.stride; i += kLanes<scalar_t>)
-      store(of_items + i) = Vector<scalar_t>{};
-  for (int64_t q = 0; q < size; ++q)
-    if (place[q] >= 0) {
-      of_items[place[q]] += grad_scores[q];
-      grad_scores[q] = 0;
-    }
-  query_adjoint(asked, grad_scores, grads.fast);
-  grads.fast[layout.width] = total;
-  write_query_rows(asked, begin, layout, grad_scores, 0, fast, 1, arena, gradients);
-  factored_adjoint(task, items.index, arena, path, met, grads);
-
-  scalar_t* rows = distinct ? gradients.support_row(support_begin) : grads.rows;
-  if (rows != nullptr)
-    write_rows<scalar_t>(layout, {path.factors, 1, path.row}, path.items,
-                         Stack<scalar_t>{path.vectors, path.vector_stride()}, 2 * K + met, arena,
-                         rows, distinct ? layout.dim : layout.width,
-                         distinct && gradients.stream());
-  gradients.add_full_task(block, task, grads, items.index, support_begin, grad_scores, asked,
-                          begin);
-}
-
 template <typename scalar_t>
 void adapt_items_too(const Batch<scalar_t>& batch, const TaskBlocks& blocks, Wanted wanted,
                      Gradients<scalar_t>& gradients) {
@@ -154,14 +101,23 @@ void adapt_items_too(const Batch<scalar_t>& batch, const TaskBlocks& blocks, Wan
     const Task<scalar_t> task = reader.next(t, last, &batch.queries, arena, ahead);
     const Query<scalar_t> asked = read_query(reader, batch.queries, t, arena);
     items.find(reader.support, batch.queries, t);
-    if (wanted.any() && !whole_path && !reader.loop.first_order &&
-        worth_factoring(items.index.size(), K))
-      return adapt_factored(batch, block, task, asked, items, arena, gradients);
     const int64_t* place = items.query.data();
-
-    const int64_t begin = batch.queries.begin(t), room = padded<scalar_t>(asked.size());
+    const int64_t begin = batch.queries.begin(t), support_begin = reader.support.begin(t),
+                  room = padded<scalar_t>(asked.size());
     scalar_t* scores = arena.take(asked.size());
     scalar_t* grad_scores = arena.take_zeros(judged * room);
+    if (wanted.any() && !whole_path &&
+        worth_factoring(items.index.size(), K, reader.loop.first_order)) {
+      FactoredPath<scalar_t> path;
+      factored_forward(task, items.index, arena, path);
+      score_factored(asked, items, path, arena, scores);
+      if (asked.size() > 0)
+        gradients.add_loss(block, batch.judge(asked, t, 0, scores, arena, grad_scores));
+      undo_factored<scalar_t>(task, block, asked, begin, support_begin, items, path, grad_scores,
+                              nullptr, arena, gradients);
+      return;
+    }
+
     FullPath<scalar_t> path;
     start_full(task, items.index, arena, path);
     for (int64_t k = 0; k <= K; ++k) {
@@ -174,7 +130,6 @@ void adapt_items_too(const Batch<scalar_t>& batch, const TaskBlocks& blocks, Wan
     }
     if (!wanted.any()) return;
 
-    const int64_t support_begin = reader.support.begin(t);
     FullGradients<scalar_t> grads = gradients.of_full_task(block, path.items, support_begin, arena);
     for (int64_t k = K; k >= 0; --k) {
       if (k < K) undo_full(task, items.index, k, arena, path, grads);
