@@ -75,11 +75,12 @@ def test_gradients_through_the_scores_equal_the_reference(first_order, steps, nu
 @pytest.mark.parametrize("num_items", [FEW, 400])
 @pytest.mark.parametrize("dim", [7, 16, 32, 64])
 @pytest.mark.parametrize("loss", ["squared", "logistic"])
-def test_a_few_steps_on_many_items_go_by_factors_of_rows_and_give_the_same(loss, dim, num_items):
+@pytest.mark.parametrize("first_order", [False, True])
+def test_a_few_steps_on_many_items_go_by_factors_of_rows_and_give_the_same(first_order, loss, dim, num_items):
     draw = Draw(11)
     model = draw.model(num_items, dim)
     batch = draw.batch((16, 5, 21, 8), (16, 3, 0, 9), num_items=num_items, weights=True)
-    loop = loop_of(draw, 4, loss=loss)
+    loop = loop_of(draw, 4, loss=loss, first_order=first_order)
     compare_with_reference(model, batch, loop, {"squared": 0.5, "absolute": 0.5})
     one_rate = replace(loop, inner_lr=loop.inner_lr[1])
     compare_with_reference(model, batch, one_rate, {"squared": 1.0})

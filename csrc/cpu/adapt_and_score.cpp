@@ -177,7 +177,7 @@ GradientTuple adapt_and_score_backward_cpu(
       const int64_t begin = queries.begin(t), support_begin = reader.support.begin(t);
       const auto [grad_scores, grad_fast] = arrivals(t, asked.size(), arena);
       const int64_t K = reader.loop.steps;
-      if (worth_factoring(items.index.size(), K, reader.loop.first_order)) {
+      if (worth_factoring(items.index.size(), K)) {
         FactoredPath<scalar_t> path;
         factored_forward(task, items.index, arena, path);
         return undo_factored(task, block, asked, begin, support_begin, items, path, grad_scores,

@@ -150,6 +150,48 @@ void forward(const Task<scalar_t>& given, const ItemIndex& index, Arena<scalar_t
   }
 }
 
+// What the query says of support items:  λ_K += E_Kᵀ h_K, whose sum its bias has already.
+template <int64_t kWidth, typename scalar_t>
+ALWAYS_INLINE void add_support_scores(const FactoredPath<scalar_t>& path,
+                                      FullGradients<scalar_t>& grads) {
+  const int64_t K = path.steps, stride = path.stride;
+  scalar_t* h = path.bends(K);
+  user_products<kWidth>(path.vector(K), path, K, path.products + K * path.columns);
+  for (int64_t i = 0; i < stride; i += kLanes<scalar_t>) store(grads.biases + i) += load(h + i);
+  factor_products(path.moves(0), path.row, K, h, stride, h + stride);
+  combine_rows<kWidth>(h, path, K, grads.fast, grads.fast);
+}
+
+// The way back where λ and Ē stay the same: first order. Only the rates have yet to be looked at.
+template <int64_t kWidth, typename scalar_t>
+void first_order_adjoint(const FactoredPath<scalar_t>& path, Arena<scalar_t>& arena, bool met,
+                         FullGradients<scalar_t>& grads) {
+  constexpr int64_t kLane = kLanes<scalar_t>;
+  const int64_t K = path.steps, stride = path.stride;
+  if (met) add_support_scores<kWidth>(path, grads);
+  if (K == 0 || !grads.inner_lr) return;
+  scalar_t *products = arena.take(path.columns), *along = arena.take(stride);
+  const scalar_t *last = grads.fast, *biases = grads.biases, bias = last[path.width];
+  user_products<kWidth>(last, path, K, products);
+  each_item_product<kWidth>(last, path,
+                            [=](int64_t i, const Vector<scalar_t>& sums) ALWAYS_INLINE_LAMBDA {
+                              store(along + i) = sums + (load(biases + i) + bias);
+                            });
+  Vector<scalar_t> lr_sum = {};
+  for (int64_t k = 0; k < K; ++k) {
+    const scalar_t again = met ? path.products[K * path.columns + k] : scalar_t{0};  // u_K·u_k
+    for (int64_t i = 0; i < stride; i += kLane) {
+      Vector<scalar_t> all = load(along + i);  // (E_k λ + Ē u_k + c̄ + b̄)_i
+      if (met) all += again * load(path.bends(K) + i);
+      lr_sum += load(path.slopes + k * stride + i) * all;
+      store(along + i) += products[k] * load(path.moves(k) + i);
+    }
+    if (grads.inner_lr.stride == 0 && k < K - 1) continue;
+    grads.inner_lr.add(k, -sum_lanes<scalar_t>(lr_sum));
+    lr_sum = Vector<scalar_t>{};
+  }
+}
+
 template <int64_t kWidth, typename scalar_t>
 void adjoint(const Task<scalar_t>& given, const ItemIndex& index, Arena<scalar_t>& arena,
              const FactoredPath<scalar_t>& taken, bool met, FullGradients<scalar_t>& grads) {
@@ -164,13 +206,7 @@ void adjoint(const Task<scalar_t>& given, const ItemIndex& index, Arena<scalar_t
            *entry_bends = arena.take(task.size);
   scalar_t *grad_biases = grads.biases, *h_last = path.bends(K);
 
-  // λ_K += E_Kᵀ h_K, whose sum its bias has already
-  if (met) {
-    user_products<kWidth>(path.vector(K), path, K, path.products + K * columns);
-    for (int64_t i = 0; i < stride; i += kLane) store(grad_biases + i) += load(h_last + i);
-    factor_products(path.moves(0), row, K, h_last, stride, h_last + stride);
-    combine_rows<kWidth>(h_last, path, K, grads.fast, grads.fast);
-  }
+  if (met) add_support_scores<kWidth>(path, grads);
   if (K > 0)
     for (int64_t d = 0; d < P; d += kLane) store(path.adjoint(K) + d) = load(grads.fast + d);
 
@@ -258,8 +294,12 @@ template <typename scalar_t>
 void factored_adjoint(const Task<scalar_t>& task, const ItemIndex& index, Arena<scalar_t>& arena,
                       const FactoredPath<scalar_t>& path, bool met,
                       FullGradients<scalar_t>& grads) {
-  with_width(task.layout,
-             [&](auto width) { adjoint<width()>(task, index, arena, path, met, grads); });
+  with_width(task.layout, [&](auto width) {
+    if (task.loop.first_order)
+      first_order_adjoint<width()>(path, arena, met, grads);
+    else
+      adjoint<width()>(task, index, arena, path, met, grads);
+  });
 }
 
 template void factored_forward<float>(const Task<float>& task, const ItemIndex& index,

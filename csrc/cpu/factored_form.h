@@ -39,11 +39,11 @@ struct FactoredPath {
   scalar_t* stacked(int64_t j) const { return vectors + j * (width + kLanes<scalar_t>); }
 };
 
-// Whether this form knows what is to be done, and takes less than going over the rows themselves,
+// Whether this form takes less than going over the rows themselves,
 // for I items and K steps: what belongs to steps grows with K², measured at K = 1 … 24, I = 1 … 32
 // (benchmarks/notes.md).
-inline bool worth_factoring(int64_t items, int64_t steps, bool first_order = false) {
-  return !first_order && items > 2 && 2 * steps <= items + 8;
+inline bool worth_factoring(int64_t items, int64_t steps) {
+  return items > 2 && 2 * steps <= items + 8;
 }
 
 template <typename scalar_t>
@@ -55,8 +55,8 @@ template <typename scalar_t>
 void factored_scores(const FactoredPath<scalar_t>& path, scalar_t* scores);
 
 // Everything the task began with, from λ_K, whose bias has the sum of all p̄ as the offset has, and
-// h_K [stride] of support items, which `met` says that there are. Rows of items are
-// Σ_j factors[j] vectors[j]ᵀ afterwards, grads.fast is overwritten.
+// h_K [stride] of support items, which `met` says that there are. grads.fast is overwritten; rows
+// of items are afterwards Σ_j factors[j] vectors[j]ᵀ, of first order h_K u_Kᵀ.
 template <typename scalar_t>
 void factored_adjoint(const Task<scalar_t>& task, const ItemIndex& index, Arena<scalar_t>& arena,
                       const FactoredPath<scalar_t>& path, bool met, FullGradients<scalar_t>& grads);

@@ -106,8 +106,7 @@ void adapt_items_too(const Batch<scalar_t>& batch, const TaskBlocks& blocks, Wan
                   room = padded<scalar_t>(asked.size());
     scalar_t* scores = arena.take(asked.size());
     scalar_t* grad_scores = arena.take_zeros(judged * room);
-    if (wanted.any() && !whole_path &&
-        worth_factoring(items.index.size(), K, reader.loop.first_order)) {
+    if (wanted.any() && !whole_path && worth_factoring(items.index.size(), K)) {
       FactoredPath<scalar_t> path;
       factored_forward(task, items.index, arena, path);
       score_factored(asked, items, path, arena, scores);
