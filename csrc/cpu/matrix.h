@@ -5,7 +5,7 @@
 // the right one is read register by register.
 #pragma once
 
-#include "vector.h"
+#include "rows.h"
 
 namespace metarec_fast::cpu {
 

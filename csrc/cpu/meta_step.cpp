@@ -106,14 +106,15 @@ void adapt_items_too(const Batch<scalar_t>& batch, const TaskBlocks& blocks, Wan
                   room = padded<scalar_t>(asked.size());
     scalar_t* scores = arena.take(asked.size());
     scalar_t* grad_scores = arena.take_zeros(judged * room);
-    if (wanted.any() && !whole_path && worth_factoring(items.index.size(), K)) {
+    if (!whole_path && worth_factoring(items.index.size(), K)) {
       FactoredPath<scalar_t> path;
       factored_forward(task, items.index, arena, path);
       score_factored(asked, items, path, arena, scores);
       if (asked.size() > 0)
         gradients.add_loss(block, batch.judge(asked, t, 0, scores, arena, grad_scores));
-      undo_factored<scalar_t>(task, block, asked, begin, support_begin, items, path, grad_scores,
-                              nullptr, arena, gradients);
+      if (wanted.any())
+        undo_factored<scalar_t>(task, block, asked, begin, support_begin, items, path, grad_scores,
+                                nullptr, arena, gradients);
       return;
     }
 

@@ -3,6 +3,7 @@
 
 #include "../inner_loop.h"
 #include "item_table.h"
+#include "rows.h"
 #include "vector_math.h"
 
 namespace metarec_fast::cpu {
