@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import impl, register_autograd, register_fake
+from torch.library import Library, fallthrough_kernel, impl, register_autograd, register_fake
 
 from metarec_fast import _autocast
 from metarec_fast._arguments import WANT
@@ -226,6 +226,20 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
+def register_untracked(namespace: str, fakes: dict[str, Callable[..., Any]]) -> None:
+    """Lets autograd pass the operators "_name" by: kernels beside those of "name", for who asks for no gradients."""
+    library = Library(namespace, "FRAGMENT")
+    _keep_alive.append(library)
+    for name, fake in fakes.items():
+        register_fake(f"{namespace}::_{name}", fake)
+        library.impl(f"_{name}", fallthrough_kernel, "Autograd")
+    _autocast.register(namespace, [f"_{name}" for name in fakes])
+
+
+_UNTRACKED = ("adapt", "adapt_all", "meta_step", "reptile_step")
+_keep_alive: list[Library] = []
+
+
 def register(namespace: str) -> None:
     """Gives the operators of a namespace their fake kernels, gradients and what they do under autocast."""
     for name, fake in _FAKES.items():
@@ -243,6 +257,7 @@ def register(namespace: str) -> None:
     for name, (backward, setup) in gradients.items():
         register_autograd(f"{namespace}::{name}", backward, setup_context=setup)
     _autocast.register(namespace, gradients)
+    register_untracked(namespace, {name: _FAKES[name] for name in _UNTRACKED})
     impl(f"{namespace}::must_be_deterministic", "default", torch.are_deterministic_algorithms_enabled)
 
 

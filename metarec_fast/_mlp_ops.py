@@ -36,7 +36,7 @@ def meta_step(tower: Tower, batch: TaskBatch, loop: TowerLoop, losses: dict[str,
         query.items, query.offsets, query.targets, query.weights, query.negative_rows, query.log_q, batch.weights,
         *_loop(tower, loop), *[float(losses.get(name, 0.0)) for name in OUTER_LOSSES],
     )  # fmt: skip
-    results = call(ops.mlp_meta_step.default, (*inputs[:4], loop.inner_lr), args)
+    results = call("mlp_meta_step", (*inputs[:4], loop.inner_lr), args)
     loss, user_part, parameters, inner_lr, rows, ids = results
     layers, first = [], 0
     for weight, bias in tower.layers:

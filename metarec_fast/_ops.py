@@ -23,6 +23,8 @@ ops = torch.ops.metarec_fast
 EXACT = -1
 """`inner_steps` of the operators for the closed form."""
 
+_new = tuple.__new__  # of named tuples, whose own takes twice as long
+
 
 def either(kernels: Callable[..., Result], plain: Callable[..., Result], like: Tensor) -> Callable[..., Result]:
     """The kernels where `like` lives, or the reference, which like them computes in float32 under autocast."""
@@ -32,9 +34,9 @@ def either(kernels: Callable[..., Result], plain: Callable[..., Result], like: T
 
 
 def adapt(model: Model, support: Entries, loop: InnerLoop) -> FastWeights:
-    op = ops.adapt_all if loop.adapt == "all" else ops.adapt
+    name = "adapt_all" if loop.adapt == "all" else "adapt"
     args = (*_inputs(model, support), *_loop(loop))
-    return adapted(call(op.default, differentiable(model, loop, support).values(), args))
+    return adapted(call(name, differentiable(model, loop, support).values(), args))
 
 
 def adapted(results: tuple[Tensor, ...]) -> FastWeights:
@@ -57,7 +59,7 @@ def meta_step(
         *_inputs(model, batch.support), *judged_query(batch), *_loop(loop),
         *[losses.get(name, 0.0) for name in OUTER_LOSSES], step_weights, WANT_ALL,
     )  # fmt: skip
-    return stepped(call(ops.meta_step.default, differentiable(model, loop, batch.support).values(), args))
+    return stepped(call("meta_step", differentiable(model, loop, batch.support).values(), args))
 
 
 def stepped(results: tuple[Any, ...]) -> MetaStep:
@@ -65,7 +67,7 @@ def stepped(results: tuple[Any, ...]) -> MetaStep:
     loss, user, user_bias, rows, biases, offset, rate, preconditioner, pull, momentum, weights, ids = results
     grads: dict[str, Tensor | SparseRows] = {
         "user_init": user, "user_bias_init": user_bias,
-        "item_table": SparseRows(ids, rows), "item_bias": SparseRows(ids, biases),
+        "item_table": _new(SparseRows, (ids, rows)), "item_bias": _new(SparseRows, (ids, biases)),
         "offset": offset, "inner_lr": rate,
     }  # fmt: skip
     if preconditioner is not None:
@@ -76,11 +78,11 @@ def stepped(results: tuple[Any, ...]) -> MetaStep:
         grads["momentum"] = momentum
     if weights is not None:
         grads["support_weights"] = weights
-    return MetaStep(loss, grads)
+    return _new(MetaStep, (loss, grads))
 
 
 def reptile_step(model: Model, support: Entries, task_weights: Tensor | None, loop: InnerLoop) -> MetaStep:
-    return moved(call(ops.reptile_step.default, (), (*_inputs(model, support), task_weights, *_loop(loop))), support)
+    return moved(call("reptile_step", (), (*_inputs(model, support), task_weights, *_loop(loop))), support)
 
 
 def moved(results: tuple[Any, ...], support: Entries) -> MetaStep:
@@ -92,16 +94,21 @@ def moved(results: tuple[Any, ...], support: Entries) -> MetaStep:
     return MetaStep(loss, grads)
 
 
-def call(op: Any, given: Iterable[Tensor | None], args: tuple[Any, ...]) -> Any:
-    """The same as op(*args), without the detour through Python's autograd where none of `given` asks for gradients."""
+def call(name: str, given: Iterable[Tensor | None], args: tuple[Any, ...]) -> Any:
+    """What the operator of that name returns, without autograd where none of `given` asks for gradients."""
     if torch.compiler.is_compiling():
-        return op(*args)
+        return getattr(ops, name).default(*args)
+    return call_eagerly(name, given, args)
+
+
+def call_eagerly(name: str, given: Iterable[Tensor | None], args: tuple[Any, ...]) -> Any:
+    """The same for who knows that nothing is being compiled."""
     if torch.is_grad_enabled():
         for value in given:
             if value is not None and value.requires_grad:
-                return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return getattr(op, "_op", op)(*args)  # what an overload passes its arguments on to
+                return getattr(ops, name).default(*args)
+    op = getattr(ops, "_" + name).default
+    return getattr(op, "_op", op)(*args)  # what an overload passes its arguments on to
 
 
 def score_top_k(

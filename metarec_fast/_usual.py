@@ -45,8 +45,8 @@ def attempt(call: Callable[..., Result], *args: Any) -> Result | None:
 
 def adapt(start: Start, settings: Settings, support: Entries) -> FastWeights:
     model, loop = _take(start, settings, support)
-    op = _ops.ops.adapt_all if settings[-1] == "all" else _ops.ops.adapt
-    return _ops.adapted(_run(op.default, model, loop, support, (*_ops.inputs(model, support), *loop)))
+    name = "adapt_all" if settings[-1] == "all" else "adapt"
+    return _ops.adapted(_run(name, model, loop, support, (*_ops.inputs(model, support), *loop)))
 
 
 def meta_step(start: Start, settings: Settings, batch: TaskBatch, outer_loss: str) -> MetaStep:
@@ -63,17 +63,17 @@ def meta_step(start: Start, settings: Settings, batch: TaskBatch, outer_loss: st
         *_ops.inputs(model, support), *_ops.judged_query(batch), *loop, *_OUTER_WEIGHTS[outer_loss], None,
         WANT_ALL,
     )  # fmt: skip
-    return _ops.stepped(_run(_ops.ops.meta_step.default, model, loop, support, args))
+    return _ops.stepped(_run("meta_step", model, loop, support, args))
 
 
 def reptile_step(start: Start, settings: Settings, support: Entries) -> MetaStep:
     model, loop = _take(start, settings, support)
     args = (*_ops.inputs(model, support), None, *loop)
-    return _ops.moved(_ops.call(_ops.ops.reptile_step.default, (), args), support)
+    return _ops.moved(_ops.call_eagerly("reptile_step", (), args), support)
 
 
-def _run(op: Any, model: tuple[Tensor, ...], loop: tuple[Any, ...], support: Entries, args: tuple[Any, ...]) -> Any:
-    return _ops.call(op, (*model, *loop[:4], support.weights), args)
+def _run(name: str, model: tuple[Tensor, ...], loop: tuple[Any, ...], support: Entries, args: tuple[Any, ...]) -> Any:
+    return _ops.call_eagerly(name, (*model, *loop[:4], support.weights), args)
 
 
 def _take(start: Start, settings: Settings, support: Entries) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:

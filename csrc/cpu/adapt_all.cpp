@@ -123,7 +123,7 @@ GradientTuple adapt_all_backward_cpu(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(metarec_fast, CPU, m) {
-  m.impl("adapt_all", TORCH_BOX(&adapt_all_cpu));
+  METAREC_IMPL_BOTH(m, "adapt_all", adapt_all_cpu);
   m.impl("adapt_all_backward", TORCH_BOX(&adapt_all_backward_cpu));
 }
 

@@ -207,7 +207,7 @@ GradientTuple adapt_and_score_backward_cpu(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(metarec_fast, CPU, m) {
-  m.impl("adapt", TORCH_BOX(&adapt_cpu));
+  METAREC_IMPL_BOTH(m, "adapt", adapt_cpu);
   m.impl("adapt_and_score", TORCH_BOX(&adapt_and_score_cpu));
   m.impl("adapt_and_score_backward", TORCH_BOX(&adapt_and_score_backward_cpu));
 }

@@ -205,6 +205,8 @@ MetaStepTuple meta_step_cpu(const Tensor& user_init, const Tensor& user_bias_ini
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(metarec_fast, CPU, m) { m.impl("meta_step", TORCH_BOX(&meta_step_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(metarec_fast, CPU, m) {
+  METAREC_IMPL_BOTH(m, "meta_step", meta_step_cpu);
+}
 
 }  // namespace metarec_fast::cpu

@@ -198,7 +198,7 @@ ReptileTuple reptile_step_cpu(const Tensor& user_init, const Tensor& user_bias_i
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(metarec_fast, CPU, m) {
-  m.impl("reptile_step", TORCH_BOX(&reptile_step_cpu));
+  METAREC_IMPL_BOTH(m, "reptile_step", reptile_step_cpu);
 }
 
 }  // namespace metarec_fast::cpu
