@@ -1,6 +1,10 @@
 // Checks what the operators are given and keeps contiguous views of it.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+#include <locale>
+#include <sstream>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -31,6 +35,37 @@ inline Loss parse_loss(const std::string& name) {
   if (name == "bpr") return Loss::kBpr;
   if (name == "softmax") return Loss::kSoftmax;
   STD_TORCH_CHECK(false, "loss: expected squared, logistic, bpr or softmax, got '", name, "'");
+}
+
+// The weight of a loss among those that queries are judged by.
+inline double& weight_of(OuterLoss& loss, const std::string& name) {
+  if (name == "squared") return loss.squared;
+  if (name == "logistic") return loss.logistic;
+  if (name == "absolute") return loss.absolute;
+  if (name == "bpr") return loss.bpr;
+  if (name == "softmax") return loss.softmax;
+  STD_TORCH_CHECK(false, "outer_loss: expected squared, logistic, absolute, bpr or softmax, got '",
+                  name, "'");
+}
+
+// "squared", or several with their weights: "squared=0.5,absolute=0.5".
+inline OuterLoss parse_outer_loss(const std::string& text) {
+  OuterLoss result{};
+  for (size_t begin = 0; begin < text.size();) {
+    const size_t end = std::min(text.find(',', begin), text.size()),
+                 name_end = std::min(text.find('=', begin), end);
+    double& weight = weight_of(result, text.substr(begin, name_end - begin));
+    weight = 1;
+    if (name_end < end) {
+      std::istringstream number(text.substr(name_end + 1, end - name_end - 1));
+      number.imbue(std::locale::classic());
+      STD_TORCH_CHECK(number >> weight && number.eof() && weight >= 0 && std::isfinite(weight),
+                      "outer_loss: expected a weight ≥ 0, got '", number.str(), "' in '", text,
+                      "'");
+    }
+    begin = end + 1;
+  }
+  return result;
 }
 
 // Entries of T tasks, one after the other: task t owns [offsets[t], offsets[t + 1]).
@@ -278,8 +313,8 @@ struct JudgedQuery {
   JudgedQuery(const Inputs& inputs, int64_t steps, const RaggedItems& query_in,
               const OptionalTensor& targets_in, const OptionalTensor& weights_in,
               const OptionalTensor& task_weights_in, const OptionalTensor& step_weights_in,
-              const OuterLoss& loss_in)
-      : query(query_in), loss(loss_in) {
+              const std::string& outer_loss)
+      : query(query_in), loss(parse_outer_loss(outer_loss)) {
     check_num_tasks(query, inputs);
     const auto contiguous = [&](const char* name, const OptionalTensor& tensor, int64_t size) {
       if (!tensor) return OptionalTensor();

@@ -71,10 +71,8 @@ STABLE_TORCH_LIBRARY(METAREC_NAMESPACE, m) {
       "meta_step(" + kInputs +
       "Tensor query_items, Tensor? query_targets, Tensor query_offsets, Tensor? query_weights, "
       "Tensor? query_negatives, Tensor? query_log_q, Tensor? task_weights, " +
-      kLoop +
-      ", float outer_squared, float outer_logistic, float outer_absolute, "
-      "float outer_bpr, float outer_softmax, Tensor? step_weights, int wanted) -> (Tensor, " +
-      kGradients + ", Tensor item_ids)");
+      kLoop + ", str outer_loss, Tensor? step_weights, int wanted) -> (Tensor, " + kGradients +
+      ", Tensor item_ids)");
   define_both("adapt_all(" + kInputs + kLoop + ") -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(("adapt_all_backward(Tensor grad_user, Tensor grad_bias, Tensor grad_rows, Tensor "
          "grad_biases, " +
@@ -103,10 +101,7 @@ STABLE_TORCH_LIBRARY(METAREC_NAMESPACE, m) {
   define_both("mlp_meta_step(" + kTower +
               "Tensor? query_targets, Tensor? query_weights, Tensor? query_negatives, "
               "Tensor? query_log_q, Tensor? task_weights, " +
-              kTowerLoop +
-              ", float outer_squared, float outer_logistic, float outer_absolute, "
-              "float outer_bpr, float outer_softmax) -> (Tensor loss, " +
-              kTowerGradients + ")");
+              kTowerLoop + ", str outer_loss) -> (Tensor loss, " + kTowerGradients + ")");
   m.def("use_huge_pages(Tensor table) -> ()");
   m.def("allow_atomics(bool mode) -> bool");
   m.def("atomics_allowed() -> bool");

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _library
-from metarec_fast._arguments import OUTER_LOSSES
 from metarec_fast._mlp_arguments import Tower, TowerLoop
-from metarec_fast._ops import call
+from metarec_fast._ops import call, outer_text
 from metarec_fast.results import SparseRows, TowerMetaStep
 from metarec_fast.tasks import Entries, TaskBatch
 
@@ -34,7 +33,7 @@ def meta_step(tower: Tower, batch: TaskBatch, loop: TowerLoop, losses: dict[str,
     args = (
         *inputs,
         query.items, query.offsets, query.targets, query.weights, query.negative_rows, query.log_q, batch.weights,
-        *_loop(tower, loop), *[float(losses.get(name, 0.0)) for name in OUTER_LOSSES],
+        *_loop(tower, loop), outer_text(losses),
     )  # fmt: skip
     results = call("mlp_meta_step", (*inputs[:4], loop.inner_lr), args)
     loss, user_part, parameters, inner_lr, rows, ids = results

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _library
-from metarec_fast._arguments import OUTER_LOSSES, WANT_ALL, InnerLoop, Model, differentiable, is_autocast
+from metarec_fast._arguments import WANT_ALL, InnerLoop, Model, differentiable, is_autocast
 from metarec_fast.results import AdaptedItems, FastWeights, MetaStep, SparseRows, TopK
 from metarec_fast.tasks import Entries, TaskBatch
 
@@ -57,9 +57,14 @@ def meta_step(
 ) -> MetaStep:
     args = (
         *_inputs(model, batch.support), *judged_query(batch), *_loop(loop),
-        *[losses.get(name, 0.0) for name in OUTER_LOSSES], step_weights, WANT_ALL,
+        outer_text(losses), step_weights, WANT_ALL,
     )  # fmt: skip
     return stepped(call("meta_step", differentiable(model, loop, batch.support).values(), args))
+
+
+def outer_text(losses: dict[str, float]) -> str:
+    """Losses and their weights as the operators take them: "squared=0.5,absolute=0.5"."""
+    return ",".join(f"{name}={float(weight)!r}" for name, weight in losses.items())
 
 
 def stepped(results: tuple[Any, ...]) -> MetaStep:

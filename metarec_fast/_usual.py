@@ -26,7 +26,6 @@ from metarec_fast.tasks import Entries, TaskBatch
 Result = TypeVar("Result")
 
 _PLAIN = (Tensor, Parameter)
-_OUTER_WEIGHTS = {loss: tuple(float(loss == each) for each in OUTER_LOSSES) for loss in OUTER_LOSSES}
 
 
 class Unusual(Exception):
@@ -53,14 +52,14 @@ def meta_step(start: Start, settings: Settings, batch: TaskBatch, outer_loss: st
     support, query = batch.support, batch.query
     model, loop = _take(start, settings, support)
     item_bias = model[3]
-    if query is None:
+    if query is None or outer_loss not in OUTER_LOSSES:
         raise Unusual
     _look_at(query, outer_loss, item_bias)
     for weights in (query.weights, batch.weights):
         if weights is not None and (weights.dtype is not item_bias.dtype or weights.requires_grad):
             raise Unusual
     args = (
-        *_ops.inputs(model, support), *_ops.judged_query(batch), *loop, *_OUTER_WEIGHTS[outer_loss], None,
+        *_ops.inputs(model, support), *_ops.judged_query(batch), *loop, outer_loss, None,
         WANT_ALL,
     )  # fmt: skip
     return _ops.stepped(_run("meta_step", model, loop, support, args))

@@ -26,11 +26,10 @@ def raw_arguments():
     query = (batch.query.items, batch.query.offsets)
     rows = (batch.query.items, draw.normal(len(batch.query), 7))
     users = draw.normal(6, 7)
-    losses = (1.0, 0.0, 0.0, 0.0, 0.0)
     return {
         "adapt": (*inputs, *settings),
         "adapt_and_score": (*inputs, *query, *settings),
-        "meta_step": (*inputs, *_ops.judged_query(batch), *settings, *losses, None, 127),
+        "meta_step": (*inputs, *_ops.judged_query(batch), *settings, "squared", None, 127),
         "reptile_step": (*inputs, None, *settings),
         "score_top_k": (users, users[:, 0], model.item_table, model.item_bias, 5, None, None),
         "coalesce_rows": rows,

@@ -137,8 +137,14 @@ def test_gradcheck_in_double_precision():
 def test_opcheck_finds_nothing_and_it_compiles_into_one_graph():
     draw = Draw(8)
     leaves, model, batch, loop = tracked(draw.model(), draw.batch(weights=True), draw.loop(3, learned=True))
-    outer = (1.0, 0.0, 0.0, 0.0, 0.0)
-    arguments = (*_ops._inputs(model, batch.support), *_ops.judged_query(batch), *_ops._loop(loop), *outer, None, 127)
+    arguments = (
+        *_ops._inputs(model, batch.support),
+        *_ops.judged_query(batch),
+        *_ops._loop(loop),
+        "squared",
+        None,
+        127,
+    )
     opcheck(torch.ops.metarec_fast.meta_step, arguments)
 
     def loss(table):
@@ -255,6 +261,34 @@ def test_bad_arguments_are_named(changes, error, message):
     model = draw.model()
     with pytest.raises(error, match=message):
         F.meta_step(model.user_init, model.item_table, model.item_bias, draw.batch(), **changes)
+
+
+@pytest.mark.parametrize(
+    ("outer_loss", "message"),
+    [
+        ("hinge", "expected squared, logistic, absolute, bpr or softmax, got 'hinge'"),
+        ("squared=1,hinge=1", "expected squared, logistic, absolute, bpr or softmax, got 'hinge'"),
+        ("squared=-1", "expected a weight ≥ 0, got '-1' in 'squared=-1'"),
+        ("squared=", "expected a weight ≥ 0, got '' in 'squared='"),
+        ("absolute=0.5,squared=0.5x", "expected a weight ≥ 0, got '0.5x' in 'absolute=0.5,squared=0.5x'"),
+        ("squared=inf", "expected a weight ≥ 0, got 'inf'"),
+    ],
+)
+def test_the_operator_says_what_it_cannot_read_of_an_outer_loss(outer_loss, message):
+    draw = Draw(0)
+    batch = draw.batch()
+    arguments = *_ops._inputs(draw.model(), batch.support), *_ops.judged_query(batch), *_ops._loop(draw.loop(2))
+    with pytest.raises(RuntimeError, match=f"outer_loss: {message}"):
+        torch.ops.metarec_fast.meta_step(*arguments, outer_loss, None, 127)
+
+
+def test_weights_of_outer_losses_are_read_as_they_are_written():
+    draw = Draw(0)
+    model, batch, loop = draw.model(), draw.batch(), draw.loop(2)
+    losses = [_ops.meta_step(model, batch, loop, {name: 1}, None).loss for name in ("squared", "absolute")]
+    weights = 1 / 3, 1e-7
+    mixed = _ops.meta_step(model, batch, loop, dict(zip(("squared", "absolute"), weights, strict=True)), None).loss
+    torch.testing.assert_close(mixed, weights[0] * losses[0] + weights[1] * losses[1], rtol=1e-14, atol=0)
 
 
 def test_a_query_without_targets_is_named():

@@ -139,7 +139,7 @@ def test_opcheck_finds_nothing_and_it_compiles_into_one_graph():
     query = batch.query
     arguments = (
         *raw_inputs(tower, batch.support), query.items, query.offsets, query.targets, query.weights,
-        query.negative_rows, query.log_q, batch.weights, *_mlp_ops._loop(tower, loop), 1.0, 0.0, 0.0, 0.0, 0.0,
+        query.negative_rows, query.log_q, batch.weights, *_mlp_ops._loop(tower, loop), "squared",
     )  # fmt: skip
     opcheck(torch.ops.metarec_fast.mlp_meta_step, arguments)
 

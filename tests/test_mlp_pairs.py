@@ -169,7 +169,7 @@ def test_opcheck_finds_nothing():
     opcheck(
         torch.ops.metarec_fast.mlp_meta_step,
         (*inputs, query.items, query.offsets, query.targets, query.weights, query.negatives, query.log_q, batch.weights,
-         *_mlp_ops._loop(tower, loop), 0.0, 0.0, 0.0, 0.5, 0.5),
+         *_mlp_ops._loop(tower, loop), "bpr=0.5,softmax=0.5"),
     )  # fmt: skip
     opcheck(
         torch.ops.metarec_fast.mlp_adapt_and_score,

@@ -100,8 +100,14 @@ def test_opcheck_finds_nothing():
     _, model, batch, loop = tracked(
         draw.model(), draw.batch(weights=True, negatives=2, log_q=True), draw.loop(3, learned=True, loss="softmax")
     )
-    outer = (0.0, 0.0, 0.0, 0.5, 0.5)
-    arguments = (*_ops._inputs(model, batch.support), *_ops.judged_query(batch), *_ops._loop(loop), *outer, None, 127)
+    arguments = (
+        *_ops._inputs(model, batch.support),
+        *_ops.judged_query(batch),
+        *_ops._loop(loop),
+        "bpr=0.5,softmax=0.5",
+        None,
+        127,
+    )
     opcheck(torch.ops.metarec_fast.meta_step, arguments)
 
 

@@ -120,3 +120,25 @@ def test_an_id_that_the_batch_says_nothing_of_is_named_by_the_operator():
     hidden = part(batch.support, items=batch.support.items + N)  # its largest id is said to be what it was
     with pytest.raises(RuntimeError, match=r"support_items: ids must be in \[0, 60\), got"):
         call("meta_step", {"batch": TaskBatch(hidden, batch.query)})
+
+
+@pytest.mark.parametrize("name", ["adapt", "adapt_all", "meta_step", "reptile_step", "mlp_meta_step"])
+def test_beside_an_operator_is_one_that_autograd_passes_by(name):
+    op, beside = (getattr(torch.ops.metarec_fast, each).default for each in (name, f"_{name}"))
+    assert str(beside._schema) == str(op._schema).replace("::", "::_")
+    for key in ("CPU", "Meta", "AutocastCPU", "AutocastCUDA"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(beside.name(), key), key
+
+
+@pytest.mark.parametrize("name", ["adapt", "meta_step", "reptile_step"])
+@pytest.mark.parametrize("adapt", ["user", "all"])
+def test_a_call_that_nobody_differentiates_gives_the_same(name, adapt):
+    def result(asked):
+        return call(name, {"adapt": adapt, "item_table": arguments()["item_table"].requires_grad_(asked)})
+
+    plain, tracked = result(False), result(True)
+    torch.testing.assert_close(plain, tracked, rtol=0, atol=0)
+    assert not plain[0].requires_grad
+    assert tracked[0].requires_grad == (name != "reptile_step")
+    with torch.no_grad():
+        assert not result(True)[0].requires_grad

@@ -160,9 +160,8 @@ MetaStepTuple meta_step_cpu(const Tensor& user_init, const Tensor& user_bias_ini
                             const OptionalTensor& prior_pull, const OptionalTensor& momentum,
                             double extra_count, int64_t inner_steps, const std::string& loss_name,
                             bool first_order, const std::string& form, const std::string& adapt,
-                            double outer_squared, double outer_logistic, double outer_absolute,
-                            double outer_bpr, double outer_softmax,
-                            const OptionalTensor& step_weights, int64_t wanted_bits) {
+                            const std::string& outer_loss, const OptionalTensor& step_weights,
+                            int64_t wanted_bits) {
   const Inputs inputs(user_init, user_bias_init, item_table, item_bias, offset, support_items,
                       support_targets, support_offsets, support_weights, support_negatives,
                       support_log_q, largest_support);
@@ -171,9 +170,8 @@ MetaStepTuple meta_step_cpu(const Tensor& user_init, const Tensor& user_bias_ini
   const RaggedItems query("query", query_items, query_offsets, item_table, query_negatives,
                           query_log_q);
   check_query(query, inputs);
-  const JudgedQuery judged(
-      inputs, inner_steps, query, query_targets, query_weights, task_weights, step_weights,
-      {outer_squared, outer_logistic, outer_absolute, outer_bpr, outer_softmax});
+  const JudgedQuery judged(inputs, inner_steps, query, query_targets, query_weights, task_weights,
+                           step_weights, outer_loss);
   const Wanted wanted{wanted_bits};
 
   Tensor loss = empty(item_bias, inputs.dtype(), {});

@@ -20,15 +20,13 @@ MlpMetaStepTuple mlp_meta_step_cpu(
     const OptionalTensor& query_weights, const OptionalTensor& query_negatives,
     const OptionalTensor& query_log_q, const OptionalTensor& task_weights, const Tensor& inner_lr,
     int64_t inner_steps, const std::string& activation, const std::string& loss_name,
-    bool first_order, double outer_squared, double outer_logistic, double outer_absolute,
-    double outer_bpr, double outer_softmax) {
+    bool first_order, const std::string& outer_name) {
   const TowerInputs inputs(
       user_part, item_table, item_bias, parameters, widths, support_items, support_offsets,
       support_targets, support_weights, support_negatives, support_log_q, largest_support,
       {"query", query_items, query_offsets, item_table, query_negatives, query_log_q}, inner_lr,
       inner_steps, activation, loss_name, first_order);
-  const OuterLoss outer_loss{outer_squared, outer_logistic, outer_absolute, outer_bpr,
-                             outer_softmax};
+  const OuterLoss outer_loss = parse_outer_loss(outer_name);
   STD_TORCH_CHECK(query_targets || !outer_loss.pointwise(),
                   "query_targets: needed by the outer losses squared, logistic and absolute");
   STD_TORCH_CHECK(inputs.query.negatives || !outer_loss.pairwise(),

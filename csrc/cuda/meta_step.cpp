@@ -16,8 +16,7 @@ MetaStepTuple meta_step_cuda(
     const OptionalTensor& preconditioner, const OptionalTensor& prior_pull,
     const OptionalTensor& momentum, double extra_count, int64_t inner_steps,
     const std::string& loss_name, bool first_order, const std::string& form,
-    const std::string& adapt, double outer_squared, double outer_logistic, double outer_absolute,
-    double outer_bpr, double outer_softmax, const OptionalTensor& step_weights,
+    const std::string& adapt, const std::string& outer_loss, const OptionalTensor& step_weights,
     int64_t wanted_bits) {
   const Inputs inputs(user_init, user_bias_init, item_table, item_bias, offset, support_items,
                       support_targets, support_offsets, support_weights, support_negatives,
@@ -26,9 +25,8 @@ MetaStepTuple meta_step_cuda(
                            inner_steps, loss_name, first_order, form, adapt);
   const RaggedItems query("query", query_items, query_offsets, item_table, query_negatives,
                           query_log_q);
-  const JudgedQuery judged(
-      inputs, inner_steps, query, query_targets, query_weights, task_weights, step_weights,
-      {outer_squared, outer_logistic, outer_absolute, outer_bpr, outer_softmax});
+  const JudgedQuery judged(inputs, inner_steps, query, query_targets, query_weights, task_weights,
+                           step_weights, outer_loss);
   const OnDevice device(item_bias);
 
   Tensor loss = empty(item_bias, inputs.dtype(), {});
