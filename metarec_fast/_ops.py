@@ -63,8 +63,8 @@ def meta_step(
 
 
 def outer_text(losses: dict[str, float]) -> str:
-    """Losses and their weights as the operators take them: "squared=0.5,absolute=0.5"."""
-    return ",".join(f"{name}={float(weight)!r}" for name, weight in losses.items())
+    """Losses and their weights as the operators take them: "squared", "squared=0.5,absolute=0.5"."""
+    return ",".join(name if weight == 1 else f"{name}={float(weight)!r}" for name, weight in losses.items())
 
 
 def stepped(results: tuple[Any, ...]) -> MetaStep:

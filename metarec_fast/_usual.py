@@ -10,7 +10,7 @@ won by every call that is not made.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from metarec_fast import _library, _ops
-from metarec_fast._arguments import OUTER_LOSSES, PAIRWISE, WANT_ALL, Settings, Start, kept_scalar
+from metarec_fast._arguments import PAIRWISE, WANT_ALL, Settings, Start, check_outer_loss, kept_scalar
 from metarec_fast.results import FastWeights, MetaStep
 from metarec_fast.tasks import Entries, TaskBatch
 
@@ -48,18 +48,20 @@ def adapt(start: Start, settings: Settings, support: Entries) -> FastWeights:
     return _ops.adapted(_run(name, model, loop, support, (*_ops.inputs(model, support), *loop)))
 
 
-def meta_step(start: Start, settings: Settings, batch: TaskBatch, outer_loss: str) -> MetaStep:
+def meta_step(start: Start, settings: Settings, batch: TaskBatch, outer_loss: str | Mapping[str, float]) -> MetaStep:
     support, query = batch.support, batch.query
     model, loop = _take(start, settings, support)
     item_bias = model[3]
-    if query is None or outer_loss not in OUTER_LOSSES:
+    if query is None:
         raise Unusual
-    _look_at(query, outer_loss, item_bias)
+    key = outer_loss if type(outer_loss) is str else _items(outer_loss)
+    text, kind = _outer_losses.get(key) or _outer(key, outer_loss)
+    _look_at(query, kind, item_bias)
     for weights in (query.weights, batch.weights):
         if weights is not None and (weights.dtype is not item_bias.dtype or weights.requires_grad):
             raise Unusual
     args = (
-        *_ops.inputs(model, support), *_ops.judged_query(batch), *loop, outer_loss, None,
+        *_ops.inputs(model, support), *_ops.judged_query(batch), *loop, text, None,
         WANT_ALL,
     )  # fmt: skip
     return _ops.stepped(_run("meta_step", model, loop, support, args))
@@ -117,6 +119,28 @@ def _loop(settings: Settings, dtype: torch.dtype) -> tuple[Any, ...]:
             _loops.clear()
         _loops[settings, dtype] = loop
     return loop
+
+
+_outer_losses: dict[Any, tuple[str, str]] = {}
+
+
+def _items(outer_loss: Any) -> tuple[tuple[str, float], ...]:
+    """What tells a mixture of losses from others."""
+    if type(outer_loss) is not dict:
+        raise Unusual
+    return tuple(outer_loss.items())
+
+
+def _outer(key: Any, outer_loss: str | Mapping[str, float]) -> tuple[str, str]:
+    """Outer losses as the operator takes them, which is kept, and one of them that looks at the same of a query."""
+    losses = check_outer_loss(outer_loss)
+    numbers = all(type(weight) in (int, float) for weight in losses.values())
+    if not numbers or len({name in PAIRWISE for name in losses}) != 1:
+        raise Unusual
+    if len(_outer_losses) >= _MOST_LOOPS:
+        _outer_losses.clear()
+    _outer_losses[key] = kept = _ops.outer_text(losses), next(iter(losses))
+    return kept
 
 
 def _look_at(entries: Entries, loss: str, item_bias: Tensor) -> None:

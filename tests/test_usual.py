@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import pytest
 import torch
 from problems import Draw
@@ -75,6 +77,11 @@ def unusual():
         {"loss": "softmax", "batch": pairs, "outer_loss": "softmax"}, {"batch": pairs}, {"first_order": 1},
         {"adapt": "all"}, {"adapt": "items"}, {"adapt": "all", "momentum": torch.tensor(0.3).double()},
         {"outer_loss": "hinge"}, {"outer_loss": {"squared": 1, "absolute": 0.5}}, {"outer_loss": "bpr"},
+        {"outer_loss": {"squared": True, "absolute": 0.5}}, {"outer_loss": {"squared": torch.tensor(2.0)}},
+        {"outer_loss": {"squared": -1.0}}, {"outer_loss": {"squared": float("nan")}}, {"outer_loss": {"hinge": 1.0}},
+        {"outer_loss": {}}, {"outer_loss": {"bpr": 2.0}}, {"outer_loss": ["squared"]}, {"outer_loss": None},
+        {"outer_loss": {"bpr": 0.5, "softmax": 0.5}, "batch": pairs, "loss": "bpr"}, {"outer_loss": "squared=0.5"},
+        {"outer_loss": MappingProxyType({"squared": 0.5})},
         {"outer_loss": {"squared": 1.0, "bpr": 1.0}, "batch": TaskBatch(support, pairs.query)},
         {"step_weights": torch.ones(6).double()}, {"step_weights": torch.ones(6)}, {"batch": batch},
         {"batch": TaskBatch(support)}, {"batch": 3}, {"batch": support}, {"batch": TaskBatch(pairs.support, query)},
@@ -112,7 +119,9 @@ def test_the_usual_call_is_not_looked_at_closely(name, monkeypatch):
     for changes in ({}, {"user_bias_init": 0.3, "inner_lr": 0.2}, {"adapt": "all"}, {"offset": 1.5}, adapted):
         call(name, changes)
     if name != "reptile_step":
-        call(name, {"loss": "bpr", "outer_loss": "bpr", "batch": Draw(1).batch(negatives=2)})
+        call(name, {"outer_loss": {"squared": 0.5, "absolute": 0.5}})
+        for outer_loss in ("bpr", {"bpr": 1.0}, {"bpr": 1, "softmax": 0.25}):
+            call(name, {"loss": "bpr", "outer_loss": outer_loss, "batch": Draw(1).batch(negatives=2)})
 
 
 def test_an_id_that_the_batch_says_nothing_of_is_named_by_the_operator():
