@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import register_autograd, register_fake
 
 from metarec_fast import _autocast
-from metarec_fast._autograd import refuse, register_untracked, restore, save
+from metarec_fast._autograd import refuse, register_gradients, register_untracked, restore, save
 from metarec_fast._known_gradients import Once, is_known_one
 
 ops = torch.ops.metarec_fast
@@ -90,11 +90,11 @@ def register(namespace: str) -> None:
     register_fake(f"{namespace}::mlp_adapt_and_score", _fake_score)
     register_fake(f"{namespace}::mlp_adapt_and_score_backward", _fake_score_backward)
     register_fake(f"{namespace}::mlp_meta_step", _fake_meta_step)
-    register_autograd(f"{namespace}::mlp_adapt_and_score", _score_backward, setup_context=save)
+    register_gradients(namespace, "mlp_adapt_and_score", _score_backward, save)
     register_autograd(
         f"{namespace}::mlp_adapt_and_score_backward", refuse("mlp_adapt_and_score cannot be differentiated twice")
     )
-    register_autograd(f"{namespace}::mlp_meta_step", _meta_step_backward, setup_context=_meta_step_setup)
+    register_gradients(namespace, "mlp_meta_step", _meta_step_backward, _meta_step_setup)
     _autocast.register(namespace, ("mlp_adapt_and_score", "mlp_adapt_and_score_backward", "mlp_meta_step"))
     register_untracked(namespace, {"mlp_meta_step": _fake_meta_step})
 
