@@ -13,10 +13,16 @@ _LOW = (torch.bfloat16, torch.float16)
 _keep_alive: list[torch.library.Library] = []
 
 
-def register(namespace: str, names: Iterable[str]) -> None:
-    """Gives operators that change nothing in place their kernels under autocast."""
+def fragment(namespace: str) -> torch.library.Library:
+    """Where kernels can be added to the operators of a namespace, for good."""
     library = torch.library.Library(namespace, "FRAGMENT")
     _keep_alive.append(library)
+    return library
+
+
+def register(namespace: str, names: Iterable[str]) -> None:
+    """Gives operators that change nothing in place their kernels under autocast."""
+    library = fragment(namespace)
     for name in names:
         for device_type in DEVICE_TYPES:
             _register(library, getattr(getattr(torch.ops, namespace), name).default, device_type)

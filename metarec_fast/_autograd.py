@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, fallthrough_kernel, impl, register_autograd, register_fake
+from torch.library import fallthrough_kernel, impl, register_autograd, register_fake
 
 from metarec_fast import _autocast
 from metarec_fast._arguments import WANT
@@ -224,6 +224,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "sparse_sgd": _fake_update,
     "use_huge_pages": _fake_update,
 }
+_UNTRACKED = ("adapt", "adapt_all", "meta_step", "reptile_step")
 
 
 def register_gradients(
@@ -231,11 +232,10 @@ def register_gradients(
 ) -> None:
     """As `torch.library.register_autograd`, which goes through the schema once for each of its arguments.
 
-    With thirty of them that takes a third of a millisecond a call.
+    With thirty of them that takes a third of a millisecond a call. It is there to find arguments left out because they
+    have their default: operators registered here must not have any.
     """
     op = getattr(getattr(torch.ops, namespace), name).default
-    library = Library(namespace, "FRAGMENT")
-    _keep_alive.append(library)
 
     def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -258,43 +258,39 @@ def register_gradients(
             return Gradient.apply(*args, keyset)
         return run(keyset, *args)
 
-    library.impl(name, differentiate, "Autograd", with_keyset=True)
+    _autocast.fragment(namespace).impl(name, differentiate, "Autograd", with_keyset=True)
 
 
 def register_untracked(namespace: str, fakes: dict[str, Callable[..., Any]]) -> None:
     """Lets autograd pass the operators "_name" by: kernels beside those of "name", for who asks for no gradients."""
-    library = Library(namespace, "FRAGMENT")
-    _keep_alive.append(library)
+    library = _autocast.fragment(namespace)
     for name, fake in fakes.items():
         register_fake(f"{namespace}::_{name}", fake)
         library.impl(f"_{name}", fallthrough_kernel, "Autograd")
     _autocast.register(namespace, [f"_{name}" for name in fakes])
 
 
-_UNTRACKED = ("adapt", "adapt_all", "meta_step", "reptile_step")
-_keep_alive: list[Library] = []
-
-
 def register(namespace: str) -> None:
     """Gives the operators of a namespace their fake kernels, gradients and what they do under autocast."""
     for name, fake in _FAKES.items():
         register_fake(f"{namespace}::{name}", fake)
-    gradients: dict[str, tuple[Callable[..., Any], Callable[..., None] | None]] = {
+    gradients: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {
         "adapt": (_adapt_backward, save),
         "adapt_and_score": (_adapt_and_score_backward, save),
-        "adapt_and_score_backward": (refuse("adapt_and_score cannot be differentiated twice"), None),
         "adapt_all": (_adapt_all_backward, save),
-        "adapt_all_backward": (refuse("adapt cannot be differentiated twice"), None),
         "meta_step": (_meta_step_backward, _meta_step_setup),
     }
-    for name in ("reptile_step", "score_top_k", "coalesce_rows", "coalesce_rows_padded", "sum_rows"):
-        gradients[name] = refuse(f"{name} has no gradient of its own"), None
     for name, (backward, setup) in gradients.items():
-        if setup is None:
-            register_autograd(f"{namespace}::{name}", backward)
-        else:
-            register_gradients(namespace, name, backward, setup)
-    _autocast.register(namespace, gradients)
+        register_gradients(namespace, name, backward, setup)
+    refusals = {
+        "adapt_and_score_backward": "adapt_and_score cannot be differentiated twice",
+        "adapt_all_backward": "adapt cannot be differentiated twice",
+    }
+    for name in ("reptile_step", "score_top_k", "coalesce_rows", "coalesce_rows_padded", "sum_rows"):
+        refusals[name] = f"{name} has no gradient of its own"
+    for name, message in refusals.items():
+        register_autograd(f"{namespace}::{name}", refuse(message))
+    _autocast.register(namespace, (*gradients, *refusals))
     register_untracked(namespace, {name: _FAKES[name] for name in _UNTRACKED})
     impl(f"{namespace}::must_be_deterministic", "default", torch.are_deterministic_algorithms_enabled)
 

@@ -95,8 +95,9 @@ def moved(results: tuple[Any, ...], support: Entries) -> MetaStep:
     loss, user, bias, rows, biases = results
     grads: dict[str, Tensor | SparseRows] = {"user_init": user, "user_bias_init": bias}
     if rows is not None:
-        grads["item_table"], grads["item_bias"] = SparseRows(support.items, rows), SparseRows(support.items, biases)
-    return MetaStep(loss, grads)
+        grads["item_table"] = _new(SparseRows, (support.items, rows))
+        grads["item_bias"] = _new(SparseRows, (support.items, biases))
+    return _new(MetaStep, (loss, grads))
 
 
 def call(name: str, given: Iterable[Tensor | None], args: tuple[Any, ...]) -> Any:

@@ -155,13 +155,8 @@ def test_opcheck_finds_nothing_and_it_compiles_into_one_graph():
     draw = Draw(9)
     _, model, batch, loop = tracked(draw.model(FEW), draw.batch(num_items=FEW, weights=True), loop_of(draw, 3))
     arguments = (
-        *_ops._inputs(model, batch.support),
-        *_ops.judged_query(batch),
-        *_ops._loop(loop),
-        "squared",
-        None,
-        127,
-    )
+        *_ops._inputs(model, batch.support), *_ops.judged_query(batch), *_ops._loop(loop), "squared", None, 127,
+    )  # fmt: skip
     opcheck(torch.ops.metarec_fast.meta_step, arguments)
     opcheck(torch.ops.metarec_fast.adapt_all, (*_ops._inputs(model, batch.support), *_ops._loop(loop)))
 

@@ -138,13 +138,8 @@ def test_opcheck_finds_nothing_and_it_compiles_into_one_graph():
     draw = Draw(8)
     leaves, model, batch, loop = tracked(draw.model(), draw.batch(weights=True), draw.loop(3, learned=True))
     arguments = (
-        *_ops._inputs(model, batch.support),
-        *_ops.judged_query(batch),
-        *_ops._loop(loop),
-        "squared",
-        None,
-        127,
-    )
+        *_ops._inputs(model, batch.support), *_ops.judged_query(batch), *_ops._loop(loop), "squared", None, 127,
+    )  # fmt: skip
     opcheck(torch.ops.metarec_fast.meta_step, arguments)
 
     def loss(table):

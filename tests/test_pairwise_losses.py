@@ -101,13 +101,9 @@ def test_opcheck_finds_nothing():
         draw.model(), draw.batch(weights=True, negatives=2, log_q=True), draw.loop(3, learned=True, loss="softmax")
     )
     arguments = (
-        *_ops._inputs(model, batch.support),
-        *_ops.judged_query(batch),
-        *_ops._loop(loop),
-        "bpr=0.5,softmax=0.5",
-        None,
-        127,
-    )
+        *_ops._inputs(model, batch.support), *_ops.judged_query(batch), *_ops._loop(loop),
+        "bpr=0.5,softmax=0.5", None, 127,
+    )  # fmt: skip
     opcheck(torch.ops.metarec_fast.meta_step, arguments)
 
 
