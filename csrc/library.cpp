@@ -54,12 +54,7 @@ bool atomics_allowed() {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(METAREC_NAMESPACE, m) {
-  // Beside it an operator "_name" that autograd passes by, for calls that nobody differentiates.
-  const auto define_both = [&](const std::string& schema) {
-    m.def(schema.c_str());
-    m.def(("_" + schema).c_str());
-  };
-  define_both("adapt(" + kInputs + kLoop + ") -> (Tensor, Tensor)");
+  m.def(("adapt(" + kInputs + kLoop + ") -> (Tensor, Tensor)").c_str());
   m.def(("adapt_and_score(" + kInputs + "Tensor query_items, Tensor query_offsets, " + kLoop +
          ") -> (Tensor, Tensor, Tensor)")
             .c_str());
@@ -67,19 +62,20 @@ STABLE_TORCH_LIBRARY(METAREC_NAMESPACE, m) {
          kInputs + "Tensor query_items, Tensor query_offsets, " + kLoop + ", int wanted) -> (" +
          kGradients + ")")
             .c_str());
-  define_both(
-      "meta_step(" + kInputs +
-      "Tensor query_items, Tensor? query_targets, Tensor query_offsets, Tensor? query_weights, "
-      "Tensor? query_negatives, Tensor? query_log_q, Tensor? task_weights, " +
-      kLoop + ", str outer_loss, Tensor? step_weights, int wanted) -> (Tensor, " + kGradients +
-      ", Tensor item_ids)");
-  define_both("adapt_all(" + kInputs + kLoop + ") -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(("meta_step(" + kInputs +
+         "Tensor query_items, Tensor? query_targets, Tensor query_offsets, Tensor? query_weights, "
+         "Tensor? query_negatives, Tensor? query_log_q, Tensor? task_weights, " +
+         kLoop + ", str outer_loss, Tensor? step_weights, int wanted) -> (Tensor, " + kGradients +
+         ", Tensor item_ids)")
+            .c_str());
+  m.def(("adapt_all(" + kInputs + kLoop + ") -> (Tensor, Tensor, Tensor, Tensor)").c_str());
   m.def(("adapt_all_backward(Tensor grad_user, Tensor grad_bias, Tensor grad_rows, Tensor "
          "grad_biases, " +
          kInputs + kLoop + ", int wanted) -> (" + kGradients + ")")
             .c_str());
-  define_both("reptile_step(" + kInputs + "Tensor? task_weights, " + kLoop +
-              ") -> (Tensor, Tensor, Tensor, Tensor?, Tensor?)");
+  m.def(("reptile_step(" + kInputs + "Tensor? task_weights, " + kLoop +
+         ") -> (Tensor, Tensor, Tensor, Tensor?, Tensor?)")
+            .c_str());
   m.def(
       "score_top_k(Tensor user, Tensor user_bias, Tensor item_table, Tensor item_bias, int k, "
       "Tensor? exclude_items, Tensor? exclude_offsets, bool tensor_cores=False) -> (Tensor, "
@@ -98,10 +94,11 @@ STABLE_TORCH_LIBRARY(METAREC_NAMESPACE, m) {
   m.def(("mlp_adapt_and_score_backward(Tensor grad_scores, " + kTower + kTowerLoop + ") -> (" +
          kTowerGradients + ")")
             .c_str());
-  define_both("mlp_meta_step(" + kTower +
-              "Tensor? query_targets, Tensor? query_weights, Tensor? query_negatives, "
-              "Tensor? query_log_q, Tensor? task_weights, " +
-              kTowerLoop + ", str outer_loss) -> (Tensor loss, " + kTowerGradients + ")");
+  m.def(("mlp_meta_step(" + kTower +
+         "Tensor? query_targets, Tensor? query_weights, Tensor? query_negatives, "
+         "Tensor? query_log_q, Tensor? task_weights, " +
+         kTowerLoop + ", str outer_loss) -> (Tensor loss, " + kTowerGradients + ")")
+            .c_str());
   m.def("use_huge_pages(Tensor table) -> ()");
   m.def("allow_atomics(bool mode) -> bool");
   m.def("atomics_allowed() -> bool");

@@ -17,11 +17,6 @@
 #define METAREC_NAMESPACE metarec_fast
 #endif
 
-// A kernel for an operator and for the one beside it that autograd passes by (library.cpp).
-#define METAREC_IMPL_BOTH(library, name, kernel) \
-  (library).impl(name, TORCH_BOX(&kernel));      \
-  (library).impl("_" name, TORCH_BOX(&kernel))
-
 namespace metarec_fast {
 
 using torch::headeronly::ScalarType;

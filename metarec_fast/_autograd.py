@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import fallthrough_kernel, impl, register_autograd, register_fake
+from torch.library import impl, register_autograd, register_fake
 
 from metarec_fast import _autocast
 from metarec_fast._arguments import WANT
@@ -224,7 +224,6 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "sparse_sgd": _fake_update,
     "use_huge_pages": _fake_update,
 }
-_UNTRACKED = ("adapt", "adapt_all", "meta_step", "reptile_step")
 
 
 def register_gradients(
@@ -261,15 +260,6 @@ def register_gradients(
     _autocast.fragment(namespace).impl(name, differentiate, "Autograd", with_keyset=True)
 
 
-def register_untracked(namespace: str, fakes: dict[str, Callable[..., Any]]) -> None:
-    """Lets autograd pass the operators "_name" by: kernels beside those of "name", for who asks for no gradients."""
-    library = _autocast.fragment(namespace)
-    for name, fake in fakes.items():
-        register_fake(f"{namespace}::_{name}", fake)
-        library.impl(f"_{name}", fallthrough_kernel, "Autograd")
-    _autocast.register(namespace, [f"_{name}" for name in fakes])
-
-
 def register(namespace: str) -> None:
     """Gives the operators of a namespace their fake kernels, gradients and what they do under autocast."""
     for name, fake in _FAKES.items():
@@ -291,7 +281,6 @@ def register(namespace: str) -> None:
     for name, message in refusals.items():
         register_autograd(f"{namespace}::{name}", refuse(message))
     _autocast.register(namespace, (*gradients, *refusals))
-    register_untracked(namespace, {name: _FAKES[name] for name in _UNTRACKED})
     impl(f"{namespace}::must_be_deterministic", "default", torch.are_deterministic_algorithms_enabled)
 
 

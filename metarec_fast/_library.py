@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -29,6 +30,16 @@ def _load(name: str) -> Library:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:  # built for a newer libtorch, or for another machine
         return Library(name, False, f"it does not load: {str(error).splitlines()[0]}")
+    return Library(name, True)
+
+
+def compiled_module(name: str) -> Library:
+    """One of the package's modules that are compiled against Python."""
+    try:
+        import_module(f"metarec_fast.{name}")
+    except ImportError as error:
+        built = any(FOLDER.glob(f"{name}*.so"))
+        return Library(name, False, f"it does not load: {error}" if built else "it was not built")
     return Library(name, True)
 
 

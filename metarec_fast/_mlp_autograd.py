@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import register_autograd, register_fake
 
 from metarec_fast import _autocast
-from metarec_fast._autograd import refuse, register_gradients, register_untracked, restore, save
+from metarec_fast._autograd import refuse, register_gradients, restore, save
 from metarec_fast._known_gradients import Once, is_known_one
 
 ops = torch.ops.metarec_fast
@@ -96,7 +96,6 @@ def register(namespace: str) -> None:
     )
     register_gradients(namespace, "mlp_meta_step", _meta_step_backward, _meta_step_setup)
     _autocast.register(namespace, ("mlp_adapt_and_score", "mlp_adapt_and_score_backward", "mlp_meta_step"))
-    register_untracked(namespace, {"mlp_meta_step": _fake_meta_step})
 
 
 register("metarec_fast")

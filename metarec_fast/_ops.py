@@ -102,19 +102,13 @@ def moved(results: tuple[Any, ...], support: Entries) -> MetaStep:
 
 def call(name: str, given: Iterable[Tensor | None], args: tuple[Any, ...]) -> Any:
     """What the operator of that name returns, without autograd where none of `given` asks for gradients."""
+    op = getattr(ops, name).default
     if torch.compiler.is_compiling():
-        return getattr(ops, name).default(*args)
-    return call_eagerly(name, given, args)
-
-
-def call_eagerly(name: str, given: Iterable[Tensor | None], args: tuple[Any, ...]) -> Any:
-    """The same for who knows that nothing is being compiled."""
-    if torch.is_grad_enabled():
-        for value in given:
-            if value is not None and value.requires_grad:
-                return getattr(ops, name).default(*args)
-    op = getattr(ops, "_" + name).default
-    return getattr(op, "_op", op)(*args)  # what an overload passes its arguments on to
+        return op(*args)
+    if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in given):
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def score_top_k(

@@ -2,96 +2,35 @@
 
 To look at every argument, so that whatever is wrong is said by its name, takes longer than a small batch does, and on
 the CPU the operators refuse by themselves what does not fit. So where nothing is out of the ordinary they are called
-at once, and arguments are looked at one by one only if they refuse. What they would not refuse is looked at here.
-
-All of this runs between two batches, when what it needs has left the processor's nearest caches: here a microsecond is
-won by every call that is not made.
+at once, and arguments are looked at one by one only if they refuse. What they would not refuse, `_calls` looks at,
+which is compiled and calls the kernels without PyTorch's dispatcher where nobody watches it: all of this runs between
+two batches, when what it needs has left the processor's nearest caches.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from metarec_fast import _library, _ops
-from metarec_fast._arguments import PAIRWISE, WANT_ALL, Settings, Start, check_outer_loss, kept_scalar
-from metarec_fast.results import FastWeights, MetaStep
+from metarec_fast import _arguments, _library, _ops
+from metarec_fast._arguments import PAIRWISE, WANT, WANT_ALL, Settings, Start, check_outer_loss, kept_scalar
+from metarec_fast.results import AdaptedItems, FastWeights, MetaStep, SparseRows
 from metarec_fast.tasks import Entries, TaskBatch
 
-Result = TypeVar("Result")
-
-_PLAIN = (Tensor, Parameter)
+try:
+    from metarec_fast import _calls
+except ImportError:
+    _calls = None  # type: ignore[assignment, unused-ignore]
 
 
 class Unusual(Exception):
     """An argument has to be looked at more closely."""
-
-
-def attempt(call: Callable[..., Result], *args: Any) -> Result | None:
-    """What one of the calls below gives, or None where arguments have to be looked at more closely."""
-    if torch.compiler.is_compiling() or not _library.cpu.loaded or getattr(forward_ad, "_current_level", 0) >= 0:
-        return None
-    try:
-        return call(*args)
-    except Exception:  # whoever looks closely finds out what it is, and says it by name
-        return None
-
-
-def adapt(start: Start, settings: Settings, support: Entries) -> FastWeights:
-    model, loop = _take(start, settings, support)
-    name = "adapt_all" if settings[-1] == "all" else "adapt"
-    return _ops.adapted(_run(name, model, loop, support, (*_ops.inputs(model, support), *loop)))
-
-
-def meta_step(start: Start, settings: Settings, batch: TaskBatch, outer_loss: str | Mapping[str, float]) -> MetaStep:
-    support, query = batch.support, batch.query
-    model, loop = _take(start, settings, support)
-    item_bias = model[3]
-    if query is None:
-        raise Unusual
-    key = outer_loss if type(outer_loss) is str else _items(outer_loss)
-    text, kind = _outer_losses.get(key) or _outer(key, outer_loss)
-    _look_at(query, kind, item_bias)
-    for weights in (query.weights, batch.weights):
-        if weights is not None and (weights.dtype is not item_bias.dtype or weights.requires_grad):
-            raise Unusual
-    args = (
-        *_ops.inputs(model, support), *_ops.judged_query(batch), *loop, text, None,
-        WANT_ALL,
-    )  # fmt: skip
-    return _ops.stepped(_run("meta_step", model, loop, support, args))
-
-
-def reptile_step(start: Start, settings: Settings, support: Entries) -> MetaStep:
-    model, loop = _take(start, settings, support)
-    args = (*_ops.inputs(model, support), None, *loop)
-    return _ops.moved(_ops.call_eagerly("reptile_step", (), args), support)
-
-
-def _run(name: str, model: tuple[Tensor, ...], loop: tuple[Any, ...], support: Entries, args: tuple[Any, ...]) -> Any:
-    return _ops.call_eagerly(name, (*model, *loop[:4], support.weights), args)
-
-
-def _take(start: Start, settings: Settings, support: Entries) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-    """The meta-parameters and the inner loop as the operators take them."""
-    user_init, user_bias_init, item_table, item_bias, offset = start
-    steps, loss = settings[1], settings[6]
-    if not (type(item_table) in _PLAIN and type(item_bias) in _PLAIN and item_table.is_cpu):
-        raise Unusual
-    if type(steps) not in (int, str):  # True and 1.0 would be found where 1 is kept
-        raise Unusual
-    _look_at(support, loss, item_bias)
-    dtype = item_bias.dtype
-    if support.weights is not None and support.weights.dtype is not dtype:
-        raise Unusual
-    bias = kept_scalar(0.0 if user_bias_init is None else user_bias_init, dtype)
-    model = user_init, bias, item_table, item_bias, kept_scalar(offset, dtype)
-    return model, _loops.get((settings, dtype)) or _loop(settings, dtype)
 
 
 _loops: dict[tuple[Settings, torch.dtype], tuple[Any, ...]] = {}
@@ -124,13 +63,6 @@ def _loop(settings: Settings, dtype: torch.dtype) -> tuple[Any, ...]:
 _outer_losses: dict[Any, tuple[str, str]] = {}
 
 
-def _items(outer_loss: Any) -> tuple[tuple[str, float], ...]:
-    """What tells a mixture of losses from others."""
-    if type(outer_loss) is not dict:
-        raise Unusual
-    return tuple(outer_loss.items())
-
-
 def _outer(key: Any, outer_loss: str | Mapping[str, float]) -> tuple[str, str]:
     """Outer losses as the operator takes them, which is kept, and one of them that looks at the same of a query."""
     losses = check_outer_loss(outer_loss)
@@ -143,15 +75,93 @@ def _outer(key: Any, outer_loss: str | Mapping[str, float]) -> tuple[str, str]:
     return kept
 
 
-def _look_at(entries: Entries, loss: str, item_bias: Tensor) -> None:
-    """Raises unless entries have just what the loss looks at, of known items, of everyone's dtype."""
-    targets = entries.targets
-    if type(entries) is not Entries or entries.log_q is not None or entries.max_item >= item_bias.numel():
-        raise Unusual
-    if (entries.negatives is None) == (loss in PAIRWISE):
-        raise Unusual
-    if targets is None:
-        if loss not in PAIRWISE:
-            raise Unusual
-    elif targets.dtype is not item_bias.dtype or targets.requires_grad:
-        raise Unusual
+def _kernel(name: str) -> int:
+    """Where the operator's kernel on the CPU can be called directly."""
+    library = ctypes.CDLL(str(_library.FOLDER / f"{_library.cpu.name}.so"))
+    address = ctypes.cast(getattr(library, f"metarec_fast_{name}"), ctypes.c_void_p).value
+    assert address is not None
+    return address
+
+
+def _operator(name: str) -> tuple[Any, int]:
+    return getattr(_ops.ops, name).default, _kernel(name)
+
+
+_OPERATORS = ("adapt", "adapt_all", "adapt_and_score", "meta_step", "reptile_step")
+
+
+def _known() -> dict[str, Any]:
+    """What `_calls` has to know; some of it is of PyTorch's inside, which a later version may have elsewhere."""
+    inside = torch._C
+    assert forward_ad._current_level < 0
+    return {
+        "tensor": Tensor,
+        "parameter": Parameter,
+        "watchers": (
+            inside._len_torch_dispatch_stack,
+            inside._len_torch_function_stack,
+            inside._functorch.peek_interpreter_stack,
+            inside._get_tracing_state,
+            inside._autograd._profiler_enabled,
+        ),
+        "is_negated": Tensor.is_neg,
+        "to_handles": inside._aoti.unsafe_alloc_void_ptrs_from_tensors,
+        "from_handles": inside._aoti.alloc_tensors_by_stealing_from_void_ptrs,
+        "operators": {name: _operator(name) for name in _OPERATORS},
+        "float32": torch.float32,
+        "float64": torch.float64,
+        "entries_type": Entries,
+        "fast_weights_type": FastWeights,
+        "adapted_items_type": AdaptedItems,
+        "meta_step_type": MetaStep,
+        "sparse_rows_type": SparseRows,
+        "pairwise": PAIRWISE,
+        "scalars": _arguments._scalars,
+        "loops": _loops,
+        "outer_losses": _outer_losses,
+        "make_scalar": kept_scalar,
+        "make_loop": _loop,
+        "make_outer": _outer,
+        "is_grad_enabled": torch.is_grad_enabled,
+        "forward_ad": forward_ad,  # whose _current_level says whether derivatives in forward mode are asked for
+        "gradient_names": tuple(WANT),
+        "want_all": WANT_ALL,
+    }
+
+
+def _enable() -> _library.Library:
+    """Tells `_calls` what it has to know, and says whether it can be used."""
+    if _calls is None:
+        return _library.compiled_module("_calls")
+    if not _library.cpu.loaded:
+        return _library.Library("_calls", False, "_C is missing")
+    try:
+        known = _known()
+        _try_handles(known["to_handles"], known["from_handles"])
+        _calls.use(known)
+    except (AttributeError, TypeError) as error:
+        return _library.Library("_calls", False, f"this torch is another inside: {error}")
+    return _library.Library("_calls", True)
+
+
+def _try_handles(to_handles: Callable[..., Any], from_handles: Callable[..., Any]) -> None:
+    """Raises unless they give what `_calls` takes them to give."""
+    tensor = torch.zeros(1)
+    handles = to_handles([tensor])
+    kind = type(handles[0]).__name__
+    if type(handles) is not list or kind != "PyCapsule" or from_handles(handles)[0].data_ptr() != tensor.data_ptr():
+        raise TypeError(f"expected tensors to become a list of capsules, got {type(handles).__name__} of {kind}")
+
+
+library = _enable()
+
+
+def _usual(name: str) -> Callable[..., Any]:
+    """What an operator of `functional` returns, given its arguments, or None where they have to be looked at."""
+    return getattr(_calls, name) if library.loaded else lambda *_: None
+
+
+adapt: Callable[[Start, Settings, Entries], FastWeights | None] = _usual("adapt")
+adapt_and_score: Callable[[Start, Settings, TaskBatch], Tensor | None] = _usual("adapt_and_score")
+meta_step: Callable[[Start, Settings, TaskBatch, str | Mapping[str, float]], MetaStep | None] = _usual("meta_step")
+reptile_step: Callable[[Start, Settings, Entries], MetaStep | None] = _usual("reptile_step")

@@ -9,12 +9,12 @@ import subprocess
 import torch
 
 import metarec_fast
-from metarec_fast import _library
+from metarec_fast import _library, _usual
 
 
 def diagnose() -> tuple[list[str], bool]:
     """What there is to say, line by line, the verdict last; and whether the fast path on the CPU is active."""
-    tasks = _sampler()
+    tasks = _library.compiled_module("_tasks")
     fast = _library.cpu.loaded and tasks.loaded
     facts = {
         "metarec_fast": f"{metarec_fast.__version__} in {_library.FOLDER}",
@@ -26,6 +26,7 @@ def diagnose() -> tuple[list[str], bool]:
         "nvcc": _version("nvcc"),
         "_C": f"{_state(_library.cpu)} (operators on the CPU, {_library.cpu.name})",
         "_C_cuda": f"{_state(_library.cuda)} (operators on the GPU{_built_for()})",
+        "_calls": f"{_state(_usual.library)} (calls of operators without a detour)",
         "_tasks": f"{_state(tasks)} (task sampler)",
     }
     width = max(map(len, facts))
@@ -42,15 +43,6 @@ def _verdict(fast: bool) -> str:
     if shutil.which("c++") is None:
         return "The slow path is active: install a C++ compiler (GCC ≥ 12), then the package again, from source."
     return "The slow path is active: install the package again with `pip install --no-build-isolation .`"
-
-
-def _sampler() -> _library.Library:
-    try:
-        from metarec_fast import _tasks  # noqa: F401
-    except ImportError as error:
-        built = any(_library.FOLDER.glob("_tasks*.so"))
-        return _library.Library("_tasks", False, f"it does not load: {error}" if built else "it was not built")
-    return _library.Library("_tasks", True)
 
 
 def _state(library: _library.Library) -> str:

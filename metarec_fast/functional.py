@@ -90,7 +90,7 @@ def adapt(
     """
     start = user_init, user_bias_init, item_table, item_bias, offset
     settings = inner_lr, inner_steps, preconditioner, prior_pull, extra_count, momentum, loss, first_order, adapt
-    usual = _usual.attempt(_usual.adapt, start, settings, support)
+    usual = None if torch.compiler.is_compiling() else _usual.adapt(start, settings, support)
     if usual is not None:
         return usual
     num_tasks = _count_tasks("support", support)
@@ -132,9 +132,12 @@ def adapt_and_score(
     Raises:
         IndexError, ValueError, TypeError: As for `adapt`.
     """
-    num_tasks = _count_tasks("batch", batch)
     start = user_init, user_bias_init, item_table, item_bias, offset
     settings = inner_lr, inner_steps, preconditioner, prior_pull, extra_count, momentum, loss, first_order, adapt
+    usual = None if torch.compiler.is_compiling() else _usual.adapt_and_score(start, settings, batch)
+    if usual is not None:
+        return usual
+    num_tasks = _count_tasks("batch", batch)
     model = check_model(*start, num_tasks)
     loop = check_inner_loop(model, num_tasks, settings)
     batch = check_batch(batch, model.item_bias, loss, outer_losses=())
@@ -192,9 +195,9 @@ def meta_step(
     """
     start = user_init, user_bias_init, item_table, item_bias, offset
     settings = inner_lr, inner_steps, preconditioner, prior_pull, extra_count, momentum, loss, first_order, adapt
-    result: MetaStep | None = None
-    if step_weights is None:
-        result = _usual.attempt(_usual.meta_step, start, settings, batch, outer_loss)
+    result = None
+    if step_weights is None and not torch.compiler.is_compiling():
+        result = _usual.meta_step(start, settings, batch, outer_loss)
     if result is None:
         num_tasks = _count_tasks("batch", batch)
         losses = check_outer_loss(outer_loss)
@@ -250,8 +253,8 @@ def reptile_step(
     """
     start = user_init, user_bias_init, item_table, item_bias, offset
     settings = inner_lr, inner_steps, preconditioner, prior_pull, extra_count, momentum, loss, False, adapt
-    if task_weights is None:
-        usual = _usual.attempt(_usual.reptile_step, start, settings, support)
+    if task_weights is None and not torch.compiler.is_compiling():
+        usual = _usual.reptile_step(start, settings, support)
         if usual is not None:
             return usual
     num_tasks = _count_tasks("support", support)

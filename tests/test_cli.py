@@ -224,7 +224,7 @@ def test_doctor_says_that_the_fast_path_is_active(capsys):
     assert cli.main(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1].startswith("The fast path is active")
-    for fact in ("torch", "threads", "C++ compiler", "_C_cuda", "_tasks"):
+    for fact in ("torch", "threads", "C++ compiler", "_C_cuda", "_tasks", "_calls"):
         assert fact in printed
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 
 import pytest
 import torch
 from problems import Draw
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from metarec_fast import Entries, TaskBatch, _usual, functional
+from metarec_fast import Entries, TaskBatch, _library, _usual, functional
 
 T, N, D = 6, 60, 7
+OPERATORS = ("adapt", "adapt_and_score", "meta_step", "reptile_step")
 CLOSE_LOOKS = ("check_model", "check_inner_loop", "check_batch", "check_entries", "check_differentiation")
 
 
@@ -27,12 +30,18 @@ def call(name, changes):
     given = {**arguments(), **{key: value for key, value in changes.items() if key != "batch"}}
     if name in ("adapt", "reptile_step"):
         given["support"] = getattr(batch, "support", batch)
-        given.pop("outer_loss", None), given.pop("step_weights", None)
     else:
         given["batch"] = batch
+    if name != "meta_step":
+        given.pop("outer_loss", None), given.pop("step_weights", None)
     if name == "reptile_step":
         given.pop("first_order", None)
     return getattr(functional, name)(**given)
+
+
+def loss(result):
+    """The first tensor of what an operator returns."""
+    return result if isinstance(result, torch.Tensor) else result[0]
 
 
 def outcome(name, changes):
@@ -51,6 +60,15 @@ def part(entries, **changes):
             **changes,
         }
     )
+
+
+class Special(torch.Tensor):
+    """A tensor of which somebody wants to know what becomes of it."""
+
+
+def negated(values):
+    """These numbers, whose signs in memory are the other ones."""
+    return torch._neg_view(-torch.tensor(values, dtype=torch.float64))
 
 
 def unusual():
@@ -93,15 +111,20 @@ def unusual():
         {"batch": TaskBatch(part(support, targets=support.targets.clone().requires_grad_()), query)},
         {"batch": TaskBatch(support, part(query, weights=query.weights.clone().requires_grad_()))},
         {"batch": TaskBatch.unchecked(support, query, weights=batch.weights.clone().requires_grad_())},
+        {"user_init": single.double().to("meta")}, {"offset": torch.zeros(()).double().to("meta")},
+        {"user_init": single.double().to_sparse()}, {"item_bias": model.item_bias.as_subclass(Special)},
+        {"user_init": single.double().as_subclass(Special)}, {"offset": negated(2.0)},
+        {"user_init": negated([0.5] * D)}, {"inner_lr": negated(-0.2)}, {"item_bias": negated([0.1] * N)},
+        {"item_table": model.item_table.t().clone().t()},
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["adapt", "adapt_and_score", "meta_step", "reptile_step"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_whatever_is_unusual_comes_out_as_if_everything_were_looked_at(name, monkeypatch):
     for changes in unusual():
         found = outcome(name, changes)
         with monkeypatch.context() as patch:
-            patch.setattr(_usual, "attempt", lambda *_: None)
+            patch.setattr(_usual, name, lambda *_: None)
             expected = outcome(name, changes)
         if isinstance(expected, tuple) and isinstance(expected[0], type):
             assert found == expected, changes
@@ -109,7 +132,7 @@ def test_whatever_is_unusual_comes_out_as_if_everything_were_looked_at(name, mon
             torch.testing.assert_close(found, expected, rtol=0, atol=0, msg=lambda text, of=changes: f"{of}: {text}")
 
 
-@pytest.mark.parametrize("name", ["adapt", "meta_step", "reptile_step"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_the_usual_call_is_not_looked_at_closely(name, monkeypatch):
     if not arguments()["item_table"].is_cpu:
         pytest.skip("operators on a GPU cannot look at ids")
@@ -118,8 +141,8 @@ def test_the_usual_call_is_not_looked_at_closely(name, monkeypatch):
     adapted = {"item_table": arguments()["item_table"].requires_grad_(name != "reptile_step")}
     for changes in ({}, {"user_bias_init": 0.3, "inner_lr": 0.2}, {"adapt": "all"}, {"offset": 1.5}, adapted):
         call(name, changes)
-    if name != "reptile_step":
-        call(name, {"outer_loss": {"squared": 0.5, "absolute": 0.5}})
+    call(name, {"outer_loss": {"squared": 0.5, "absolute": 0.5}})
+    if name in ("adapt", "meta_step"):
         for outer_loss in ("bpr", {"bpr": 1.0}, {"bpr": 1, "softmax": 0.25}):
             call(name, {"loss": "bpr", "outer_loss": outer_loss, "batch": Draw(1).batch(negatives=2)})
 
@@ -131,15 +154,7 @@ def test_an_id_that_the_batch_says_nothing_of_is_named_by_the_operator():
         call("meta_step", {"batch": TaskBatch(hidden, batch.query)})
 
 
-@pytest.mark.parametrize("name", ["adapt", "adapt_all", "meta_step", "reptile_step", "mlp_meta_step"])
-def test_beside_an_operator_is_one_that_autograd_passes_by(name):
-    op, beside = (getattr(torch.ops.metarec_fast, each).default for each in (name, f"_{name}"))
-    assert str(beside._schema) == str(op._schema).replace("::", "::_")
-    for key in ("CPU", "Meta", "AutocastCPU", "AutocastCUDA"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(beside.name(), key), key
-
-
-@pytest.mark.parametrize("name", ["adapt", "meta_step", "reptile_step"])
+@pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("adapt", ["user", "all"])
 def test_a_call_that_nobody_differentiates_gives_the_same(name, adapt):
     def result(asked):
@@ -147,7 +162,97 @@ def test_a_call_that_nobody_differentiates_gives_the_same(name, adapt):
 
     plain, tracked = result(False), result(True)
     torch.testing.assert_close(plain, tracked, rtol=0, atol=0)
-    assert not plain[0].requires_grad
-    assert tracked[0].requires_grad == (name != "reptile_step")
+    assert not loss(plain).requires_grad
+    assert loss(tracked).requires_grad == (name != "reptile_step")
     with torch.no_grad():
-        assert not result(True)[0].requires_grad
+        assert not loss(result(True)).requires_grad
+
+
+class Seen(TorchDispatchMode):
+    """Notes down which operators are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.append(op.name())
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_whoever_watches_operators_sees_them(name):
+    call(name, {})
+    with Seen() as mode:
+        call(name, {})
+    assert f"metarec_fast::{name}" in mode.names
+    with torch.profiler.profile() as profile:
+        call(name, {})
+    assert f"metarec_fast::{name}" in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_transform_is_told_what_it_would_be_told_otherwise(name, monkeypatch):
+    users = torch.stack([arguments()["user_init"], torch.zeros(D, dtype=torch.float64)])
+
+    def mapped():
+        def one(user):
+            return loss(call(name, {"user_init": user}))
+
+        try:
+            return torch.func.vmap(one)(users)
+        except Exception as error:
+            return type(error), str(error)
+
+    found = mapped()
+    monkeypatch.setattr(_usual, name, lambda *_: None)
+    expected = mapped()
+    if isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    else:
+        assert found == expected
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_nothing_is_kept_of_a_call_whether_it_succeeds_or_not(name):
+    model, batch = arguments(), Draw(1).batch()
+    hidden = TaskBatch(part(batch.support, items=batch.support.items + N), batch.query)
+    given = [*model.values(), batch.support.items, batch.support.targets, batch.query.items]
+    before = [tensor._use_count() for tensor in given]
+    for _ in range(10):
+        result = call(name, {**model, "batch": batch})
+        with pytest.raises(RuntimeError, match="support_items"):
+            call(name, {**model, "batch": hidden})
+    assert [tensor._use_count() for tensor in given] == before
+    assert loss(result)._use_count() == 1
+
+
+def test_results_of_a_call_live_as_long_as_somebody_has_them():
+    results = [call("meta_step", {"offset": float(i)}) for i in range(20)]
+    again = [call("meta_step", {"offset": float(i)}) for i in range(20)]
+    torch.testing.assert_close(results, again, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_calls_from_several_threads_do_not_disturb_each_other(name):
+    expected = call(name, {})
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: call(name, {}), range(200)):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_without_the_compiled_module_every_call_is_looked_at(monkeypatch):
+    assert _usual.library.loaded
+    with monkeypatch.context() as patch:
+        patch.setattr(_usual, "_calls", None)
+        patch.setattr(_library, "compiled_module", lambda name: _library.Library(name, False, "it was not built"))
+        assert _usual._enable() == _library.Library("_calls", False, "it was not built")
+    with monkeypatch.context() as patch:
+        patch.delattr(torch._C, "_get_tracing_state")
+        assert not _usual._enable().loaded
+        assert "_get_tracing_state" in _usual._enable().reason
+    with monkeypatch.context() as patch:
+        patch.setattr(torch._C._aoti, "unsafe_alloc_void_ptrs_from_tensors", lambda tensors: [0 for _ in tensors])
+        assert "capsules, got list of int" in _usual._enable().reason
+    monkeypatch.setattr(_usual, "library", _library.Library("_calls", False, "it was not built"))
+    assert _usual._usual("adapt")(1, 2, 3) is None

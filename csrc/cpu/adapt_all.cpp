@@ -1,5 +1,6 @@
 // What every task becomes where its items adapt too: user vectors and biases, and the row and bias
 // of each support entry's item.
+#include "direct_call.h"
 #include "gradients.h"
 
 namespace metarec_fast::cpu {
@@ -123,8 +124,10 @@ GradientTuple adapt_all_backward_cpu(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(metarec_fast, CPU, m) {
-  METAREC_IMPL_BOTH(m, "adapt_all", adapt_all_cpu);
+  m.impl("adapt_all", TORCH_BOX(&adapt_all_cpu));
   m.impl("adapt_all_backward", TORCH_BOX(&adapt_all_backward_cpu));
 }
+
+METAREC_DIRECT_CALL(adapt_all, adapt_all_cpu)
 
 }  // namespace metarec_fast::cpu

@@ -1,4 +1,5 @@
 // φ_K of every task from its support set, the scores of its query items, and the way back.
+#include "direct_call.h"
 #include "factored_task.h"
 #include "inner_solver.h"
 
@@ -207,9 +208,12 @@ GradientTuple adapt_and_score_backward_cpu(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(metarec_fast, CPU, m) {
-  METAREC_IMPL_BOTH(m, "adapt", adapt_cpu);
+  m.impl("adapt", TORCH_BOX(&adapt_cpu));
   m.impl("adapt_and_score", TORCH_BOX(&adapt_and_score_cpu));
   m.impl("adapt_and_score_backward", TORCH_BOX(&adapt_and_score_backward_cpu));
 }
+
+METAREC_DIRECT_CALL(adapt, adapt_cpu)
+METAREC_DIRECT_CALL(adapt_and_score, adapt_and_score_cpu)
 
 }  // namespace metarec_fast::cpu

@@ -2,6 +2,7 @@
 // adapted, judged and undone.
 //
 //   L = Σ_t ω_t L_Q,t / Σ_t ω_t,   L_Q,t = Σ_k κ_k Σ_q v_q ℓ_out(p_q(φ_k), y_q) / Σ_q v_q
+#include "direct_call.h"
 #include "factored_task.h"
 #include "inner_solver.h"
 #include "query_loss.h"
@@ -203,8 +204,8 @@ MetaStepTuple meta_step_cpu(const Tensor& user_init, const Tensor& user_bias_ini
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(metarec_fast, CPU, m) {
-  METAREC_IMPL_BOTH(m, "meta_step", meta_step_cpu);
-}
+STABLE_TORCH_LIBRARY_IMPL(metarec_fast, CPU, m) { m.impl("meta_step", TORCH_BOX(&meta_step_cpu)); }
+
+METAREC_DIRECT_CALL(meta_step, meta_step_cpu)
 
 }  // namespace metarec_fast::cpu

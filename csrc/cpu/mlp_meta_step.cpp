@@ -76,7 +76,7 @@ MlpMetaStepTuple mlp_meta_step_cpu(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(metarec_fast, CPU, m) {
-  METAREC_IMPL_BOTH(m, "mlp_meta_step", mlp_meta_step_cpu);
+  m.impl("mlp_meta_step", TORCH_BOX(&mlp_meta_step_cpu));
 }
 
 }  // namespace metarec_fast::cpu

@@ -3,6 +3,7 @@
 //
 //   φ_0 − Σ_t ω_t φ_K,t / Σ_t ω_t,   of item rows over the tasks that hold the item
 //   L = Σ_t ω_t L_t / Σ_t ω_t,       L_t = Σ_s w_s ℓ(p_s, y_s) / Σ_s w_s  on the support at φ_K
+#include "direct_call.h"
 #include "factored_form.h"
 #include "gradients.h"
 #include "inner_solver.h"
@@ -198,7 +199,9 @@ ReptileTuple reptile_step_cpu(const Tensor& user_init, const Tensor& user_bias_i
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(metarec_fast, CPU, m) {
-  METAREC_IMPL_BOTH(m, "reptile_step", reptile_step_cpu);
+  m.impl("reptile_step", TORCH_BOX(&reptile_step_cpu));
 }
+
+METAREC_DIRECT_CALL(reptile_step, reptile_step_cpu)
 
 }  // namespace metarec_fast::cpu

@@ -91,7 +91,7 @@ GradientTuple adapt_all_backward_cuda(
 }  // namespace
 
 METAREC_CUDA_OPERATORS(m) {
-  METAREC_IMPL_BOTH(m, "adapt_all", adapt_all_cuda);
+  m.impl("adapt_all", TORCH_BOX(&adapt_all_cuda));
   m.impl("adapt_all_backward", TORCH_BOX(&adapt_all_backward_cuda));
 }
 

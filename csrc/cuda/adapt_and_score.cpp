@@ -116,7 +116,7 @@ GradientTuple adapt_and_score_backward_cuda(
 }  // namespace
 
 METAREC_CUDA_OPERATORS(m) {
-  METAREC_IMPL_BOTH(m, "adapt", adapt_cuda);
+  m.impl("adapt", TORCH_BOX(&adapt_cuda));
   m.impl("adapt_and_score", TORCH_BOX(&adapt_and_score_cuda));
   m.impl("adapt_and_score_backward", TORCH_BOX(&adapt_and_score_backward_cuda));
 }

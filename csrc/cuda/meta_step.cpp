@@ -51,6 +51,6 @@ MetaStepTuple meta_step_cuda(
 
 }  // namespace
 
-METAREC_CUDA_OPERATORS(m) { METAREC_IMPL_BOTH(m, "meta_step", meta_step_cuda); }
+METAREC_CUDA_OPERATORS(m) { m.impl("meta_step", TORCH_BOX(&meta_step_cuda)); }
 
 }  // namespace metarec_fast::cuda

@@ -50,6 +50,6 @@ MlpMetaStepTuple mlp_meta_step_cuda(
 
 }  // namespace
 
-METAREC_CUDA_OPERATORS(m) { METAREC_IMPL_BOTH(m, "mlp_meta_step", mlp_meta_step_cuda); }
+METAREC_CUDA_OPERATORS(m) { m.impl("mlp_meta_step", TORCH_BOX(&mlp_meta_step_cuda)); }
 
 }  // namespace metarec_fast::cuda

@@ -50,6 +50,6 @@ ReptileTuple reptile_step_cuda(const Tensor& user_init, const Tensor& user_bias_
 
 }  // namespace
 
-METAREC_CUDA_OPERATORS(m) { METAREC_IMPL_BOTH(m, "reptile_step", reptile_step_cuda); }
+METAREC_CUDA_OPERATORS(m) { m.impl("reptile_step", TORCH_BOX(&reptile_step_cuda)); }
 
 }  // namespace metarec_fast::cuda

@@ -1,0 +1,16 @@
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from metarec_fast._arguments import Settings, Start
+from metarec_fast.results import FastWeights, MetaStep
+from metarec_fast.tasks import Entries, TaskBatch
+
+def use(known: dict[str, Any]) -> None: ...
+def adapt(start: Start, settings: Settings, support: Entries) -> FastWeights | None: ...
+def adapt_and_score(start: Start, settings: Settings, batch: TaskBatch) -> Tensor | None: ...
+def meta_step(
+    start: Start, settings: Settings, batch: TaskBatch, outer_loss: str | Mapping[str, float]
+) -> MetaStep | None: ...
+def reptile_step(start: Start, settings: Settings, support: Entries) -> MetaStep | None: ...
