@@ -9,19 +9,57 @@
 
 namespace metarec_fast::cpu {
 
-// The item of every gradient row.
+// The item of every gradient row, which tasks copy for themselves.
+class RowIds {
+ public:
+  RowIds(const RaggedItems& support, const RaggedItems& query, const ItemRows& places)
+      : ids(empty_result(query.items, ScalarType::Long, {places.size()})) {
+    int64_t* to = ids.mutable_data_ptr<int64_t>();
+    const auto place = [&to](Part& part, const OptionalTensor& from, int64_t of_each) {
+      if (!from) return;
+      part = {from->const_data_ptr<int64_t>(), to, of_each};
+      to += from->numel();
+    };
+    if (places.support) {
+      place(support_, support.items, 1);
+      place(support_negatives_, support.negatives, places.support_negatives);
+    }
+    place(query_, query.items, 1);
+    place(query_negatives_, query.negatives, places.query_negatives);
+  }
+
+  // Of the entries from `begin` up to `end`.
+  void copy_support(int64_t begin, int64_t end) const {
+    support_.copy(begin, end);
+    support_negatives_.copy(begin, end);
+  }
+  void copy_query(int64_t begin, int64_t end) const {
+    query_.copy(begin, end);
+    query_negatives_.copy(begin, end);
+  }
+
+  Tensor ids;
+
+ private:
+  struct Part {
+    const int64_t* from = nullptr;
+    int64_t* to = nullptr;
+    int64_t of_each = 0;  // ids of an entry
+
+    void copy(int64_t begin, int64_t end) const {
+      std::copy(from + begin * of_each, from + end * of_each, to + begin * of_each);
+    }
+  };
+  Part support_, support_negatives_, query_, query_negatives_;
+};
+
+// All of them at once.
 inline Tensor row_ids(const RaggedItems& support, const RaggedItems& query,
                       const ItemRows& places) {
-  Tensor result = empty_result(query.items, ScalarType::Long, {places.size()});
-  int64_t* ids = result.mutable_data_ptr<int64_t>();
-  const auto append = [&](const Tensor& from) {
-    ids = std::copy_n(from.const_data_ptr<int64_t>(), from.numel(), ids);
-  };
-  if (places.support) append(support.items);
-  if (places.support && support.negatives) append(*support.negatives);
-  append(query.items);
-  if (query.negatives) append(*query.negatives);
-  return result;
+  const RowIds rows(support, query, places);
+  rows.copy_support(0, support.size());
+  rows.copy_query(0, query.size());
+  return rows.ids;
 }
 
 // Item gradients of so many bytes are written past the caches: nobody would find them there.

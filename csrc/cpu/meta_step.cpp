@@ -19,6 +19,7 @@ struct Batch {
   const scalar_t* task_weight;  // ω [T], or nullptr: ones
   const scalar_t* step_weight;  // κ [K + 1], or nullptr: only the last step counts
   scalar_t normaliser = 0;      // 1 / Σ ω over tasks with a query
+  std::optional<RowIds> ids;    // of gradient rows, where they are wanted
 
   Batch(const TaskReader<scalar_t>& reader_in, const RaggedItems& query,
         const QueryLoss<scalar_t>& outer_in, const scalar_t* task_weight_in,
@@ -33,6 +34,12 @@ struct Batch {
     for (int64_t t = 0; t < query.num_tasks; ++t)
       if (queries.size(t) > 0) total += task_weight == nullptr ? 1 : task_weight[t];
     if (total > 0) normaliser = static_cast<scalar_t>(1 / total);
+  }
+
+  void copy_ids(int64_t t) const {
+    if (!ids) return;
+    ids->copy_support(reader.support.begin(t), reader.support.begin(t + 1));
+    ids->copy_query(queries.begin(t), queries.begin(t + 1));
   }
 
   bool whole_path() const { return step_weight != nullptr; }
@@ -65,6 +72,7 @@ void adapt_users(const Batch<scalar_t>& batch, const TaskBlocks& blocks, Wanted 
     auto& [arena, ahead, solver] = worker;
     const Task<scalar_t> task = reader.next(t, last, &batch.queries, arena, ahead);
     const Query<scalar_t> asked = read_query(reader, batch.queries, t, arena);
+    batch.copy_ids(t);
     const scalar_t* fast = solver.forward(task, arena, wanted.any(), whole_path);
     if (whole_path) fast = solver.path();
 
@@ -101,6 +109,7 @@ void adapt_items_too(const Batch<scalar_t>& batch, const TaskBlocks& blocks, Wan
     auto& [arena, ahead, items] = worker;
     const Task<scalar_t> task = reader.next(t, last, &batch.queries, arena, ahead);
     const Query<scalar_t> asked = read_query(reader, batch.queries, t, arena);
+    batch.copy_ids(t);
     items.find(reader.support, batch.queries, t);
     const int64_t* place = items.query.data();
     const int64_t begin = batch.queries.begin(t), support_begin = reader.support.begin(t),
@@ -184,19 +193,19 @@ MetaStepTuple meta_step_cpu(const Tensor& user_init, const Tensor& user_bias_ini
       return tensor ? tensor->const_data_ptr<scalar_t>() : nullptr;
     };
     const TaskReader<scalar_t> reader(inputs, loop);
-    const Batch<scalar_t> batch(reader, query,
-                                {judged.loss, data(judged.targets), data(judged.weights), nullptr},
-                                data(judged.task_weights), data(judged.step_weights));
+    Batch<scalar_t> batch(reader, query,
+                          {judged.loss, data(judged.targets), data(judged.weights), nullptr},
+                          data(judged.task_weights), data(judged.step_weights));
     const TaskBlocks blocks(inputs.T(), reader.support.offsets, batch.queries.offsets,
                             reader.entry_cost());
     Gradients<scalar_t> gradients(inputs, loop, wanted, query, blocks.size());
+    if (wanted.items()) item_ids = batch.ids.emplace(inputs.support, query, gradients.places).ids;
     if (loop.adapts_items)
       adapt_items_too(batch, blocks, wanted, gradients);
     else
       adapt_users(batch, blocks, wanted, gradients);
     *loss.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(gradients.finish());
     grads = gradients.tuple();
-    if (wanted.items()) item_ids = row_ids(inputs.support, query, gradients.places);
   });
   if (!item_ids) item_ids = empty(query.items, ScalarType::Long, {0});
   return std::tuple_cat(std::make_tuple(loss), std::move(grads), std::make_tuple(*item_ids));
