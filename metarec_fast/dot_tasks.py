@@ -3,7 +3,8 @@
     unique rows of the batch = model's nn.Embedding → functional.meta_step → loss, exact gradients on `backward()`
 
 so every optimiser, gradient clipping and DistributedDataParallel work as they do without us. Embeddings with sparse
-gradients are given them directly: `meta_step` reads the table itself, and what it returns is the gradient's rows.
+gradients are given them directly: `meta_step` reads the table itself, and what it returns is the gradient's rows. So
+are all parameters where the loss is wanted for nothing but its gradients, as in `fit`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from metarec_fast import functional
-from metarec_fast._known_gradients import KnownGradients
+from metarec_fast._known_gradients import KnownGradients, sparse_tensor
 from metarec_fast.feature_matrix import FeatureMatrix
 from metarec_fast.models import DotRecommender
 from metarec_fast.reference import entry_losses
-from metarec_fast.results import FastWeights, SparseRows
+from metarec_fast.results import FastWeights, MetaStep, SparseRows
 from metarec_fast.tasks import Entries, TaskBatch
 
 if TYPE_CHECKING:
@@ -131,17 +132,70 @@ class DotTasks:
         loss: Tensor = KnownGradients.apply("Reptile", result.loss, gradients, *inputs)
         return loss
 
-    def _deposits_rows(self) -> bool:
-        """Whether the gradients of both item tables may be deposited as rows, past the embeddings' forward."""
+    def deposits(self, moves: bool = False) -> bool:
+        """Whether `deposit`, or `deposit_moves`, knows all gradients that autograd would find."""
         model = self.model
         plain = type(model).lookup is DotRecommender.lookup and type(model).tables is DotRecommender.tables
         embeddings = model.item_embedding, model.item_bias
         plain = plain and model.item_encoder is None
-        return plain and self.learner.adapted == "user" and all(map(_is_plain_and_sparse, embeddings))
+        moving = not moves or self.learner.adapted == "all"  # else there are zeros for items that do not move
+        return plain and moving and all(map(_is_plain, embeddings))
+
+    def deposit(self, batch: TaskBatch) -> Tensor:
+        """Adds the gradients of the outer loss to those that parameters have, and returns the loss.
+
+        Autograd goes only from what was computed of parameters to these, such as step sizes from their logarithms.
+        """
+        result, inputs = self._meta_step(batch)
+        self._deposit(result.grads, inputs)
+        return result.loss
+
+    def deposit_moves(self, batch: TaskBatch) -> Tensor:
+        """The same for Reptile, whose gradients are φ_0 − mean φ_K, and whose loss is that of the support."""
+        model = self.model
+        settings = self._settings(batch, batch.support)
+        del settings["first_order"]
+        table, item_bias = model.tables()
+        result = functional.reptile_step(
+            item_table=table.detach(), item_bias=item_bias.detach(), support=batch.support, task_weights=batch.weights,
+            **settings,
+        )  # fmt: skip
+        given = {"item_table": model.item_embedding.weight, "item_bias": model.item_bias.weight, **settings}
+        self._deposit({**result.grads, "offset": torch.zeros_like(model.offset)}, _asking(given))
+        return result.loss
+
+    def _deposit(self, gradients: Mapping[str, Tensor | SparseRows], inputs: Mapping[str, Tensor]) -> None:
+        embeddings = {"item_table": self.model.item_embedding, "item_bias": self.model.item_bias}
+        computed, factors = [], []
+        for name, value in inputs.items():
+            gradient = gradients[name]
+            if isinstance(gradient, SparseRows):
+                sparse = embeddings[name].sparse
+                gradient = (
+                    sparse_tensor(gradient, value.shape) if sparse else _dense(gradient, len(value)).view_as(value)
+                )
+            if value.is_leaf and not _is_watched(value):
+                value.grad = gradient if value.grad is None else value.grad + gradient
+            else:
+                computed.append(value)
+                factors.append(gradient)
+        if computed:
+            torch.autograd.backward(computed, factors)
+
+    def _deposits_rows(self) -> bool:
+        """Whether the gradients of both item tables may be deposited as rows, past the embeddings' forward."""
+        return self.model.item_embedding.sparse and self.model.item_bias.sparse and self.deposits()
 
     @torch.compiler.disable(reason="a compiled graph gives no sparse gradients")  # type: ignore[untyped-decorator]
     def _loss_with_rows(self, batch: TaskBatch) -> Tensor:
         """The outer loss, whose `backward` gives the item tables sparse gradients: a row per entry, uncoalesced."""
+        result, inputs = self._meta_step(batch)
+        gradients = [result.grads[name] for name in inputs]
+        loss: Tensor = KnownGradients.apply("meta_step", result.loss, gradients, *inputs.values())
+        return loss
+
+    def _meta_step(self, batch: TaskBatch) -> tuple[MetaStep, dict[str, Tensor]]:
+        """The outer loss and its gradients, and what asks for them, by argument name."""
         model = self.model
         support = self.learner.weigh(batch.support, batch.support.items)
         batch = batch.with_entries(support, batch.query)
@@ -157,10 +211,7 @@ class DotTasks:
             "support_weights": support.weights,
             **settings,
         }
-        inputs = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.requires_grad}
-        gradients = [result.grads[name] for name in inputs]
-        loss: Tensor = KnownGradients.apply("meta_step", result.loss, gradients, *inputs.values())
-        return loss
+        return result, _asking(given)
 
     def _rows_for(self, batch: TaskBatch) -> tuple[Tensor, Tensor, TaskBatch]:
         """Item vectors and biases and the batch, its support weighed, with ids into them: all items as they are, but
@@ -209,20 +260,34 @@ def mean_over_tasks(errors: Tensor, entries: Entries, task_weights: Tensor | Non
     return (importance * means).sum() / importance.sum().clamp(min=torch.finfo(errors.dtype).tiny)
 
 
-def _is_plain_and_sparse(embedding: nn.Embedding) -> bool:
-    """Whether looking rows up is all that the embedding does, and its gradient sparse."""
+def _asking(given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Those that ask for gradients."""
+    return {name: value for name, value in given.items() if isinstance(value, Tensor) and value.requires_grad}
+
+
+def _is_plain(embedding: nn.Embedding) -> bool:
+    """Whether looking rows up is all that the embedding does."""
     return (
         type(embedding) is nn.Embedding
-        and embedding.sparse
         and embedding.padding_idx is None
         and embedding.max_norm is None
         and not embedding.scale_grad_by_freq
-        and not embedding._forward_hooks
-        and not embedding._forward_pre_hooks
+        and not has_hooks(embedding)
     )
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something runs whenever the module is called, or its gradients are there."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks)
+
+
+def _is_watched(parameter: Tensor) -> bool:
+    """Whether somebody wants to be told of its gradient."""
+    return bool(parameter._backward_hooks) or bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
 def _dense(gradient: Tensor | SparseRows, num_rows: int) -> Tensor:
-    """Rows of the block, [num_rows, D] or [num_rows]."""
+    """Rows of a block or table, [num_rows, D] or [num_rows]."""
     assert isinstance(gradient, SparseRows)
     return functional.sum_rows(gradient, num_rows)

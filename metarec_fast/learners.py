@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from metarec_fast import checkpoint, freezing, pretrained, serving, training
+from metarec_fast import _known_gradients, checkpoint, freezing, pretrained, serving, training
 from metarec_fast._arguments import PAIRWISE, check_entries, check_outer_loss
 from metarec_fast.catalogue import Catalogue
 from metarec_fast.data import Interactions
-from metarec_fast.dot_tasks import DotTasks
+from metarec_fast.dot_tasks import DotTasks, has_hooks
 from metarec_fast.encoder import FeatureEncoder
 from metarec_fast.feature_matrix import FeatureMatrix
 from metarec_fast.functional import Steps
@@ -134,7 +134,35 @@ class Learner(nn.Module):
             IndexError: An item id lies outside the model's table.
         """
         needs_local = self.tasks.needs_local(training=torch.is_grad_enabled())
-        return self.tasks.meta_loss(self._prepare(batch, query="targets", localized=needs_local))
+        return self.tasks.meta_loss(self.weigh_tasks(self._prepare(batch, query="targets", localized=needs_local)))
+
+    def backward(self, batch: TaskBatch) -> Tensor:
+        """Adds the meta-gradients of a batch to the `grad` of the parameters, and returns its outer loss.
+
+        The same as `loss = learner(batch); loss.backward()`, faster for small batches: most gradients are known and put
+        where they belong, with no graph for autograd to go through.
+
+        Raises:
+            As `forward`.
+        """
+        if torch.is_grad_enabled() and self._compiled_call_impl is None and not has_hooks(self):
+            known = self._deposit(batch)
+            if known is not None:
+                return known
+        loss: Tensor = self(batch)
+        _known_gradients.backward(loss)
+        return loss.detach()
+
+    def _deposit(self, batch: TaskBatch) -> Tensor | None:
+        """The same without a graph, or None where there has to be one."""
+        if not self._has_forward_of(Learner) or not self.tasks.deposits():
+            return None
+        assert isinstance(self.tasks, DotTasks)
+        return self.tasks.deposit(self.weigh_tasks(self._prepare(batch, query="targets")))
+
+    def _has_forward_of(self, kind: type[Learner]) -> bool:
+        """Whether calling it is what a learner of that kind does, and not what somebody made of it."""
+        return getattr(self.forward, "__func__", None) is kind.forward
 
     def inner_loop(self, sizes: Tensor) -> dict[str, Any]:
         """How tasks with `sizes` [T] support entries adapt: the keyword arguments of `functional.adapt`."""
@@ -150,6 +178,10 @@ class Learner(nn.Module):
     def weigh(self, support: Entries, items: Tensor) -> Entries:
         """The support with the weight of every entry, given its items' row numbers [n] in the model."""
         return support
+
+    def weigh_tasks(self, batch: TaskBatch) -> TaskBatch:
+        """The batch with the weight of every task in the outer loss."""
+        return batch
 
     def start_of(self, support: Entries, users: FeatureMatrix | None = None) -> tuple[Tensor, Tensor]:
         """Where tasks start before they adapt, given the features of their users [T, F] if these are known: user

@@ -133,12 +133,11 @@ class MAMLR(Learner):
             nn.init.zeros_(self.choice.weight)
         self._check()
 
-    def forward(self, batch: TaskBatch) -> Tensor:
-        if self.weigh_users == "ratings" and isinstance(batch, TaskBatch) and batch.query is not None:
-            sizes = batch.query.sizes().to(self.model.offset)
-            weights = sizes if batch.weights is None else sizes * batch.weights.to(sizes)
-            batch = batch.with_weights(weights)
-        return super().forward(batch)
+    def weigh_tasks(self, batch: TaskBatch) -> TaskBatch:
+        if self.weigh_users != "ratings" or batch.query is None:
+            return batch
+        sizes = batch.query.sizes().to(self.model.offset)
+        return batch.with_weights(sizes if batch.weights is None else sizes * batch.weights.to(sizes))
 
     def start_of(self, support: Entries, users: FeatureMatrix | None = None) -> tuple[Tensor, Tensor]:
         user, bias = super().start_of(support, users)

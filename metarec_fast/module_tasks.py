@@ -64,6 +64,10 @@ class ModuleTasks:
         """A of the inner loop by name, from its logarithm for each parameter."""
         return {name: rate.exp() for name, rate in zip(self.names, log_rates, strict=True)}
 
+    def deposits(self, moves: bool = False) -> bool:
+        """Whether gradients can do without autograd: through modules nothing else goes."""
+        return False
+
     def needs_local(self, training: bool) -> bool:
         """Whether items are looked up that the batch names, each once."""
         return False

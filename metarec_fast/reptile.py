@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from metarec_fast._arguments import PAIRWISE
+from metarec_fast.dot_tasks import DotTasks
 from metarec_fast.functional import Steps
 from metarec_fast.learners import Learner
 from metarec_fast.models import DotRecommender
@@ -64,6 +65,12 @@ class Reptile(Learner):
             IndexError: An item id lies outside the model's table.
         """
         return self.tasks.reptile_loss(self._prepare(batch, query=None, localized=True))
+
+    def _deposit(self, batch: TaskBatch) -> Tensor | None:
+        if not self._has_forward_of(Reptile) or not self.tasks.deposits(moves=True):
+            return None
+        assert isinstance(self.tasks, DotTasks)
+        return self.tasks.deposit_moves(self._prepare(batch, query=None))
 
     def default_optimizers(self, outer_lr: float | None = None) -> list[Optimizer]:
         """SGD with rate ε = `outer_lr`, `optim.SparseSGD` for embeddings with sparse gradients."""

@@ -27,6 +27,8 @@ except ImportError:  # not built: NumPy serves, with the same batches
 
 Size = int | tuple[int, int] | Literal["rest"]
 
+_PREFETCH_FROM = 1 << 14  # entries of a batch: a millisecond's work, of which a thread takes over most
+
 
 class TaskSampler:
     """Iterating it gives one epoch of batches, and then moves on to the next epoch.
@@ -54,7 +56,8 @@ class TaskSampler:
             either way.
         drop_last: Whether to leave out a last batch that is smaller than the others.
         backend: "c++", "numpy" (right, slower), or "auto": C++ if it is built.
-        prefetch: Batches that a background thread computes ahead, ≥ 0.
+        prefetch: Batches that a background thread computes ahead, ≥ 0. By default 2 if they go to a GPU or are large,
+            and 0 if they are small: then the thread and its user wait for each other longer than a batch takes.
         device: Where batches are delivered. The background thread copies them to a GPU, from page-locked memory and on
             a stream of its own; they are ready for work on the stream that is current when they are taken.
 
@@ -82,7 +85,7 @@ class TaskSampler:
         shuffle: bool = True,
         drop_last: bool = False,
         backend: Literal["auto", "c++", "numpy"] = "auto",
-        prefetch: int = 2,
+        prefetch: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if not isinstance(log, Interactions):
@@ -92,7 +95,6 @@ class TaskSampler:
         self.support_range = size_range("support", support, 0)
         self.batch_size = _at_least("batch_size", batch_size, 1)
         self.negatives = _at_least("negatives", negatives, 0)
-        self.prefetch = _at_least("prefetch", prefetch, 0)
         self.order, self.seed = order, as_int("seed", seed)
         self.shuffle, self.drop_last = shuffle, drop_last
         self.epoch = 0
@@ -109,6 +111,7 @@ class TaskSampler:
         self.backend = _choose_backend(backend)
         self._sampler = _new_sampler(self)
         self._carrier = Carrier(torch.device(device))
+        self.prefetch = self._default_prefetch() if prefetch is None else _at_least("prefetch", prefetch, 0)
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -152,6 +155,12 @@ class TaskSampler:
             finally:
                 pool.shutdown(cancel_futures=True)
         self.epoch = epoch + 1
+
+    def _default_prefetch(self) -> int:
+        of_each = len(self.log) / self.log.num_users
+        highest = self.support_range[1], self.query_range[1]
+        entries = self.batch_size * (of_each if REST in highest else min(of_each, sum(highest)))
+        return 2 if entries >= _PREFETCH_FROM or self._carrier.device.type != "cpu" else 0
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         """The users of an epoch, in the order of their tasks."""

@@ -63,6 +63,76 @@ def gradients(learner, batch):
     return loss.detach(), {name: parameter.grad for name, parameter in learner.named_parameters()}
 
 
+def deposited(learner, batch):
+    """What `backward` gives in place of `gradients`."""
+    learner.zero_grad()
+    loss = learner.backward(batch)
+    assert not loss.requires_grad
+    return loss, {name: parameter.grad for name, parameter in learner.named_parameters()}
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+@pytest.mark.parametrize("adapt", ["user", "all"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_backward_gives_what_autograd_does(algorithm, adapt, sparse):
+    if algorithm in (MetaSGD, MAMLR) and adapt == "all":
+        pytest.skip("has rates of its own for what adapts")
+    learner = algorithm(make_model(sparse=sparse), adapt=adapt)
+    batch = make_batch().with_weights(torch.tensor([1.0, 2, 3]).double())
+    (loss, expected), (own_loss, own) = gradients(learner, batch), deposited(learner, batch)
+    torch.testing.assert_close(own_loss, loss, rtol=0, atol=0)
+    assert_same_gradients(dense_of(own), dense_of(expected))
+    assert {name: each.layout for name, each in own.items()} == {name: each.layout for name, each in expected.items()}
+    learner.backward(batch)
+    twice = {name: parameter.grad for name, parameter in learner.named_parameters()}
+    assert_same_gradients(dense_of(twice), dense_of(expected), factor=2.0)
+
+
+def test_backward_weighs_users_as_the_loss_does():
+    learner, batch = MAMLR(make_model(), weigh_users="ratings"), make_batch()
+    (loss, expected), (own_loss, own) = gradients(learner, batch), deposited(learner, batch)
+    torch.testing.assert_close(own_loss, loss, rtol=0, atol=0)
+    assert_same_gradients(own, expected)
+
+
+def test_backward_leaves_frozen_parameters_without_gradient():
+    learner, batch = MAML(make_model()), make_batch()
+    learner.freeze(["item_embedding.weight", "offset"])
+    _, own = deposited(learner, batch)
+    assert own["model.item_embedding.weight"] is None
+    assert own["model.offset"] is None
+    assert own["model.user_init"] is not None
+
+
+@pytest.mark.parametrize("algorithm", [MAML, MAMLR, Reptile])
+def test_whoever_hangs_onto_a_learner_is_told_by_backward_too(algorithm):
+    learner, batch, told = algorithm(make_model()), make_batch(), []
+    model = learner.model
+    _, expected = gradients(learner, batch)
+    model.user_init.register_hook(lambda gradient: told.append("hook") or 2 * gradient)
+    model.offset.register_post_accumulate_grad_hook(lambda _: told.append("accumulated"))
+    _, own = deposited(learner, batch)
+    assert sorted(told) == ["accumulated", "hook"]
+    torch.testing.assert_close(own["model.user_init"], 2 * expected["model.user_init"])
+    model.item_embedding.register_forward_hook(lambda *_: told.append("looked up"))
+    learner.backward(batch)
+    assert "looked up" in told
+    learner.register_forward_hook(lambda *_: told.append("called"))
+    learner.backward(batch)
+    assert told[-3:].count("called") == 1
+
+
+def test_backward_calls_the_forward_of_a_subclass():
+    class Doubled(MAML):
+        def forward(self, batch):
+            return 2 * super().forward(batch)
+
+    batch = make_batch()
+    (loss, expected), (own_loss, own) = gradients(MAML(make_model()), batch), deposited(Doubled(make_model()), batch)
+    torch.testing.assert_close(own_loss, 2 * loss)
+    assert_same_gradients(own, expected, factor=2.0)
+
+
 def test_the_loss_is_the_mean_over_tasks_of_their_query_loss_after_adapting():
     model, batch = make_model(), make_batch()
     learner = MAML(model, inner_lr=0.05, inner_steps=3)
