@@ -93,7 +93,7 @@ _OPERATORS = ("adapt", "adapt_all", "adapt_and_score", "meta_step", "reptile_ste
 def _known() -> dict[str, Any]:
     """What `_calls` has to know; some of it is of PyTorch's inside, which a later version may have elsewhere."""
     inside = torch._C
-    assert forward_ad._current_level < 0
+    _ = forward_ad._current_level
     return {
         "tensor": Tensor,
         "parameter": Parameter,
@@ -123,7 +123,7 @@ def _known() -> dict[str, Any]:
         "make_loop": _loop,
         "make_outer": _outer,
         "is_grad_enabled": torch.is_grad_enabled,
-        "forward_ad": forward_ad,  # whose _current_level says whether derivatives in forward mode are asked for
+        "forward_ad": forward_ad,  # _current_level ≥ 0 where derivatives in forward mode are asked for
         "gradient_names": tuple(WANT),
         "want_all": WANT_ALL,
     }
@@ -139,14 +139,14 @@ def _enable() -> _library.Library:
         known = _known()
         _try_handles(known["to_handles"], known["from_handles"])
         _calls.use(known)
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, TypeError, RuntimeError) as error:
         return _library.Library("_calls", False, f"this torch is another inside: {error}")
     return _library.Library("_calls", True)
 
 
 def _try_handles(to_handles: Callable[..., Any], from_handles: Callable[..., Any]) -> None:
     """Raises unless they give what `_calls` takes them to give."""
-    tensor = torch.zeros(1)
+    tensor = torch.zeros(1, device="cpu")
     handles = to_handles([tensor])
     kind = type(handles[0]).__name__
     if type(handles) is not list or kind != "PyCapsule" or from_handles(handles)[0].data_ptr() != tensor.data_ptr():

@@ -287,7 +287,7 @@ py::object UsualCalls::reptile_step(const py::handle& start, const py::handle& s
 py::object UsualCalls::results(const Operator& op, const ArgumentList& args,
                                bool is_tracked) const {
   py::object found = op.call(torch_, args.tuple(), is_tracked);
-  expect(static_cast<bool>(found));
+  expect(found && PyTuple_Check(found.ptr()));
   return found;
 }
 
@@ -301,8 +301,8 @@ UsualCalls::Inputs UsualCalls::take(const py::handle& start, const py::handle& s
   expect(is_plain_tensor(torch_, inputs.item_table) && is_plain_tensor(torch_, inputs.item_bias));
   expect(is_true(get(inputs.item_table, names().is_cpu)));
   const py::handle steps = item(settings, 1);
-  expect(PyLong_CheckExact(steps.ptr()) ||
-         PyUnicode_CheckExact(steps.ptr()));  // True is found as 1
+  // True would be found where 1 is kept, and 1.0.
+  expect(PyLong_CheckExact(steps.ptr()) || PyUnicode_CheckExact(steps.ptr()));
   expect(integer(get(forward_ad_, names().current_level)) < 0);
 
   inputs.num_items = numel(inputs.item_bias);
