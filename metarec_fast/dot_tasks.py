@@ -170,10 +170,10 @@ class DotTasks:
         for name, value in inputs.items():
             gradient = gradients[name]
             if isinstance(gradient, SparseRows):
-                sparse = embeddings[name].sparse
-                gradient = (
-                    sparse_tensor(gradient, value.shape) if sparse else _dense(gradient, len(value)).view_as(value)
-                )
+                if embeddings[name].sparse:
+                    gradient = sparse_tensor(gradient, value.shape)
+                else:
+                    gradient = _dense(gradient, len(value)).view_as(value)
             if value.is_leaf and not _is_watched(value):
                 value.grad = gradient if value.grad is None else value.grad + gradient
             else:
@@ -184,7 +184,7 @@ class DotTasks:
 
     def _deposits_rows(self) -> bool:
         """Whether the gradients of both item tables may be deposited as rows, past the embeddings' forward."""
-        return self.model.item_embedding.sparse and self.model.item_bias.sparse and self.deposits()
+        return self.deposits() and self.model.item_embedding.sparse and self.model.item_bias.sparse
 
     @torch.compiler.disable(reason="a compiled graph gives no sparse gradients")  # type: ignore[untyped-decorator]
     def _loss_with_rows(self, batch: TaskBatch) -> Tensor:

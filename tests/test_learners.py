@@ -540,6 +540,27 @@ def test_embeddings_that_do_more_than_look_up_are_asked_themselves():
     assert_same_gradients(dense_of(grads), expected)
 
 
+def test_a_table_of_another_kind_is_looked_up_as_it_wants_to_be():
+    class Doubled(torch.nn.Module):
+        def __init__(self, embedding):
+            super().__init__()
+            self.weight = embedding.weight
+
+        def forward(self, items):
+            return 2 * self.weight[items]
+
+    learner, own = MAML(make_model()), MAML(make_model())
+    with torch.no_grad():
+        learner.model.item_embedding.weight.mul_(2)
+    own.model.item_embedding = Doubled(own.model.item_embedding)
+    loss, expected = gradients(learner, make_batch())
+    for find in (gradients, deposited):
+        found, grads = find(own, make_batch())
+        torch.testing.assert_close(found, loss)
+        table = "model.item_embedding.weight"
+        torch.testing.assert_close(grads[table], 2 * expected[table])
+
+
 def test_the_rows_of_a_loss_are_given_away_once():
     learner = MAML(make_model(sparse=True))
     loss = learner(make_batch())
