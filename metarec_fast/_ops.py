@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _library
-from metarec_fast._arguments import WANT_ALL, InnerLoop, Model, differentiable, is_autocast
+from metarec_fast._arguments import WANT, WANT_ALL, InnerLoop, Model, differentiable, is_autocast
 from metarec_fast.results import AdaptedItems, FastWeights, MetaStep, SparseRows, TopK
 from metarec_fast.tasks import Entries, TaskBatch
 
@@ -23,8 +23,6 @@ ops = torch.ops.metarec_fast
 EXACT = -1
 """`inner_steps` of the operators for the closed form."""
 
-_new = tuple.__new__  # of named tuples, whose own takes twice as long
-
 
 def either(kernels: Callable[..., Result], plain: Callable[..., Result], like: Tensor) -> Callable[..., Result]:
     """The kernels where `like` lives, or the reference, which like them computes in float32 under autocast."""
@@ -36,12 +34,7 @@ def either(kernels: Callable[..., Result], plain: Callable[..., Result], like: T
 def adapt(model: Model, support: Entries, loop: InnerLoop) -> FastWeights:
     name = "adapt_all" if loop.adapt == "all" else "adapt"
     args = (*_inputs(model, support), *_loop(loop))
-    return adapted(call(name, differentiable(model, loop, support).values(), args))
-
-
-def adapted(results: tuple[Tensor, ...]) -> FastWeights:
-    """What adapt and adapt_all return."""
-    user, bias, *items = results
+    user, bias, *items = call(name, differentiable(model, loop, support).values(), args)
     return FastWeights(user, bias, AdaptedItems(*items) if items else None)
 
 
@@ -59,7 +52,12 @@ def meta_step(
         *_inputs(model, batch.support), *judged_query(batch), *_loop(loop),
         outer_text(losses), step_weights, WANT_ALL,
     )  # fmt: skip
-    return stepped(call("meta_step", differentiable(model, loop, batch.support).values(), args))
+    loss, *found, ids = call("meta_step", differentiable(model, loop, batch.support).values(), args)
+    grads: dict[str, Tensor | SparseRows] = {
+        name: SparseRows(ids, gradient) if name in ("item_table", "item_bias") else gradient
+        for name, gradient in zip(WANT, found, strict=True) if gradient is not None
+    }  # fmt: skip
+    return MetaStep(loss, grads)
 
 
 def outer_text(losses: dict[str, float]) -> str:
@@ -67,37 +65,13 @@ def outer_text(losses: dict[str, float]) -> str:
     return ",".join(name if weight == 1 else f"{name}={float(weight)!r}" for name, weight in losses.items())
 
 
-def stepped(results: tuple[Any, ...]) -> MetaStep:
-    """What meta_step returns if all is wanted."""
-    loss, user, user_bias, rows, biases, offset, rate, preconditioner, pull, momentum, weights, ids = results
-    grads: dict[str, Tensor | SparseRows] = {
-        "user_init": user, "user_bias_init": user_bias,
-        "item_table": _new(SparseRows, (ids, rows)), "item_bias": _new(SparseRows, (ids, biases)),
-        "offset": offset, "inner_lr": rate,
-    }  # fmt: skip
-    if preconditioner is not None:
-        grads["preconditioner"] = preconditioner
-    if pull is not None:
-        grads["prior_pull"] = pull
-    if momentum is not None:
-        grads["momentum"] = momentum
-    if weights is not None:
-        grads["support_weights"] = weights
-    return _new(MetaStep, (loss, grads))
-
-
 def reptile_step(model: Model, support: Entries, task_weights: Tensor | None, loop: InnerLoop) -> MetaStep:
-    return moved(call("reptile_step", (), (*_inputs(model, support), task_weights, *_loop(loop))), support)
-
-
-def moved(results: tuple[Any, ...], support: Entries) -> MetaStep:
-    """What reptile_step returns."""
-    loss, user, bias, rows, biases = results
+    args = (*_inputs(model, support), task_weights, *_loop(loop))
+    loss, user, bias, rows, biases = call("reptile_step", (), args)
     grads: dict[str, Tensor | SparseRows] = {"user_init": user, "user_bias_init": bias}
     if rows is not None:
-        grads["item_table"] = _new(SparseRows, (support.items, rows))
-        grads["item_bias"] = _new(SparseRows, (support.items, biases))
-    return _new(MetaStep, (loss, grads))
+        grads["item_table"], grads["item_bias"] = SparseRows(support.items, rows), SparseRows(support.items, biases)
+    return MetaStep(loss, grads)
 
 
 def call(name: str, given: Iterable[Tensor | None], args: tuple[Any, ...]) -> Any:
@@ -132,15 +106,6 @@ def coalesce_rows_padded(gradient: SparseRows) -> tuple[SparseRows, Tensor]:
     return SparseRows(ids, rows), count
 
 
-def inputs(model: tuple[Tensor, ...], support: Entries) -> tuple[Any, ...]:
-    """What every operator begins with: user_init, user_bias_init, item_table, item_bias, offset and the support."""
-    targets = model[3].new_zeros(len(support)) if support.targets is None else support.targets
-    return (
-        *model, support.items, targets, support.offsets, support.weights, support.negative_rows, support.log_q,
-        support.size_bound,
-    )  # fmt: skip
-
-
 def judged_query(batch: TaskBatch) -> tuple[Tensor | None, ...]:
     """The query as it is judged, and the tasks' weights."""
     query = batch.query
@@ -151,7 +116,13 @@ def judged_query(batch: TaskBatch) -> tuple[Tensor | None, ...]:
 
 
 def _inputs(model: Model, support: Entries) -> tuple[Any, ...]:
-    return inputs((model.user_init, model.user_bias_init, model.item_table, model.item_bias, model.offset), support)
+    """What every operator begins with: user_init, user_bias_init, item_table, item_bias, offset and the support."""
+    targets = model.item_bias.new_zeros(len(support)) if support.targets is None else support.targets
+    return (
+        model.user_init, model.user_bias_init, model.item_table, model.item_bias, model.offset,
+        support.items, targets, support.offsets, support.weights, support.negative_rows, support.log_q,
+        support.size_bound,
+    )  # fmt: skip
 
 
 def _loop(loop: InnerLoop) -> tuple[Any, ...]:

@@ -87,13 +87,16 @@ def _operator(name: str) -> tuple[Any, int]:
     return getattr(_ops.ops, name).default, _kernel(name)
 
 
+def _in_forward_mode() -> bool:
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
 _OPERATORS = ("adapt", "adapt_all", "adapt_and_score", "meta_step", "reptile_step")
 
 
 def _known() -> dict[str, Any]:
     """What `_calls` has to know; some of it is of PyTorch's inside, which a later version may have elsewhere."""
     inside = torch._C
-    _ = forward_ad._current_level
     return {
         "tensor": Tensor,
         "parameter": Parameter,
@@ -103,6 +106,7 @@ def _known() -> dict[str, Any]:
             inside._functorch.peek_interpreter_stack,
             inside._get_tracing_state,
             inside._autograd._profiler_enabled,
+            _in_forward_mode,
         ),
         "is_negated": Tensor.is_neg,
         "to_handles": inside._aoti.unsafe_alloc_void_ptrs_from_tensors,
@@ -123,7 +127,6 @@ def _known() -> dict[str, Any]:
         "make_loop": _loop,
         "make_outer": _outer,
         "is_grad_enabled": torch.is_grad_enabled,
-        "forward_ad": forward_ad,  # _current_level ≥ 0 where derivatives in forward mode are asked for
         "gradient_names": tuple(WANT),
         "want_all": WANT_ALL,
     }

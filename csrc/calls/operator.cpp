@@ -7,7 +7,8 @@ namespace {
 
 using Kind = DirectArgument::Kind;
 
-// Whether a mode, a transform, a trace or a profiler has to see what operators are called.
+// Whether a mode, a transform, forward differentiation, a trace or a profiler has to see what
+// operators are called.
 bool is_watched(const Torch& torch) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(torch.watchers.ptr()); ++i)
     if (is_true(owned(PyObject_CallNoArgs(PyTuple_GET_ITEM(torch.watchers.ptr(), i))))) return true;

@@ -49,7 +49,6 @@ struct Names {
   PyObject* const requires_grad = interned("requires_grad");
   PyObject* const numel = interned("numel");
   PyObject* const new_zeros = interned("new_zeros");
-  PyObject* const current_level = interned("_current_level");
 };
 
 const Names& names() {
@@ -189,7 +188,6 @@ UsualCalls::UsualCalls(const py::dict& known)
       make_loop_(known["make_loop"]),
       make_outer_(known["make_outer"]),
       is_grad_enabled_(known["is_grad_enabled"]),
-      forward_ad_(known["forward_ad"]),
       gradient_names_(known["gradient_names"]),
       want_all_(known["want_all"]) {}
 
@@ -303,7 +301,6 @@ UsualCalls::Inputs UsualCalls::take(const py::handle& start, const py::handle& s
   const py::handle steps = item(settings, 1);
   // True would be found where 1 is kept, and 1.0.
   expect(PyLong_CheckExact(steps.ptr()) || PyUnicode_CheckExact(steps.ptr()));
-  expect(integer(get(forward_ad_, names().current_level)) < 0);
 
   inputs.num_items = numel(inputs.item_bias);
   inputs.gradients = is_true(owned(PyObject_CallNoArgs(is_grad_enabled_.ptr())));

@@ -45,7 +45,7 @@ class UsualCalls {
   py::object pairwise_;                      // the losses that compare items
   py::dict scalars_, loops_, outer_losses_;  // what Python has made of them before
   py::object make_scalar_, make_loop_, make_outer_;
-  py::object is_grad_enabled_, forward_ad_;
+  py::object is_grad_enabled_;
   py::tuple gradient_names_;  // in the operators' order
   py::object want_all_;
 };
