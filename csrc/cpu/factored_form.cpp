@@ -65,7 +65,7 @@ ALWAYS_INLINE void each_score(const FactoredPath<scalar_t>& path, int64_t k, con
   user_products<kWidth>(now, path, k, products);
   each_item_product<kWidth>(
       now, path, [=](int64_t i, const Vector<scalar_t>& sums) ALWAYS_INLINE_LAMBDA {
-        sink(i, sums + (load(biases + i) + bias) + combine_factors(products, 1, moves + i, row, k));
+        sink(i, sums + (load(biases + i) + bias + combine_factors(products, 1, moves + i, row, k)));
       });
 }
 
@@ -74,7 +74,8 @@ void forward(const Task<scalar_t>& given, const ItemIndex& index, Arena<scalar_t
              FactoredPath<scalar_t>& result) {
   constexpr int64_t kLane = kLanes<scalar_t>;
   const Task<scalar_t> task = given;  // where stores cannot change it
-  const int64_t K = task.loop.steps, P = task.layout.stride, width = task.layout.width;
+  const int64_t width = kWidth > 0 ? kWidth : task.layout.width;
+  const int64_t K = task.loop.steps, P = width + kLane;
   FactoredPath<scalar_t> path;
   path.steps = K;
   path.items = index.size();
@@ -85,14 +86,17 @@ void forward(const Task<scalar_t>& given, const ItemIndex& index, Arena<scalar_t
   path.row = path.stride + padded<scalar_t>(2 * K);
   const int64_t I = path.items, stride = path.stride, entries = path.entries;
   const bool distinct = index.all_distinct();
-  path.vectors = arena.take((2 * K + 1) * P);
-  path.factors = arena.take((2 * K + 1 + kRowsAtOnce) * path.row);
-  path.pushes = arena.take(K * entries);
-  path.slopes = distinct ? path.pushes : arena.take(K * stride);
-  path.curvatures = arena.take(K * entries);
-  path.products = arena.take((K + 1) * path.columns);
-  scalar_t *biases = arena.take(stride), *scores = arena.take(stride),
-           *entry_scores = arena.take(entries), *shares = arena.take(entries);
+  const auto [vectors, factors, pushes, slopes_of_items, curvatures, products, biases, scores,
+              entry_scores, shares] =
+      arena.take_each((2 * K + 1) * P, (2 * K + 1 + kRowsAtOnce) * path.row, K * entries,
+                      distinct ? 0 : K * stride, K * entries, (K + 1) * path.columns, stride,
+                      stride, entries, entries);
+  path.vectors = vectors;
+  path.factors = factors;
+  path.pushes = pushes;
+  path.slopes = distinct ? pushes : slopes_of_items;
+  path.curvatures = curvatures;
+  path.products = products;
   path.biases = biases;
   const int64_t count = stride + 2 * K + 1;
   const scalar_t** at = take_addresses<scalar_t>(arena, count);
@@ -198,12 +202,12 @@ void adjoint(const Task<scalar_t>& given, const ItemIndex& index, Arena<scalar_t
   constexpr int64_t kLane = kLanes<scalar_t>;
   const Task<scalar_t> task = given;  // where stores cannot change it
   const FactoredPath<scalar_t> path = taken;
-  const int64_t K = path.steps, P = task.layout.stride, width = path.width, stride = path.stride,
-                row = path.row, columns = path.columns;
+  const int64_t width = kWidth > 0 ? kWidth : path.width, P = width + kLane;
+  const int64_t K = path.steps, stride = path.stride, row = path.row, columns = path.columns;
   const bool distinct = index.all_distinct();
-  scalar_t* later_products = arena.take(K * columns);  // row k: λ_{k+1}·u_j for j < k
-  scalar_t *along = arena.take(stride), *entry_along = arena.take(task.size),
-           *entry_bends = arena.take(task.size);
+  // Of the first, row k is λ_{k+1}·u_j for j < k.
+  const auto [later_products, along, entry_along, entry_bends] =
+      arena.take_each(K * columns, stride, task.size, task.size);
   scalar_t *grad_biases = grads.biases, *h_last = path.bends(K);
 
   if (met) add_support_scores<kWidth>(path, grads);
@@ -235,7 +239,7 @@ void adjoint(const Task<scalar_t>& given, const ItemIndex& index, Arena<scalar_t
     each_item_product<kWidth>(
         later, path, [=](int64_t i, const Vector<scalar_t>& sums) ALWAYS_INLINE_LAMBDA {
           const Vector<scalar_t> all =
-              sums + load(along + i) + combine_factors(products, 1, moves + i, row, k);
+              sums + (load(along + i) + combine_factors(products, 1, moves + i, row, k));
           store(along + i) = all;
           if (distinct) store(h + i) = -rate * load(curvature + i) * all;
         });

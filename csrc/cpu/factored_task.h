@@ -54,11 +54,13 @@ void undo_factored(const Task<scalar_t>& task, int64_t block, const Query<scalar
   const bool second_order = !task.loop.first_order;
   scalar_t* rows = distinct ? gradients.support_row(support_begin) : grads.rows;
   if (rows != nullptr)
-    write_rows<scalar_t>(
-        layout, {second_order ? path.factors : path.bends(K), 1, path.row}, path.items,
-        Stack<scalar_t>{second_order ? path.vectors : path.vector(K), layout.stride},
-        (second_order ? 2 * K : 0) + items.met, arena, rows, distinct ? layout.dim : layout.width,
-        distinct && gradients.stream());
+    with_width(layout, [&](auto width) {
+      write_rows<scalar_t, width()>(
+          layout, {second_order ? path.factors : path.bends(K), 1, path.row}, path.items,
+          Stack<scalar_t>{second_order ? path.vectors : path.vector(K), layout.stride},
+          (second_order ? 2 * K : 0) + items.met, arena, rows, distinct ? layout.dim : layout.width,
+          distinct && gradients.stream());
+    });
   gradients.add_full_task(block, task, grads, items.index, support_begin, grad_scores, query,
                           query_begin);
 }

@@ -44,14 +44,14 @@ class ItemTable {
 // each other, and what is computed meanwhile would wait for them.
 class RowsAhead {
  public:
-  // `rounds` is how often `some` is going to be called, about.
+  // In one round or two, each of which is a call of `some`.
   template <typename scalar_t>
-  void start(const ItemTable<scalar_t>& table, const scalar_t* item_bias, int64_t rounds) {
+  void start(const ItemTable<scalar_t>& table, const scalar_t* item_bias, bool twice) {
     rows_ = table.data;
     row_bytes_ = table.row_bytes;
     biases_ = reinterpret_cast<const std::byte*>(item_bias);
     bias_bytes_ = sizeof(scalar_t);
-    rounds_ = std::max<int64_t>(rounds, 1);
+    twice_ = twice;
     lists_ = list_ = 0;
     total_ = 0;
   }
@@ -61,36 +61,48 @@ class RowsAhead {
     begins_[lists_] = items;
     ends_[lists_++] = items + count;
     total_ += count;
-    share_ = (total_ + rounds_ - 1) / rounds_;
   }
 
   void stop() { lists_ = list_ = 0; }
 
   ALWAYS_INLINE void some() {
-    const std::byte *rows = rows_, *biases = biases_;  // where stores cannot change them
-    const int64_t row_bytes = row_bytes_, bias_bytes = bias_bytes_;
-    for (int64_t left = share_; left > 0 && list_ < lists_;) {
+    if (list_ < lists_) ask();
+  }
+
+ private:
+  __attribute__((noinline)) void ask() {
+    switch (row_bytes_) {  // the usual ones without a loop over their lines
+      case 2 * kCacheLine:
+        return ask_lines<2>();
+      case 4 * kCacheLine:
+        return ask_lines<4>();
+      case 8 * kCacheLine:
+        return ask_lines<8>();
+    }
+    ask_lines<0>();
+  }
+
+  template <int64_t kLines>
+  ALWAYS_INLINE void ask_lines() {
+    const int64_t row_bytes = kLines > 0 ? kLines * kCacheLine : row_bytes_;
+    for (int64_t left = twice_ ? (total_ + 1) / 2 : total_; left > 0 && list_ < lists_;) {
       const int64_t* item = begins_[list_];
       const int64_t* end = std::min(item + left, ends_[list_]);
       left -= end - item;
       for (; item < end; ++item) {
-        const std::byte* row = rows + *item * row_bytes;
-        int64_t at = 0;
-        for (; at + 4 * kCacheLine <= row_bytes; at += 4 * kCacheLine)  // four lines a turn
-          for (int64_t line = 0; line < 4; ++line)
-            __builtin_prefetch(row + at + line * kCacheLine, 0, 2);
-        for (; at < row_bytes; at += kCacheLine) __builtin_prefetch(row + at, 0, 2);
-        __builtin_prefetch(biases + *item * bias_bytes, 0, 2);
+        const std::byte* row = rows_ + *item * row_bytes;
+        for (int64_t at = 0; at < row_bytes; at += kCacheLine) __builtin_prefetch(row + at, 0, 2);
+        __builtin_prefetch(biases_ + *item * bias_bytes_, 0, 2);
       }
       begins_[list_] = item;
       list_ += item == ends_[list_];
     }
   }
 
- private:
   static constexpr int kMostLists = 4;  // items and negatives, of support and query
   const std::byte *rows_ = nullptr, *biases_ = nullptr;
-  int64_t row_bytes_ = 0, bias_bytes_ = 0, rounds_ = 1, share_ = 0, total_ = 0;
+  int64_t row_bytes_ = 0, bias_bytes_ = 0, total_ = 0;
+  bool twice_ = false;
   const int64_t* begins_[kMostLists];
   const int64_t* ends_[kMostLists];
   int lists_ = 0, list_ = 0;

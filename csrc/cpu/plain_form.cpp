@@ -17,17 +17,13 @@ template <int64_t kWidth, Kind kKind, typename scalar_t>
 void forward(const Task<scalar_t>& given, Arena<scalar_t>& arena, PlainPath<scalar_t>& result) {
   const Task<scalar_t> task = given;  // where stores cannot change it
   constexpr int64_t kLane = kLanes<scalar_t>;
-  const int64_t R = padded<scalar_t>(task.size), K = task.loop.steps, P = task.layout.stride;
   const int64_t width = kWidth > 0 ? kWidth : task.layout.width;
-  PlainPath<scalar_t> path;
-  path.entries = R;
-  path.adjoints = arena.take((2 * K + 1) * P);
-  path.fast = path.adjoints + K * P;
-  path.pushes = arena.take(K * R);
-  path.coefficients = arena.take(2 * K * R);
-  path.curvatures = arena.take(K * R);
+  const int64_t R = padded<scalar_t>(task.size), K = task.loop.steps, P = width + kLane;
+  const auto [adjoints, all_pushes, coefficients, all_curvatures, scores, shares] =
+      arena.take_each((2 * K + 1) * P, K * R, 2 * K * R, K * R, R, R);
+  const PlainPath<scalar_t> path = {R,          adjoints + K * P, adjoints,
+                                    all_pushes, coefficients,     all_curvatures};
   result = path;
-  scalar_t *scores = arena.take(R), *shares = arena.take(R);
   const scalar_t mean = task.mean();
   for (int64_t r = 0; r < R; r += kLane) store(shares + r) = mean * load(task.weights + r);
   for (int64_t i = 0; i < P; i += kLane) store(path.fast + i) = load(task.start + i);
@@ -45,12 +41,18 @@ void forward(const Task<scalar_t>& given, Arena<scalar_t>& arena, PlainPath<scal
       const scalar_t bias = task.rows.bias * now[width];
       each_dots<scalar_t, kWidth>(
           now, task.rows, [=](int64_t r, const Vector<scalar_t>& products) ALWAYS_INLINE_LAMBDA {
+            // Sums that need not wait for the products; of a squared loss only p − y counts.
+            const Vector<scalar_t> rest = bias + load(task.base + r),
+                                   target = load(task.targets + r);
             Vector<scalar_t> push;
-            differentiate_loss<VectorMath<scalar_t>>(
-                kKind == Kind::kSquared ? Loss::kSquared : Loss::kLogistic,
-                Vector<scalar_t>(load(shares + r)),
-                Vector<scalar_t>(products + bias + load(task.base + r)),
-                Vector<scalar_t>(load(task.targets + r)), push, store(curvatures + r));
+            if constexpr (kKind == Kind::kSquared)
+              differentiate_loss<VectorMath<scalar_t>>(
+                  Loss::kSquared, Vector<scalar_t>(load(shares + r)), products,
+                  Vector<scalar_t>(target - rest), push, store(curvatures + r));
+            else
+              differentiate_loss<VectorMath<scalar_t>>(
+                  Loss::kLogistic, Vector<scalar_t>(load(shares + r)),
+                  Vector<scalar_t>(products + rest), target, push, store(curvatures + r));
             store(pushes + r) = push;
             store(moves + r) = -rate * push;
           });
@@ -87,18 +89,18 @@ void adjoint(const Task<scalar_t>& given, Arena<scalar_t>& arena, const PlainPat
              const scalar_t* grad_path, bool whole_path, const TaskGradients<scalar_t>& grads) {
   const Task<scalar_t> task = given;  // where stores cannot change it
   const PlainPath<scalar_t> path = taken;
-  const int64_t R = path.entries, K = task.loop.steps, P = task.layout.stride;
-  const int64_t width = kWidth > 0 ? kWidth : task.layout.width;
   constexpr int64_t kLane = kLanes<scalar_t>;
-  const bool second_order = !task.loop.first_order,
+  const int64_t width = kWidth > 0 ? kWidth : task.layout.width;
+  const int64_t R = path.entries, K = task.loop.steps, P = width + kLane;
+  const bool second_order = !task.loop.first_order, weighted = grads.weights != nullptr,
              softmax = kWidth == 0 && task.loop.loss == Loss::kSoftmax;
-  scalar_t* along = arena.take(R);       // X λ_{k+1}
-  scalar_t* base = arena.take_zeros(R);  // Σ_k h_k
-  if (grads.weights != nullptr) std::fill(grads.weights, grads.weights + task.size, scalar_t{0});
+  const auto [along, base] = arena.take_each(R, R);  // X λ_{k+1}, Σ_k h_k
+  for (int64_t r = 0; r < R; r += kLane) store(base + r) = Vector<scalar_t>{};
+  if (weighted) std::fill(grads.weights, grads.weights + task.size, scalar_t{0});
 
   const scalar_t* last = whole_path ? grad_path + K * P : grad_path;
-  for (int64_t i = 0; i < P; i += kLane)
-    store(K == 0 ? grads.start + i : path.adjoints + (K - 1) * P + i) = load(last + i);
+  scalar_t* end = K == 0 ? grads.start : path.adjoints + (K - 1) * P;
+  for (int64_t i = 0; i < P; i += kLane) store(end + i) = load(last + i);
   Vector<scalar_t> lr_sum = {};  // −s̄
   for (int64_t k = K - 1; k >= 0; --k) {
     const scalar_t rate = task.loop.inner_lr[k];
@@ -109,20 +111,25 @@ void adjoint(const Task<scalar_t>& given, Arena<scalar_t>& arena, const PlainPat
     const scalar_t* curvatures = path.curvatures + k * R;
     const scalar_t bias = task.rows.bias * later[width];
     each_dots<scalar_t, kWidth>(
-        later, task.rows, [=](int64_t r, const Vector<scalar_t>& products) ALWAYS_INLINE_LAMBDA {
-          const Vector<scalar_t> sums = products + bias;
-          store(along + r) = sums;
-          store(h + r) = -rate * load(curvatures + r) * sums;
+        later, task.rows,
+        [=, &lr_sum](int64_t r, const Vector<scalar_t>& products) ALWAYS_INLINE_LAMBDA {
+          const Vector<scalar_t> sums = products + bias, bent = -rate * load(curvatures + r) * sums;
+          lr_sum += load(push + r) * sums;
+          if (softmax || weighted) store(along + r) = sums;
+          if (softmax || !second_order) return;
+          store(h + r) = bent;
+          store(base + r) += bent;
         });
-    for (int64_t r = 0; r < R; r += kLane) lr_sum += load(push + r) * load(along + r);
     if (grads.inner_lr && (grads.inner_lr.stride != 0 || k == 0)) {
       grads.inner_lr.add(k, -sum_lanes<scalar_t>(lr_sum));
       lr_sum = Vector<scalar_t>{};
     }
     if (second_order) {
-      if (softmax) bend(task, curvatures, rate, along, h);
-      if (grads.weights != nullptr) add_weight_gradient(task, push, rate, along, grads.weights);
-      for (int64_t r = 0; r < R; r += kLane) store(base + r) += load(h + r);
+      if (softmax) {
+        bend(task, curvatures, rate, along, h);
+        for (int64_t r = 0; r < R; r += kLane) store(base + r) += load(h + r);
+      }
+      if (weighted) add_weight_gradient(task, push, rate, along, grads.weights);
       combine<scalar_t, kWidth>(h, task.rows, later, earlier);
     } else {
       for (int64_t i = 0; i < P; i += kLane) store(earlier + i) = load(later + i);
@@ -132,9 +139,9 @@ void adjoint(const Task<scalar_t>& given, Arena<scalar_t>& arena, const PlainPat
   }
   if (grads.base != nullptr) copy_out(base, task.size, grads.base);
   if (grads.rows != nullptr && second_order)
-    write_rows<scalar_t>(task.layout, {path.coefficients, 1, R}, task.size,
-                         Stack<scalar_t>{path.adjoints, P}, 2 * K, arena, grads.rows,
-                         task.layout.dim, grads.stream);
+    write_rows<scalar_t, kWidth>(task.layout, {path.coefficients, 1, R}, task.size,
+                                 Stack<scalar_t>{path.adjoints, P}, 2 * K, arena, grads.rows,
+                                 task.layout.dim, grads.stream);
 }
 
 }  // namespace

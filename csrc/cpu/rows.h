@@ -63,7 +63,10 @@ ALWAYS_INLINE void each_dots(const scalar_t* left, const Rows<scalar_t>& rows, c
       for (int64_t i = 0; i < width; i += kLane) {
         const Vector<scalar_t> other = load(left + i);
 #pragma GCC unroll 16
-        for (int64_t r = 0; r < kLane; ++r) sums[r] += other * load(row[r] + i);
+        for (int64_t r = 0; r < kLane; ++r) {
+          const Vector<scalar_t> product = other * load(row[r] + i);
+          sums[r] = kWidth > 0 && i == 0 ? product : sums[r] + product;
+        }
       }
       sink(first, sum_lanes_of_each(sums));
     }
@@ -175,10 +178,12 @@ ALWAYS_INLINE void scale_block(const Coefficients<scalar_t>& coefficients, int64
   constexpr int64_t kLane = kLanes<scalar_t>;
   Vector<scalar_t> parts[kVectors];
   for (int64_t v = 0; v < kVectors; ++v) parts[v] = load(vector + first + v * kLane);
-  for (int64_t m = 0; m < rows; ++m)
+  for (int64_t m = 0; m < rows; ++m) {
+    const scalar_t coefficient = coefficients.at(m, 0);
+    scalar_t* out = result + m * result_stride + first;
     for (int64_t v = 0; v < kVectors; ++v)
-      store_out<scalar_t>(coefficients.at(m, 0) * parts[v],
-                          result + m * result_stride + first + v * kLane, stream);
+      store_out<scalar_t>(coefficient * parts[v], out + v * kLane, stream);
+  }
 }
 
 // result[m] = Σ_j C[m, j] basis[j],  m < rows, j < count, over `width` numbers, a multiple of a

@@ -166,16 +166,16 @@ void with_width(const Layout<scalar_t>& layout, const Body& body) {
 }
 
 // Writes  Σ_j C[r, j] basis[j]  to rows + r · row_stride, D numbers each, which may lie anywhere.
-template <typename scalar_t, typename Basis>
+// kWidth is layout.width where that is known.
+template <typename scalar_t, int64_t kWidth = 0, typename Basis>
 ALWAYS_INLINE void write_rows(const Layout<scalar_t>& layout,
                               const Coefficients<scalar_t>& coefficients, int64_t count,
                               const Basis& basis, int64_t basis_size, Arena<scalar_t>& arena,
                               scalar_t* rows, int64_t row_stride, bool stream) {
-  if (layout.dim == layout.width) {
-    multiply<scalar_t>(coefficients, count, basis, basis_size, layout.width, rows, row_stride,
-                       stream);
-    return;
-  }
+  const int64_t width = kWidth > 0 ? kWidth : layout.width;
+  if (layout.dim == width)
+    return multiply<scalar_t>(coefficients, count, basis, basis_size, width, rows, row_stride,
+                              stream);
   constexpr int64_t kRows = 4;
   scalar_t* wide = arena.take(kRows * layout.width);
   for (int64_t r = 0; r < count; r += kRows) {

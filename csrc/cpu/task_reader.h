@@ -112,14 +112,12 @@ class TaskReader {
     const int64_t begin = support.begin(t), size = support.size(t), group = this->group(),
                   count = size * group;
     Rows<scalar_t> rows;
-    scalar_t* base = arena.take(count);
-    scalar_t* targets = arena.take(count);
-    scalar_t* weights = arena.take(count);
-    scalar_t* start = arena.take(layout.stride);
+    const auto [base, targets, weights, start] =
+        arena.take_each(count, count, count, layout.stride);
     pack(user_init_ + t * user_stride_, user_bias_init_[t * bias_stride_], layout, start);
     if (loop.loss == Loss::kBpr) {
       rows = read_differences(begin, size, arena, base);
-      std::fill(targets, targets + count, scalar_t{1});
+      fill(targets, count, scalar_t{1});
     } else {
       rows = read_rows(support, begin, size, group, arena, base);
       if (support.log_q != nullptr)
@@ -130,7 +128,7 @@ class TaskReader {
         copy_in(targets_ + begin, size, targets);
     }
     if (weights_ == nullptr)
-      std::fill(weights, weights + count, entry_share());
+      fill(weights, count, entry_share());
     else if (group == 1)
       copy_in(weights_ + begin, size, weights);
     else
@@ -147,7 +145,7 @@ class TaskReader {
 
   // Lets `ahead` ask for the rows of task `t`, bit by bit while the one before it is adapted.
   void aim(RowsAhead& ahead, int64_t t, const EntryData<scalar_t>* query) const {
-    ahead.start(item_table_, item_bias_, std::min<int64_t>(loop.steps, kRoundsAhead));
+    ahead.start(item_table_, item_bias_, /*twice=*/loop.steps > 1);
     for (const EntryData<scalar_t>* entries : {&support, query}) {
       if (entries == nullptr) continue;
       const int64_t begin = entries->begin(t), end = entries->begin(t + 1),
@@ -178,9 +176,6 @@ class TaskReader {
       }
     return rows_of<scalar_t>({rows, width}, count, width, 0, arena);
   }
-
-  // Early enough to be there, and not so many at once that all of them wait.
-  static constexpr int64_t kRoundsAhead = 2;
 
   const scalar_t *user_init_, *user_bias_init_;
   const ItemTable<scalar_t> item_table_;

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -74,13 +75,20 @@ template <typename scalar_t>
 class Arena {
  public:
   // Uninitialised, except for the padding after the last of `count` numbers.
-  ALWAYS_INLINE scalar_t* take(int64_t count) {
-    const int64_t size = padded<scalar_t>(std::max<int64_t>(count, 1));
-    if (used_ + size > capacity_) grow(size);
-    scalar_t* result = data_ + used_;
-    used_ += size;
-    *reinterpret_cast<Vector<scalar_t>*>(result + size - kLanes<scalar_t>) = Vector<scalar_t>{};
-    return result;
+  ALWAYS_INLINE scalar_t* take(int64_t count) { return take_each(count)[0]; }
+
+  // Several pieces at once, which asks only once whether there is room.
+  template <typename... Counts>
+  ALWAYS_INLINE std::array<scalar_t*, sizeof...(Counts)> take_each(Counts... counts) {
+    const std::array<int64_t, sizeof...(Counts)> sizes = {size_for(counts)...};
+    scalar_t* end = take_registers((size_for(counts) + ...));
+    std::array<scalar_t*, sizeof...(Counts)> pieces;
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      pieces[i] = end;
+      end += sizes[i];
+      *reinterpret_cast<Vector<scalar_t>*>(end - kLanes<scalar_t>) = Vector<scalar_t>{};
+    }
+    return pieces;
   }
 
   ALWAYS_INLINE scalar_t* take_zeros(int64_t count) {
@@ -102,6 +110,18 @@ class Arena {
   }
 
  private:
+  // Whole registers, one at least.
+  static constexpr int64_t size_for(int64_t count) {
+    return padded<scalar_t>(std::max<int64_t>(count, 1));
+  }
+
+  ALWAYS_INLINE scalar_t* take_registers(int64_t size) {
+    if (used_ + size > capacity_) grow(size);
+    scalar_t* result = data_ + used_;
+    used_ += size;
+    return result;
+  }
+
   __attribute__((noinline)) void grow(int64_t size) {
     const int64_t count = std::max(size, 2 * total_);
     blocks_.emplace_back(new std::byte[count * sizeof(scalar_t) + kCacheLine]);
@@ -299,6 +319,16 @@ ALWAYS_INLINE Vector<scalar_t> lower_lanes(const Vector<scalar_t>& vector, int64
   Integers lane;
   for (int i = 0; i < kLanes<scalar_t>; ++i) lane[i] = i;
   return lane < static_cast<Integer>(count) ? vector : Vector<scalar_t>{};
+}
+
+// `count` times the same into scratch, the last register filled up with zeros.
+template <typename scalar_t>
+ALWAYS_INLINE void fill(scalar_t* result, int64_t count, scalar_t value) {
+  constexpr int64_t kLane = kLanes<scalar_t>;
+  const Vector<scalar_t> all = broadcast(value);
+  int64_t i = 0;
+  for (; i + kLane <= count; i += kLane) store(result + i) = all;
+  if (i < count) store(result + i) = lower_lanes<scalar_t>(all, count - i);
 }
 
 // Lane 0 is the value, the others are zero.
