@@ -79,7 +79,7 @@ void adapt_users(const Batch<scalar_t>& batch, const TaskBlocks& blocks, Wanted 
     const int64_t begin = batch.queries.begin(t), room = padded<scalar_t>(asked.size());
     const auto [scores, grad_scores, grad_path] =
         arena.take_each(room, judged * room, judged * layout.stride);
-    if (asked.size() == 0) std::fill(grad_path, grad_path + judged * layout.stride, scalar_t{0});
+    if (asked.size() == 0) fill(grad_path, judged * layout.stride, scalar_t{0});
     for (int64_t k = 0; k < judged && asked.size() > 0; ++k) {
       score_query(asked, fast + k * layout.stride, scores);
       gradients.add_loss(block, batch.judge(asked, t, k, scores, arena, grad_scores + k * room));

@@ -44,15 +44,14 @@ void forward(const Task<scalar_t>& given, Arena<scalar_t>& arena, PlainPath<scal
             // Sums that need not wait for the products; of a squared loss only p − y counts.
             const Vector<scalar_t> rest = bias + load(task.base + r),
                                    target = load(task.targets + r);
+            constexpr bool kOnlyDifference = kKind == Kind::kSquared;
             Vector<scalar_t> push;
-            if constexpr (kKind == Kind::kSquared)
-              differentiate_loss<VectorMath<scalar_t>>(
-                  Loss::kSquared, Vector<scalar_t>(load(shares + r)), products,
-                  Vector<scalar_t>(target - rest), push, store(curvatures + r));
-            else
-              differentiate_loss<VectorMath<scalar_t>>(
-                  Loss::kLogistic, Vector<scalar_t>(load(shares + r)),
-                  Vector<scalar_t>(products + rest), target, push, store(curvatures + r));
+            differentiate_loss<VectorMath<scalar_t>>(
+                kOnlyDifference ? Loss::kSquared : Loss::kLogistic,
+                Vector<scalar_t>(load(shares + r)),
+                Vector<scalar_t>(kOnlyDifference ? products : products + rest),
+                Vector<scalar_t>(kOnlyDifference ? target - rest : target), push,
+                store(curvatures + r));
             store(pushes + r) = push;
             store(moves + r) = -rate * push;
           });

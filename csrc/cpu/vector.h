@@ -81,7 +81,10 @@ class Arena {
   template <typename... Counts>
   ALWAYS_INLINE std::array<scalar_t*, sizeof...(Counts)> take_each(Counts... counts) {
     const std::array<int64_t, sizeof...(Counts)> sizes = {size_for(counts)...};
-    scalar_t* end = take_registers((size_for(counts) + ...));
+    const int64_t total = (size_for(counts) + ...);
+    if (used_ + total > capacity_) grow(total);
+    scalar_t* end = data_ + used_;
+    used_ += total;
     std::array<scalar_t*, sizeof...(Counts)> pieces;
     for (size_t i = 0; i < sizes.size(); ++i) {
       pieces[i] = end;
@@ -113,13 +116,6 @@ class Arena {
   // Whole registers, one at least.
   static constexpr int64_t size_for(int64_t count) {
     return padded<scalar_t>(std::max<int64_t>(count, 1));
-  }
-
-  ALWAYS_INLINE scalar_t* take_registers(int64_t size) {
-    if (used_ + size > capacity_) grow(size);
-    scalar_t* result = data_ + used_;
-    used_ += size;
-    return result;
   }
 
   __attribute__((noinline)) void grow(int64_t size) {
