@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +17,7 @@ Number = float | Tensor
 
 INNER_LOSSES = ("squared", "logistic", "bpr", "softmax")
 OUTER_LOSSES = ("squared", "logistic", "absolute", "bpr", "softmax")
-PAIRWISE = ("bpr", "softmax")
+PAIRWISE = frozenset(("bpr", "softmax"))
 """Losses that compare an entry's item with its negatives; the others compare its score with its target."""
 DTYPES = (torch.float32, torch.float64)
 TABLE_DTYPES = (*DTYPES, torch.bfloat16)
@@ -209,30 +209,30 @@ def check_inner_loop(model: Model, num_tasks: int, given: Settings) -> InnerLoop
     )
 
 
-def check_entries(name: str, entries: Entries, item_bias: Tensor, losses: Iterable[str] = ()) -> Entries:
-    """Entries of the items that have an `item_bias` [N], their values of its dtype, with what `losses` look at."""
+def check_entries(
+    name: str, entries: Entries, num_items: int, like: Tensor, losses: Collection[str] = frozenset()
+) -> Entries:
+    """Entries of so many items, on the device of `like`, their values of its dtype, with what `losses` look at."""
     if not isinstance(entries, Entries):
         raise TypeError(f"{name}: expected Entries, got {type(entries).__name__}")
-    if entries.items.device != item_bias.device:
-        raise ValueError(
-            f"{name}.items: expected to be on {item_bias.device}, like item_table, got {entries.items.device}"
-        )
-    if entries.max_item >= item_bias.shape[0]:
+    if entries.items.device != like.device:
+        raise ValueError(f"{name}.items: expected to be on {like.device}, like item_table, got {entries.items.device}")
+    if entries.max_item >= num_items:
         for part, ids in (("items", entries.items), ("negatives", entries.negatives)):
-            outside = None if ids is None else (ids.reshape(-1) >= item_bias.shape[0]).nonzero()
+            outside = None if ids is None else (ids.reshape(-1) >= num_items).nonzero()
             if ids is not None and outside is not None and len(outside):
                 position = int(outside[0])
                 raise IndexError(
-                    f"{name}.{part}: ids must be in [0, {item_bias.shape[0]}), "
+                    f"{name}.{part}: ids must be in [0, {num_items}), "
                     f"got {int(ids.reshape(-1)[position])} at position {position}"
                 )
-    _check_parts(name, entries, tuple(losses))
-    values = (value for value in (entries.targets, entries.weights, entries.log_q) if value is not None)
-    fits = all(value.dtype == item_bias.dtype for value in values)
-    return entries if fits else entries.to(item_bias.device, item_bias.dtype)
+    _check_parts(name, entries, losses)
+    values = entries.targets, entries.weights, entries.log_q
+    fits = all(value is None or value.dtype == like.dtype for value in values)
+    return entries if fits else entries.to(like.device, like.dtype)
 
 
-def _check_parts(name: str, entries: Entries, losses: tuple[str, ...]) -> None:
+def _check_parts(name: str, entries: Entries, losses: Collection[str]) -> None:
     """Raises unless the entries have what the losses look at, and nothing that none of them does."""
     pointwise = next((loss for loss in losses if loss not in PAIRWISE), None)
     pairwise = next((loss for loss in losses if loss in PAIRWISE), None)
@@ -246,14 +246,15 @@ def _check_parts(name: str, entries: Entries, losses: tuple[str, ...]) -> None:
         raise ValueError(f"{name}.log_q: only the loss 'softmax' has a use for it, got {' and '.join(losses)}")
 
 
-def check_batch(batch: TaskBatch, item_bias: Tensor, loss: str, outer_losses: Iterable[str]) -> TaskBatch:
+def check_batch(batch: TaskBatch, item_bias: Tensor, loss: str, outer_losses: Collection[str]) -> TaskBatch:
     """A batch with a query, both parts checked against the items and what their losses look at."""
     if not isinstance(batch, TaskBatch):
         raise TypeError(f"batch: expected a TaskBatch, got {type(batch).__name__}")
     if batch.query is None:
         raise ValueError("batch.query: expected Entries, got None")
-    support = check_entries("support", batch.support, item_bias, (loss,))
-    query = check_entries("query", batch.query, item_bias, outer_losses)
+    num_items = item_bias.shape[0]
+    support = check_entries("support", batch.support, num_items, item_bias, (loss,))
+    query = check_entries("query", batch.query, num_items, item_bias, outer_losses)
     weights = None if batch.weights is None else batch.weights.to(item_bias)
     if support is batch.support and query is batch.query and weights is batch.weights:
         return batch

@@ -74,7 +74,9 @@ class KnownGradients(torch.autograd.Function):
 
 def sparse_tensor(gradient: SparseRows, shape: torch.Size, *, is_coalesced: bool = False) -> Tensor:
     """The rows as a sparse tensor of a table's shape [N, …], sharing their memory."""
-    rows = gradient.rows.reshape(-1, *shape[1:])
+    rows = gradient.rows
+    if rows.shape[1:] != shape[1:]:
+        rows = rows.reshape(-1, *shape[1:])
     return torch.sparse_coo_tensor(gradient.ids[None], rows, shape, check_invariants=False, is_coalesced=is_coalesced)
 
 

@@ -230,7 +230,7 @@ class DotTasks:
             known = batch.user_ids is not None
             users = encoder.rows_of(batch.user_ids) if known else encoder.matrix.nothing(batch.num_tasks)
         user, bias = self.learner.start_of(support, users)
-        loop = self.learner.inner_loop(support.sizes())
+        loop = self.learner.inner_loop(support)
         return {"user_init": user, "user_bias_init": bias, "offset": self.model.offset, **loop}
 
 

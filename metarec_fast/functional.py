@@ -96,7 +96,7 @@ def adapt(
     num_tasks = _count_tasks("support", support)
     model = check_model(*start, num_tasks)
     loop = check_inner_loop(model, num_tasks, settings)
-    support = check_entries("support", support, model.item_bias, (loss,))
+    support = check_entries("support", support, model.item_bias.shape[0], model.item_bias, (loss,))
     check_differentiation(model, loop, TaskBatch(support))
     return _ops.either(_ops.adapt, reference.adapt, item_table)(model, support, loop)
 
@@ -262,7 +262,7 @@ def reptile_step(
     if loss in PAIRWISE:
         raise ValueError(f"loss: Reptile adapts on a loss of single scores, got {loss!r}")
     loop = check_inner_loop(model, num_tasks, settings)
-    support = check_entries("support", support, model.item_bias, (loss,))
+    support = check_entries("support", support, model.item_bias.shape[0], model.item_bias, (loss,))
     weights = check_task_weights(task_weights, model.item_bias, num_tasks)
     run = _ops.either(_ops.reptile_step, reference.reptile_step, item_table)
     with torch.no_grad():
@@ -306,7 +306,7 @@ def score_top_k(
     if not 1 <= k <= item_table.shape[0]:
         raise ValueError(f"k: must be in [1, {item_table.shape[0]}], the number of items, got {k}")
     if exclude is not None:
-        exclude = check_entries("exclude", exclude, model.item_bias)
+        exclude = check_entries("exclude", exclude, item_table.shape[0], model.item_bias)
         if exclude.num_tasks != num_tasks:
             raise ValueError(f"exclude: expected {num_tasks} tasks, one per user, got {exclude.num_tasks}")
     return _ops.either(_ops.score_top_k, reference.score_top_k, item_table)(

@@ -93,7 +93,7 @@ class HeadTasks(DotTasks):
         """The batch without support entries that do not count, the others with their weights; so with the query if it
         is to be `judged`."""
         heads = self.model.heads.values()
-        extra = float(self.learner.inner_loop(batch.support.sizes()).get("extra_count", 0.0))
+        extra = float(self.learner.inner_loop(batch.support).get("extra_count", 0.0))
         support = self._weigh(batch.support, [head.weight for head in heads], extra)
         query = batch.query
         if judged and query is not None:

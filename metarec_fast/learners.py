@@ -164,8 +164,8 @@ class Learner(nn.Module):
         """Whether calling it is what a learner of that kind does, and not what somebody made of it."""
         return getattr(self.forward, "__func__", None) is kind.forward
 
-    def inner_loop(self, sizes: Tensor) -> dict[str, Any]:
-        """How tasks with `sizes` [T] support entries adapt: the keyword arguments of `functional.adapt`."""
+    def inner_loop(self, support: Entries) -> dict[str, Any]:
+        """How the tasks of a support adapt: the keyword arguments of `functional.adapt`."""
         return {
             "inner_lr": self.inner_lr,
             "inner_steps": self.inner_steps,
@@ -306,22 +306,24 @@ class Learner(nn.Module):
             raise TypeError(f"batch: expected a TaskBatch, got {type(batch).__name__}")
         if query is not None and batch.query is None:
             raise ValueError("batch.query: expected Entries, got None")
-        if self._catalogue is None and "item" in self.model.feature_tables() and len(batch.support):
+        model, like = self.model, self.model.offset
+        if self._catalogue is None and "item" in model.feature_tables() and len(batch.support):
             raise ValueError("item_ids: features of items are found by them; fit sets them, or assign learner.item_ids")
-        targets, item_bias = batch.support.targets, self.model.offset.expand(self.model.num_items)
-        if batch.support.items.device != item_bias.device or (targets is not None and targets.dtype != item_bias.dtype):
-            if localized and item_bias.device.type != "cpu" and batch.support.items.device.type == "cpu":
+        targets, device = batch.support.targets, batch.support.items.device
+        if device != like.device or (targets is not None and targets.dtype != like.dtype):
+            if localized and device.type == "cpu" and like.device.type != "cpu":
                 batch.localize()  # before it leaves: here nobody waits for the number of distinct items
-            batch = batch.to(item_bias.device, item_bias.dtype, non_blocking=item_bias.device.type == "cuda")
-        if query != "targets" and self.model.loss in PAIRWISE and batch.support.negatives is None:
-            support = draw_negatives(batch.support, self.model.num_items, self.num_negatives)
+            batch = batch.to(like.device, like.dtype, non_blocking=like.device.type == "cuda")
+        inside, outside = model.loss in PAIRWISE, not PAIRWISE.isdisjoint(self.outer_loss)
+        if inside and query != "targets" and batch.support.negatives is None:
+            support = draw_negatives(batch.support, model.num_items, self.num_negatives)
             batch = batch.with_entries(support, batch.query)
-        inside, outside = (any(loss in PAIRWISE for loss in losses) for losses in ((self.model.loss,), self.outer_loss))
         if inside != outside:  # a sampler draws negatives for both parts, and one has no use for them
             batch = batch.with_negatives_of(support=inside, query=outside or query == "items")
-        check_entries("support", batch.support, item_bias, (self.model.loss,))
+        check_entries("support", batch.support, model.num_items, like, (model.loss,))
         if query is not None and batch.query is not None:
-            check_entries("query", batch.query, item_bias, self.outer_loss if query == "targets" else ())
+            losses = self.outer_loss if query == "targets" else ()
+            check_entries("query", batch.query, model.num_items, like, losses)
         return batch
 
     def _check(self) -> None:
@@ -454,10 +456,10 @@ class MetaSGD(Learner):
         shape, a scalar or [K]."""
         return self.tasks.preconditioner(self.log_rates)
 
-    def inner_loop(self, sizes: Tensor) -> dict[str, Any]:
+    def inner_loop(self, support: Entries) -> dict[str, Any]:
         if self.rates_of != "weight":
-            return {**super().inner_loop(sizes), "inner_lr": self.rates}
-        return {**super().inner_loop(sizes), "inner_lr": 1.0, "preconditioner": self.rates}
+            return {**super().inner_loop(support), "inner_lr": self.rates}
+        return {**super().inner_loop(support), "inner_lr": 1.0, "preconditioner": self.rates}
 
     def _groups_at(self, rate: float) -> list[dict[str, Any]]:
         rates = [self.log_rates] if isinstance(self.log_rates, Tensor) else list(self.log_rates)

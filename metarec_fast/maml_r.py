@@ -147,14 +147,15 @@ class MAMLR(Learner):
         moved = sums / (support.sizes() + 1).to(sums.dtype).sqrt()[:, None]
         return user + moved[:, :-1], bias + moved[:, -1]
 
-    def inner_loop(self, sizes: Tensor) -> dict[str, Any]:
-        loop = super().inner_loop(sizes)
+    def inner_loop(self, support: Entries) -> dict[str, Any]:
+        loop = super().inner_loop(support)
         if self.log_steps is not None and self.log_rates is not None:
             loop["inner_lr"], loop["preconditioner"] = self.log_steps.exp(), self.tasks.preconditioner(self.log_rates)
         if self.momentum is not None:
             loop["momentum"] = self.momentum
         if self.log_pull is not None:
             first, per_rating = self.log_pull.exp()
+            sizes = support.sizes()
             # Tasks without support never move, whatever pulls them.
             count = (sizes + self.extra_count).clamp(min=1)
             loop["prior_pull"] = 2 * (first + per_rating * sizes) / count

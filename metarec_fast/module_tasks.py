@@ -248,7 +248,7 @@ class ModuleTasks:
         users: Tensor | None = None,
     ) -> Any:
         """Adapts each task of a chunk, and does something with its parameters: `then(fast, given, user)`."""
-        loop = self.learner.inner_loop(support.sizes())
+        loop = self.learner.inner_loop(support)
         if users is None:
             ids = None if batch.user_ids is None else batch.user_ids[tasks]
             users = self.model.users(ids, tasks.stop - tasks.start)

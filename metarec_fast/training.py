@@ -6,7 +6,6 @@ import math
 import os
 import time
 import zlib
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 
 from metarec_fast import tuning
 from metarec_fast._arguments import PAIRWISE
+from metarec_fast._outer_steps import Losses, OuterSteps
 from metarec_fast.checkpoint import replace_file
 from metarec_fast.features import fingerprint
 from metarec_fast.freezing import factors_of
@@ -33,9 +33,7 @@ if TYPE_CHECKING:
     from metarec_fast.tasks import TaskBatch
 
 CHECKPOINT = "training.pt"
-_WARM_UP = 50  # steps, or a tenth of all if that is less
 _METRICS = {"squared": "rmse", "logistic": "log_loss"}  # what validation by these losses is called; else as the loss
-_FINAL_RATE = 0.02  # of the outer learning rate, at the end of its decay
 
 
 def fit(
@@ -169,7 +167,7 @@ def fit(
                 learner.initialize(train, seed=seed)
             training.judge(train_loss=None, since=time.perf_counter())
         with tqdm(
-            total=epochs * len(train_tasks), initial=training.step, desc=type(learner).__name__, unit="batch",
+            total=epochs * len(train_tasks), initial=training.steps.done, desc=type(learner).__name__, unit="batch",
             disable=not progress, dynamic_ncols=True,
         ) as bar:  # fmt: skip
             while True:
@@ -199,10 +197,8 @@ class _Training:
         epochs: int,
         clip: float | None,
     ) -> None:
-        self.learner, self.optimizers, self.train, self.valid, self.clip = learner, optimizers, train, valid, clip
-        self.rates = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in optimizers]
-        self.total_steps = epochs * len(train)
-        self.step = 0
+        self.learner, self.train, self.valid, self.clip = learner, train, valid, clip
+        self.steps = OuterSteps(optimizers, epochs * len(train))
         self.history = History(_METRICS.get(_judge(learner), _judge(learner)))
         self.best: dict[str, Tensor] | None = None
 
@@ -220,13 +216,13 @@ class _Training:
 
     def run_epoch(self, bar: Any) -> None:
         since = time.perf_counter()
-        losses = _Losses()
+        losses = Losses(self._explain_loss)
         self.learner.train()
         self.train.set_epoch(self.epoch)
         for batch in self.train:
             self.outer_step(batch, losses)
-            self._show(bar, losses.mean)
-            bar.update()
+            if bar.update():  # it was drawn, which it is now and then
+                self._show(bar, losses.mean)
         losses.read_all()
         self.judge(losses.mean, since)
         self._show(bar, losses.mean)
@@ -237,30 +233,25 @@ class _Training:
         shown = {"loss": loss} if valid is None else {"loss": loss, self.history.metric: valid}
         bar.set_postfix({name: f"{figure:.4f}" for name, figure in shown.items()}, refresh=False)
 
-    def outer_step(self, batch: TaskBatch, losses: _Losses) -> None:
-        factor = _rate_factor(self.step, self.total_steps)
-        for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
-            _forget_gradients(optimizer)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
-        loss = self.learner.backward(batch)
-        losses.add(
-            loss, batch.num_tasks,
-            f"in epoch {self.epoch + 1}, step {self.step + 1}: the inner loop diverges, inner_lr="
-            f"{self.learner.inner_lr} is likely too large for these ratings (or outer_lr is)",
-        )  # fmt: skip
+    def outer_step(self, batch: TaskBatch, losses: Losses) -> None:
+        self.steps.begin()
+        losses.add(self.learner.backward(batch), batch.num_tasks, self.steps.done + 1)
         if self.clip is not None:
             clip_grad_norm_(self.learner.parameters(), self.clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.step += 1
+        self.steps.end()
+
+    def _explain_loss(self, step: int) -> str:
+        return (
+            f"in epoch {self.epoch + 1}, step {step}: the inner loop diverges, inner_lr={self.learner.inner_lr} is "
+            "likely too large for these ratings (or outer_lr is)"
+        )
 
     def judge(self, train_loss: float | None, since: float) -> None:
         """Validates, and writes down the epoch that ended."""
         figure = None if self.valid is None else _validate(self.learner, self.valid)
         if figure is not None and (self.history.best is None or figure < self.history.best):
             self.best = {name: value.clone() for name, value in self.learner.state_dict().items()}
-        rate = self.optimizers[0].param_groups[0]["lr"]
+        rate = self.steps.optimizers[0].param_groups[0]["lr"]
         self.history.epochs.append(
             Epoch(len(self.history.epochs), train_loss, figure, float(rate), time.perf_counter() - since)
         )
@@ -273,8 +264,8 @@ class _Training:
         """What must be the same for a run to be continued."""
         return {
             **_describe(self.learner, train, valid),
-            "optimizer": repr([type(optimizer).__name__ for optimizer in self.optimizers]),
-            "outer_lr": repr(self.rates),
+            "optimizer": repr([type(optimizer).__name__ for optimizer in self.steps.optimizers]),
+            "outer_lr": repr(self.steps.rates),
         }
 
     def save(self, path: Path, settings: dict[str, Any]) -> None:
@@ -283,8 +274,8 @@ class _Training:
             "settings": {name: repr(value) for name, value in settings.items()},
             "learner": self.learner.state_dict(),
             "best": self.best,
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "step": self.step,
+            "optimizers": [optimizer.state_dict() for optimizer in self.steps.optimizers],
+            "step": self.steps.done,
             "epochs": [vars(epoch) for epoch in self.history.epochs],
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
@@ -301,65 +292,16 @@ class _Training:
             if saved != repr(value):
                 raise ValueError(f"{name}: the checkpoint {path} was made with {saved}, got {value!r}")
         self.learner.load_state_dict(state["learner"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+        for optimizer, saved in zip(self.steps.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         device = self.learner.model.offset.device
         self.best = state["best"] and {name: value.to(device) for name, value in state["best"].items()}
-        self.step = state["step"]
+        self.steps.done = state["step"]
         self.history.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
         torch.set_rng_state(state["random"])
         if torch.cuda.is_available():
             for number, random in enumerate(state["random_cuda"][: torch.cuda.device_count()]):
                 torch.cuda.set_rng_state(random, number)
-
-
-class _Losses:
-    """The mean loss of an epoch's tasks so far. A GPU's losses are read one step late, so that Python need not wait."""
-
-    def __init__(self) -> None:
-        self._total, self._count = 0.0, 0
-        self._unread: deque[tuple[Tensor, int, str, Any]] = deque()
-
-    @property
-    def mean(self) -> float:
-        return self._total / max(self._count, 1)
-
-    def add(self, loss: Tensor, num_tasks: int, otherwise: str) -> None:
-        """Raises FloatingPointError with `otherwise` unless it is finite, now or when the next one is added."""
-        event = None
-        if loss.device.type == "cuda":
-            loss, event = loss.to("cpu", non_blocking=True), torch.cuda.current_stream(loss.device).record_event()
-        self._unread.append((loss, num_tasks, otherwise, event))
-        while len(self._unread) > (0 if event is None else 1):
-            self._read()
-
-    def read_all(self) -> None:
-        while self._unread:
-            self._read()
-
-    def _read(self) -> None:
-        loss, num_tasks, otherwise, event = self._unread.popleft()
-        if event is not None:
-            event.synchronize()
-        value = float(loss)
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the outer loss became {value} {otherwise}")
-        self._total, self._count = self._total + value * num_tasks, self._count + num_tasks
-
-
-def _forget_gradients(optimizer: Optimizer) -> None:
-    """As its `zero_grad`, which also tells a profiler of it: that takes longer than a small batch's gradient."""
-    if type(optimizer).zero_grad is not Optimizer.zero_grad:
-        return optimizer.zero_grad()
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = None
-
-
-def _rate_factor(step: int, total: int) -> float:
-    """Linear warm-up, then linear decay."""
-    warm_up = min(_WARM_UP, max(total // 10, 1))
-    return min(1.0, (step + 1) / warm_up) * max(1 - step / total, _FINAL_RATE)
 
 
 def _judge(learner: Learner) -> str:

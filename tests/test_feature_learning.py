@@ -75,7 +75,7 @@ def test_gradients_are_those_of_autograd_through_vectors_made_of_features(algori
         user, bias = learner.start_of(support)
     scores = functional.adapt_and_score(
         user + moved[:, :-1], vectors[:, :-1], vectors[:, -1], batch.with_entries(support, batch.query),
-        user_bias_init=bias + moved[:, -1], offset=model.offset, **learner.inner_loop(support.sizes()),
+        user_bias_init=bias + moved[:, -1], offset=model.offset, **learner.inner_loop(support),
     )  # fmt: skip
     mean_task_loss(learner.outer_loss, scores, batch.query, None).backward()
     for name, encoder in encoders(model).items():

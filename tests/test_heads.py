@@ -80,8 +80,7 @@ def by_heads(learner, items, targets, user, bias, weight_of, extra=0.0, trust=No
 def task_by_task(learner, batch):
     """The outer loss, by a loop over tasks and autograd through the steps of each."""
     losses, counts = [], []
-    sizes = batch.support.sizes()
-    loop = learner.inner_loop(sizes)
+    loop = learner.inner_loop(batch.support)
     at = lambda value, step: value[step] if isinstance(value, torch.Tensor) and value.dim() else value  # noqa: E731
     extra, momentum, scale = loop.get("extra_count", 0.0), loop.get("momentum", 0.0), loop.get("preconditioner")
     rates = 1.0 if scale is None else scale[:-1]
