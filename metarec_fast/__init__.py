@@ -13,7 +13,8 @@ from metarec_fast.features import Features
 from metarec_fast.head_evaluation import evaluate_heads
 from metarec_fast.heads import Head, join_heads
 from metarec_fast.history import History, Trial
-from metarec_fast.learners import FOMAML, MAML, Learner, MetaSGD
+from metarec_fast.learner import Learner
+from metarec_fast.maml import FOMAML, MAML, MetaSGD
 from metarec_fast.maml_r import MAMLR
 from metarec_fast.mlp_recommender import MLPRecommender
 from metarec_fast.models import DotRecommender

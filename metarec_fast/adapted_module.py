@@ -14,7 +14,7 @@ from metarec_fast.module_tasks import ModuleTasks
 from metarec_fast.tasks import Entries, TaskBatch
 
 if TYPE_CHECKING:
-    from metarec_fast.learners import Learner
+    from metarec_fast.learner import Learner
 
 
 class AdaptedModule:

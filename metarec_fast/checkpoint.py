@@ -29,7 +29,7 @@ from metarec_fast.module_recommender import ModuleRecommender
 from metarec_fast.multi_task import MultiTaskRecommender
 
 if TYPE_CHECKING:
-    from metarec_fast.learners import Learner
+    from metarec_fast.learner import Learner
 
 FORMAT_VERSION = 1
 WEIGHTS, FEATURES, DESCRIPTION = "weights.safetensors", "features.safetensors", "learner.json"
@@ -90,7 +90,7 @@ def load(directory: str | os.PathLike[str], *, module: nn.Module | None = None) 
     """
     import torch
 
-    from metarec_fast.learners import FOMAML, MAML, MetaSGD
+    from metarec_fast.maml import FOMAML, MAML, MetaSGD
     from metarec_fast.maml_r import MAMLR
     from metarec_fast.reptile import Reptile
 

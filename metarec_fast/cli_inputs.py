@@ -10,7 +10,7 @@ from typing import Any
 from metarec_fast import _feature_files, readers
 from metarec_fast.data import Interactions
 from metarec_fast.features import Features
-from metarec_fast.learners import Learner
+from metarec_fast.learner import Learner
 from metarec_fast.prepared import SUFFIX, read_prepared
 
 _TITLE = "title"

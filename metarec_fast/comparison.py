@@ -18,7 +18,8 @@ from metarec_fast.data import UserSplit
 from metarec_fast.evaluation import evaluate
 from metarec_fast.features import Features
 from metarec_fast.history import History
-from metarec_fast.learners import FOMAML, MAML, Learner, MetaSGD
+from metarec_fast.learner import Learner
+from metarec_fast.maml import FOMAML, MAML, MetaSGD
 from metarec_fast.maml_r import MAMLR
 from metarec_fast.models import DotRecommender
 from metarec_fast.report import Report, align, format_deviation

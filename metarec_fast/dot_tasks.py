@@ -24,7 +24,7 @@ from metarec_fast.results import FastWeights, MetaStep, SparseRows
 from metarec_fast.tasks import Entries, TaskBatch
 
 if TYPE_CHECKING:
-    from metarec_fast.learners import Learner
+    from metarec_fast.learner import Learner
 
 
 class DotTasks:

@@ -14,7 +14,7 @@ from torch import Tensor
 from metarec_fast._names import match_names
 
 if TYPE_CHECKING:
-    from metarec_fast.learners import Learner
+    from metarec_fast.learner import Learner
 
 
 def freeze(learner: Learner, parameters: str | Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from metarec_fast.report import Report
 from metarec_fast.sampler import Size, TaskSampler
 
 if TYPE_CHECKING:
-    from metarec_fast.learners import Learner
+    from metarec_fast.learner import Learner
     from metarec_fast.tasks import TaskBatch
 
 

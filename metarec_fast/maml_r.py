@@ -22,7 +22,7 @@ from metarec_fast.dot_tasks import DotTasks
 from metarec_fast.factor_model import FactorModel
 from metarec_fast.feature_matrix import FeatureMatrix
 from metarec_fast.functional import Steps
-from metarec_fast.learners import Learner, OuterLoss
+from metarec_fast.learner import Learner, OuterLoss
 from metarec_fast.models import DotRecommender
 from metarec_fast.multi_task import MultiTaskRecommender
 from metarec_fast.tasks import Entries, TaskBatch

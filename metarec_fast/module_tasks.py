@@ -24,7 +24,7 @@ from metarec_fast.reference import entry_losses
 from metarec_fast.tasks import Entries, TaskBatch
 
 if TYPE_CHECKING:
-    from metarec_fast.learners import Learner
+    from metarec_fast.learner import Learner
     from metarec_fast.module_recommender import ModuleRecommender
 
 Parameters = dict[str, Tensor]

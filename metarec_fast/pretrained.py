@@ -28,7 +28,7 @@ from metarec_fast.multi_task import MultiTaskRecommender
 from metarec_fast.tasks import Entries, TaskBatch
 
 if TYPE_CHECKING:
-    from metarec_fast.learners import Learner
+    from metarec_fast.learner import Learner
 
 
 class Given:

@@ -10,7 +10,7 @@ from torch.optim import SGD, Optimizer
 from metarec_fast._arguments import PAIRWISE
 from metarec_fast.dot_tasks import DotTasks
 from metarec_fast.functional import Steps
-from metarec_fast.learners import Learner
+from metarec_fast.learner import Learner
 from metarec_fast.models import DotRecommender
 from metarec_fast.optim import SparseSGD
 from metarec_fast.tasks import TaskBatch

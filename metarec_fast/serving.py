@@ -23,7 +23,7 @@ from metarec_fast.tasks import Entries, TaskBatch
 if TYPE_CHECKING:
     from metarec_fast.encoder import FeatureEncoder
     from metarec_fast.feature_matrix import FeatureMatrix
-    from metarec_fast.learners import Learner
+    from metarec_fast.learner import Learner
 
 
 class AdaptedUser:

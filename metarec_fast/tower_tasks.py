@@ -15,7 +15,7 @@ from metarec_fast.module_tasks import ModuleTasks
 from metarec_fast.tasks import Entries, TaskBatch
 
 if TYPE_CHECKING:
-    from metarec_fast.learners import Learner
+    from metarec_fast.learner import Learner
     from metarec_fast.module_recommender import ModuleRecommender
 
 _PLAIN_LOOP = {"inner_lr", "inner_steps", "loss", "first_order", "adapt", "extra_count"}

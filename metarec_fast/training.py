@@ -29,7 +29,7 @@ from metarec_fast.sampler import Size, TaskSampler
 
 if TYPE_CHECKING:
     from metarec_fast.data import Interactions
-    from metarec_fast.learners import Learner
+    from metarec_fast.learner import Learner
     from metarec_fast.tasks import TaskBatch
 
 CHECKPOINT = "training.pt"

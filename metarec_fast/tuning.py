@@ -26,7 +26,7 @@ from metarec_fast._columns import as_int
 from metarec_fast.history import History, Trial, best_trial
 
 if TYPE_CHECKING:
-    from metarec_fast.learners import Learner
+    from metarec_fast.learner import Learner
 
 _FACTOR = 10.0  # how far from where they stand rates and counts are searched, in both directions
 _MOST_MOMENTUM = 0.9

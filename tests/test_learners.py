@@ -7,7 +7,7 @@ from problems import Draw
 
 from metarec_fast import functional as F
 from metarec_fast.data import Interactions
-from metarec_fast.learners import FOMAML, MAML, MetaSGD
+from metarec_fast.maml import FOMAML, MAML, MetaSGD
 from metarec_fast.maml_r import MAMLR
 from metarec_fast.models import DotRecommender
 from metarec_fast.optim import SparseAdam, clip_grad_norm_

@@ -1,6 +1,7 @@
-"""What happens around the gradient of a batch: whoever wants to hear of an optimiser's step does."""
+"""What happens around the gradient of a batch: whoever listens to an optimiser hears of its steps, and losses count."""
 
 import functools
+import types
 
 import pytest
 import torch
@@ -138,17 +139,38 @@ def test_a_schedule_notices_that_the_optimizer_went_on(recwarn):
     assert not [str(warning.message) for warning in recwarn if "lr_scheduler.step()" in str(warning.message)]
 
 
-def test_losses_count_as_many_times_as_there_are_tasks():
-    losses = Losses(str)
-    assert losses.mean == 0
-    losses.add(torch.tensor(1.0), 3, 1)
-    losses.add(torch.tensor(5.0), 1, 2)
-    losses.read_all()
-    assert losses.mean == 2
+class Event:
+    waited_for = 0
+
+    def synchronize(self):
+        Event.waited_for += 1
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_is_explained(value):
+def far_loss(value):
+    """Looks like a loss on a GPU."""
+    return types.SimpleNamespace(device=torch.device("cuda:0"), to=lambda device, non_blocking: torch.tensor(value))
+
+
+def test_losses_of_a_gpu_are_read_when_the_next_step_is_under_way(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(record_event=Event))
     losses = Losses(lambda step: f"in step {step}")
-    with pytest.raises(FloatingPointError, match=rf"the outer loss became {value} in step 7"):
-        losses.add(torch.tensor(value), 3, 7)
+    losses.add(far_loss(1.0), 1, 1)
+    assert losses.mean == 0
+    losses.add(far_loss(4.0), 2, 2)
+    assert losses.mean == 1.0
+    losses.read_all()
+    assert losses.mean == 3.0
+    assert Event.waited_for == 2
+
+    losses.add(far_loss(float("nan")), 1, 3)
+    with pytest.raises(FloatingPointError, match="the outer loss became nan in step 3"):
+        losses.add(far_loss(1.0), 1, 4)
+
+
+def test_losses_on_the_cpu_are_read_at_once():
+    losses = Losses(lambda step: f"in step {step}")
+    assert losses.mean == 0
+    losses.add(torch.tensor(2.0), 3, 1)
+    assert losses.mean == 2.0
+    with pytest.raises(FloatingPointError, match="the outer loss became inf in step 2"):
+        losses.add(torch.tensor(float("inf")), 1, 2)

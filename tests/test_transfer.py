@@ -1,7 +1,5 @@
 """What `fit` does for a GPU, as far as it shows without one: batches in one block, losses read late."""
 
-import types
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from metarec_fast import MAML, DotRecommender, Interactions, TaskSampler, _known_gradients
 from metarec_fast._transfer import Carrier, move_as_one
-from metarec_fast.training import _Losses
 
 
 def make_log():
@@ -67,42 +64,6 @@ def test_batches_on_the_cpu_are_handed_on_as_they_are():
     batch = TaskSampler(make_log(), 5, "rest", 16).batch(0)
     carrier = Carrier(torch.device("cpu"))
     assert carrier.receive(carrier.send(batch)) is batch
-
-
-class Event:
-    waited_for = 0
-
-    def synchronize(self):
-        Event.waited_for += 1
-
-
-def far_loss(value):
-    """Looks like a loss on a GPU."""
-    return types.SimpleNamespace(device=torch.device("cuda:0"), to=lambda device, non_blocking: torch.tensor(value))
-
-
-def test_losses_of_a_gpu_are_read_when_the_next_step_is_under_way(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(record_event=Event))
-    losses = _Losses()
-    losses.add(far_loss(1.0), 1, "in step 1")
-    assert losses.mean == 0
-    losses.add(far_loss(4.0), 2, "in step 2")
-    assert losses.mean == 1.0
-    losses.read_all()
-    assert losses.mean == 3.0
-    assert Event.waited_for == 2
-
-    losses.add(far_loss(float("nan")), 1, "in step 3")
-    with pytest.raises(FloatingPointError, match="the outer loss became nan in step 3"):
-        losses.add(far_loss(1.0), 1, "in step 4")
-
-
-def test_losses_on_the_cpu_are_read_at_once():
-    losses = _Losses()
-    losses.add(torch.tensor(2.0), 3, "in step 1")
-    assert losses.mean == 2.0
-    with pytest.raises(FloatingPointError, match="the outer loss became inf in step 2"):
-        losses.add(torch.tensor(float("inf")), 1, "in step 2")
 
 
 class Products(TorchDispatchMode):
