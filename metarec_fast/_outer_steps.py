@@ -7,6 +7,7 @@ nothing is done of which nobody knows: no profiler is told if there is none, and
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,13 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 _WARM_UP = 50  # steps, or a tenth of all if that is less
 _FINAL_RATE = 0.02  # of the outer learning rate, at the end of its decay
 
-_TELLS_PROFILER = Optimizer.profile_hook_step(lambda: None).__code__
-"""Of what PyTorch wraps the `step` of every class of optimisers in."""
+# What PyTorch has inside, as far as it is still there in a later version.
+_inside = sys.modules[Optimizer.__module__]
+_profiler_enabled: Callable[[], bool] = getattr(torch._C._autograd, "_profiler_enabled", lambda: True)
+_wrap_step: Callable[..., Any] = getattr(Optimizer, "profile_hook_step", lambda step: step)
+_TELLS_PROFILER = getattr(_wrap_step(lambda: None), "__code__", object())
+"""The code of what it wraps the `step` of every class of optimisers in."""
 
 
 class OuterSteps:
@@ -78,8 +82,7 @@ class Losses:
         if loss.device.type != "cuda":
             return self._read(loss, num_tasks, step)
         loss, event = loss.to("cpu", non_blocking=True), torch.cuda.current_stream(loss.device).record_event()
-        if self._unread:
-            self.read_all()
+        self.read_all()
         self._unread.append((loss, num_tasks, step, event))
 
     def read_all(self) -> None:
@@ -108,12 +111,16 @@ def _step(optimizer: Optimizer) -> None:
     """As its `step`, of which a profiler and hooks are told only if there are any."""
     step = getattr(optimizer.step, "__func__", None)
     known = getattr(step, "__code__", None) is _TELLS_PROFILER and "step" not in vars(optimizer)
-    if step is None or not known or torch._C._autograd._profiler_enabled() or _has_hooks(optimizer):
+    if step is None or not known or _profiler_enabled() or _has_hooks(optimizer):
         optimizer.step()
     else:
         step.__wrapped__(optimizer)
 
 
 def _has_hooks(optimizer: Optimizer) -> bool:
-    own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-    return any((*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))
+    """Whether somebody listens to its steps, or, where PyTorch does not say, might."""
+    places = (
+        (optimizer, "_optimizer_step_pre_hooks"), (optimizer, "_optimizer_step_post_hooks"),
+        (_inside, "_global_optimizer_pre_hooks"), (_inside, "_global_optimizer_post_hooks"),
+    )  # fmt: skip
+    return any(getattr(owner, hooks, True) for owner, hooks in places)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from metarec_fast import _outer_steps
 from metarec_fast._outer_steps import Losses, OuterSteps
 
 
@@ -109,6 +110,20 @@ def test_who_listens_to_an_optimizer_hears_of_its_steps(listen):
     take_step(steps, parameter)
     assert heard == [1]
     assert parameter[0] < 1
+
+
+@pytest.mark.parametrize("name", ["_inside", "_profiler_enabled", "_TELLS_PROFILER"])
+def test_where_pytorch_is_another_inside_everybody_is_told(name, monkeypatch):
+    unknown = {"_inside": types.SimpleNamespace(), "_profiler_enabled": lambda: True, "_TELLS_PROFILER": object()}
+    told = []
+    steps, parameter = make_steps()
+    record = torch.autograd.profiler.record_function
+    monkeypatch.setattr(torch.autograd.profiler, "record_function", lambda what: (told.append(what), record(what))[1])
+    take_step(steps, parameter)
+    assert not told
+    monkeypatch.setattr(_outer_steps, name, unknown[name])
+    take_step(steps, parameter)
+    assert told == ["Optimizer.step#SGD.step"]
 
 
 @pytest.mark.parametrize("register", [register_optimizer_step_pre_hook, register_optimizer_step_post_hook])
