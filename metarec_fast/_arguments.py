@@ -209,9 +209,7 @@ def check_inner_loop(model: Model, num_tasks: int, given: Settings) -> InnerLoop
     )
 
 
-def check_entries(
-    name: str, entries: Entries, num_items: int, like: Tensor, losses: Collection[str] = frozenset()
-) -> Entries:
+def check_entries(name: str, entries: Entries, num_items: int, like: Tensor, losses: Collection[str] = ()) -> Entries:
     """Entries of so many items, on the device of `like`, their values of its dtype, with what `losses` look at."""
     if not isinstance(entries, Entries):
         raise TypeError(f"{name}: expected Entries, got {type(entries).__name__}")

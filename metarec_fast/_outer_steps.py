@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,7 +70,7 @@ class Losses:
     def __init__(self, explain: Callable[[int], str]) -> None:
         self._explain = explain
         self._total, self._count = 0.0, 0
-        self._unread: deque[tuple[Tensor, int, int, Any]] = deque()
+        self._unread: tuple[Tensor, int, int, Any] | None = None  # with the torch.cuda.Event of its arrival
 
     @property
     def mean(self) -> float:
@@ -83,11 +82,11 @@ class Losses:
             return self._read(loss, num_tasks, step)
         loss, event = loss.to("cpu", non_blocking=True), torch.cuda.current_stream(loss.device).record_event()
         self.read_all()
-        self._unread.append((loss, num_tasks, step, event))
+        self._unread = loss, num_tasks, step, event
 
     def read_all(self) -> None:
-        while self._unread:
-            loss, num_tasks, step, event = self._unread.popleft()
+        if self._unread is not None:
+            (loss, num_tasks, step, event), self._unread = self._unread, None
             event.synchronize()
             self._read(loss, num_tasks, step)
 

@@ -32,21 +32,24 @@ class TowerTasks(ModuleTasks):
         self.tensors = [f"tower.{name}" for name, _ in self.mlp.tower.named_parameters()]  # W_1, b_1, …, W_L, b_L
 
     def meta_loss(self, batch: TaskBatch) -> Tensor:
-        if not self.is_fused(batch.support):
+        loop = self.learner.inner_loop(batch.support)
+        if not self.is_fused(loop):
             return super().meta_loss(batch)
-        return functional.mlp_meta_step(**self._arguments(batch), outer_loss=self.learner.outer_loss).loss
+        return functional.mlp_meta_step(**self._arguments(batch, loop), outer_loss=self.learner.outer_loss).loss
 
     def predict(self, batch: TaskBatch) -> Tensor:
-        if not self.is_fused(batch.support):
+        loop = self.learner.inner_loop(batch.support)
+        if not self.is_fused(loop):
             return super().predict(batch)
-        return functional.mlp_adapt_and_score(**self._arguments(batch))
+        return functional.mlp_adapt_and_score(**self._arguments(batch, loop))
 
     def reptile_gradients(self, batch: TaskBatch) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
         """φ_0 − φ_K is what the steps went, Σ_k s ∇L_S(φ_k), and each of these the first-order gradient of the
         support's loss after k steps."""
-        if not self.is_fused(batch.support):
+        loop = self.learner.inner_loop(batch.support)
+        if not self.is_fused(loop):
             return super().reptile_gradients(batch)
-        arguments = self._arguments(batch)
+        arguments = self._arguments(batch, loop)
         support, steps = arguments["batch"].support, arguments.pop("inner_steps")
         sizes, weights = support.sizes(), self._task_weights(batch, batch.support.sizes() >= 0)
         # L_S divides by the number of entries, the loss of a query by their weights.
@@ -68,16 +71,14 @@ class TowerTasks(ModuleTasks):
         loss = mean_task_loss({self.model.loss: 1.0}, scores, support, weights) * (weights * (sizes > 0)).sum()
         return loss, self.parameters(), moves
 
-    def is_fused(self, support: Entries) -> bool:
-        """Whether the operators compute what this learner's inner loop says."""
-        loop = self.learner.inner_loop(support)
+    def is_fused(self, loop: Mapping[str, Any]) -> bool:
+        """Whether the operators compute what the learner's inner loop says."""
         return set(self.tensors).issuperset(self.names) and _PLAIN_LOOP.issuperset(loop)
 
-    def _arguments(self, batch: TaskBatch) -> dict[str, Any]:
+    def _arguments(self, batch: TaskBatch, loop: Mapping[str, Any]) -> dict[str, Any]:
         unique, local = batch.localize()
         support = self._damped(local.support.with_weights(self._weighed(batch).weights))
         users = self.mlp.user_part(self.model.users(batch.user_ids, batch.num_tasks))
-        loop = self.learner.inner_loop(batch.support)
         return {
             "user_part": users.expand(batch.num_tasks, -1),
             "item_table": self.mlp.item_part(unique),

@@ -300,9 +300,9 @@ def test_the_operators_of_a_tower_give_what_any_module_gets(algorithm, loss, arg
         model.item_average.copy_(torch.linspace(-1, 1, NUM_ITEMS))
         sampler = mf.TaskSampler(log, support=(1, 4), query=3, batch_size=7, negatives=negatives)
         batch = next(iter(sampler)).to("cpu", torch.float64)
-        assert learner.tasks.is_fused(batch.support)
+        assert learner.tasks.is_fused(learner.inner_loop(batch.support))
         if not fused:
-            monkeypatch.setattr(learner.tasks, "is_fused", lambda support: False)
+            monkeypatch.setattr(learner.tasks, "is_fused", lambda loop: False)
         batch = batch.with_weights(torch.arange(7).double())
         value = learner(batch)
         value.backward()
@@ -325,9 +325,9 @@ def test_reptile_on_a_tower_goes_by_its_operators(weights, arguments, monkeypatc
     nn.init.normal_(model.user_init)
     batch = make_batch(weights=weights)
     learner = mf.Reptile(model, inner_steps=3, **{"adapt": "user", **arguments})
-    assert learner.tasks.is_fused(batch.support)
+    assert learner.tasks.is_fused(learner.inner_loop(batch.support))
     loss, found, moves = learner.tasks.reptile_gradients(batch)
-    monkeypatch.setattr(learner.tasks, "is_fused", lambda support: False)
+    monkeypatch.setattr(learner.tasks, "is_fused", lambda loop: False)
     expected_loss, expected, expected_moves = learner.tasks.reptile_gradients(batch)
     torch.testing.assert_close(loss.detach(), expected_loss.detach(), rtol=1e-9, atol=0)
     assert [id(parameter) for parameter in found] == [id(parameter) for parameter in expected]
@@ -342,7 +342,7 @@ def test_what_the_operators_of_a_tower_do_not_know_goes_the_way_of_any_module():
         mf.MAMLR(mf.MLPRecommender(NUM_ITEMS, 3)),
         mf.MAML(mf.MLPRecommender(NUM_ITEMS, 3), adapt=["tower.*", "user_init"]),
     ):
-        assert not learner.tasks.is_fused(make_batch().support)
+        assert not learner.tasks.is_fused(learner.inner_loop(make_batch().support))
 
 
 @pytest.mark.parametrize("rates", ["tensor", "step"])
