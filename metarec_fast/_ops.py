@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metarec_fast import _library
 from metarec_fast._arguments import WANT, WANT_ALL, InnerLoop, Model, differentiable, is_autocast
+from metarec_fast._compiling import constant
 from metarec_fast.results import AdaptedItems, FastWeights, MetaStep, SparseRows, TopK
 from metarec_fast.tasks import Entries, TaskBatch
 
@@ -92,7 +93,7 @@ def score_top_k(
     return TopK(*ops.score_top_k(user, user_bias, item_table, item_bias, k, *excluded, _tensor_cores_allowed()))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # compiled anew where this has changed
+@constant
 def _tensor_cores_allowed() -> bool:
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")  # set by either of PyTorch's ways
 

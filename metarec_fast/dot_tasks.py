@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from metarec_fast import functional
+from metarec_fast._compiling import left_uncompiled
 from metarec_fast._known_gradients import KnownGradients, sparse_tensor
 from metarec_fast.feature_matrix import FeatureMatrix
 from metarec_fast.models import DotRecommender
@@ -186,7 +187,7 @@ class DotTasks:
         """Whether the gradients of both item tables may be deposited as rows, past the embeddings' forward."""
         return self.deposits() and self.model.item_embedding.sparse and self.model.item_bias.sparse
 
-    @torch.compiler.disable(reason="a compiled graph gives no sparse gradients")  # type: ignore[untyped-decorator]
+    @left_uncompiled("a compiled graph gives no sparse gradients")
     def _loss_with_rows(self, batch: TaskBatch) -> Tensor:
         """The outer loss, whose `backward` gives the item tables sparse gradients: a row per entry, uncoalesced."""
         result, inputs = self._meta_step(batch)

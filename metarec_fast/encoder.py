@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metarec_fast._compiling import left_uncompiled
 from metarec_fast.feature_matrix import FeatureMatrix
 from metarec_fast.features import Features
 
@@ -71,7 +72,7 @@ class FeatureEncoder(nn.Module):
         self.changes += 1
         self.register_buffer("rows", found.to(self.weight.device), persistent=False)
 
-    @torch.compiler.disable(reason=_SIZES)  # type: ignore[untyped-decorator]
+    @left_uncompiled(_SIZES)
     def bound_rows(self, places: Tensor) -> FeatureMatrix:
         """The features of those of the bound ids that are at positions [n]."""
         return self.matrix.select(self.rows[places])
@@ -81,7 +82,7 @@ class FeatureEncoder(nn.Module):
         """The rows of the table, where the weight is."""
         return FeatureMatrix(*(getattr(self, name) for name in _PARTS))
 
-    @torch.compiler.disable(reason=_SIZES)  # type: ignore[untyped-decorator]
+    @left_uncompiled(_SIZES)
     def rows_of(self, ids: Any) -> FeatureMatrix:
         """The features of original ids [n]; nothing for those that are not in the table."""
         return self.matrix.select(self.features.find(ids).to(self.weight.device))

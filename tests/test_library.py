@@ -122,3 +122,8 @@ def test_cuda_kernels_that_do_not_fit_are_one_warning_and_the_cpu_works(tmp_path
     assert done.stderr.count("RuntimeWarning") == 1
     assert "metarec_fast has no CUDA kernels, and is slow on a GPU: it was built for CUDA 13.0.88, torch" in done.stderr
     assert done.stdout.startswith("[[0.")
+
+
+def test_whoever_does_not_compile_does_not_wait_for_the_compiler(tmp_path):
+    code = f"import sys, torch\nimport metarec_fast as mf\n{ADAPT}\nassert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
