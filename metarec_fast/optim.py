@@ -252,11 +252,11 @@ def _coalesced(gradient: Tensor) -> Tensor:
 
 def _new_state(table: Tensor, value: float = 0.0) -> Tensor:
     """A table of the same shape; where it is large, both in huge pages, which scattered rows are found in faster."""
-    state = torch.empty_like(table)
+    state = torch.full_like(table, value)
     if table.device.type == "cpu" and _can_run(table, state) and table.nbytes >= _HUGE:
         _ops.ops.use_huge_pages(table)
         _ops.ops.use_huge_pages(state)
-    return state.fill_(value)
+    return state
 
 
 def _can_run(table: Tensor, rows: Tensor) -> bool:

@@ -21,7 +21,7 @@ namespace metarec_fast::cpu {
 #ifdef KEEPS_RESULT_MEMORY
 namespace {
 
-constexpr size_t kPage = size_t{1} << 12, kHugePage = size_t{1} << 21;
+constexpr size_t kPage = size_t{1} << 12;
 constexpr size_t kSmallest = size_t{1} << 10;  // bytes; below, the C library is quick
 constexpr size_t kLarge = 2 * kHugePage;       // from here on in huge pages, and free to take
 constexpr size_t kMostKept = size_t{2} << 30;

@@ -109,7 +109,7 @@ void sparse_sgd_cpu(const Tensors& params, const Tensor& ids, const Tensors& row
 }
 
 // For a table that is in use already.
-void use_huge_pages_cpu(const Tensor& table) { prefer_huge_pages(table, /*collapse=*/true); }
+void use_huge_pages_cpu(const Tensor& table) { move_to_huge_pages(table); }
 
 }  // namespace
 
