@@ -67,6 +67,7 @@ if LIBRARY in os.environ:
     _load(os.environ[LIBRARY])
 
 import torch
+import torch._dynamo  # lists torch's functions, each once: before some are replaced by one and the same
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
