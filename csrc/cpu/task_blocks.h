@@ -41,20 +41,34 @@ class TaskBlocks {
 
   // body(block, task, last, worker) for every task, with a Worker of the thread that computes it. A
   // thread takes several blocks at once, fewer and fewer of them: it goes on to the task after this
-  // one as long as that lies before `last`.
+  // one as long as that lies before `last`. It begins with its own part of the blocks, the same one
+  // in every call, whose results may still be in its cache, and goes on with what others have left.
   template <typename Worker, typename Body>
   void run(const Body& body) const {
-    std::atomic<int64_t> next{0};
     const int64_t threads = worth_sharing_ ? torch::stable::get_num_threads() : 1;
-    const auto work = [&](int64_t, int64_t) {
+    const int64_t share = (size() + threads - 1) / threads;  // as parallel_for has it
+    const int64_t num_parts = (size() + share - 1) / share;
+    struct alignas(kCacheLine) Part {
+      std::atomic<int64_t> next;
+      int64_t end;
+    };
+    std::array<Part, kMostBlocks> parts;
+    for (int64_t i = 0; i < num_parts; ++i) {
+      parts[i].next = i * share;
+      parts[i].end = std::min(size(), (i + 1) * share);
+    }
+    const auto work = [&](int64_t begin, int64_t) {
       Worker worker{};
-      for (int64_t block = next.load(); block < size();) {
-        const int64_t end = block + std::max<int64_t>(1, (size() - block) / (2 * threads));
-        if (!next.compare_exchange_weak(block, end)) continue;
-        for (; block < end; ++block)
-          for (int64_t task = bounds_[block]; task < bounds_[block + 1]; ++task)
-            body(block, task, bounds_[end], worker);
-        block = next.load();
+      for (int64_t i = 0; i < num_parts; ++i) {
+        Part& part = parts[(begin / share + i) % num_parts];
+        for (int64_t block = part.next.load(); block < part.end;) {
+          const int64_t end = block + std::max<int64_t>(1, (part.end - block) / 2);
+          if (!part.next.compare_exchange_weak(block, end)) continue;
+          for (; block < end; ++block)
+            for (int64_t task = bounds_[block]; task < bounds_[block + 1]; ++task)
+              body(block, task, bounds_[end], worker);
+          block = part.next.load();
+        }
       }
       finish_streaming();
     };
