@@ -23,13 +23,15 @@ namespace {
 
 constexpr size_t kPage = size_t{1} << 12;
 constexpr size_t kSmallest = size_t{1} << 10;  // bytes; below, the C library is quick
-constexpr size_t kLarge = 2 * kHugePage;       // from here on in huge pages, and free to take
+constexpr size_t kLarge = 2 * kHugePage;       // from here on in huge pages
+constexpr size_t kStays = size_t{64} << 20;    // of what was in use last; the rest is free to take
 constexpr size_t kMostKept = size_t{2} << 30;
 constexpr size_t kMostBlocks = 16;
 
 struct Block {
   void* data;
   size_t bytes;
+  bool free_to_take = false;
 };
 
 // Nobody waits for the lock: whoever does not get it does without kept memory. So the child of a
@@ -57,16 +59,29 @@ class KeptBlocks {
 
   void give_back(const Block& block) {
     if (block.bytes > kMostKept) return std::free(block.data);
-    if (block.bytes >= kLarge) madvise(block.data, block.bytes, MADV_FREE);
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return std::free(block.data);
     while (count_ == kMostBlocks || kept_ + block.bytes > kMostKept)  // the longest unused first
       std::free(remove(free_).data);
-    free_[count_++] = block;
+    free_[count_++] = {block.data, block.bytes};
     kept_ += block.bytes;
+    let_go();
   }
 
  private:
+  // Marks what has not been in use for long. Marking a block in every call would make a processor
+  // forget where pages are, on a virtual machine even all of them.
+  void let_go() {
+    size_t bytes = 0;
+    for (size_t i = count_; i-- > 0;) {
+      Block& block = free_[i];
+      bytes += block.bytes;
+      if (bytes <= kStays || block.bytes < kLarge || block.free_to_take) continue;
+      madvise(block.data, block.bytes, MADV_FREE);
+      block.free_to_take = true;
+    }
+  }
+
   Block remove(Block* place) {
     const Block block = *place;
     std::copy(place + 1, free_ + count_--, place);

@@ -3,10 +3,10 @@
 // A training loop frees the gradient rows of one step just before it asks for those of the next.
 // The C library gives a large block back to the system, which then has to clear every page again: a
 // quarter of the time of a large meta-step. And whenever it hands out a KB or takes back 64, it may
-// sort all its small blocks anew: a tenth of a small one. Large blocks that are kept here are
-// marked as free to take (MADV_FREE): whenever the system is short of memory it does, and they cost
-// nothing but a fault. Until then they count as resident: at most 16 blocks of 2 GiB together. A
-// result in such memory cannot be resized in place.
+// sort all its small blocks anew: a tenth of a small one. Of what is kept here, large blocks are
+// marked as free to take (MADV_FREE) but for the last 64 MB in use: whenever the system is short of
+// memory it does, and they cost nothing but a fault. Until then they count as resident: at most 16
+// blocks of 2 GiB together. A result in such memory cannot be resized in place.
 #pragma once
 
 #include "../tensor.h"
