@@ -41,17 +41,23 @@ class ItemTable {
 };
 
 // Asks for rows and biases of a list of items, a few at a time: all at once they would wait for
-// each other, and what is computed meanwhile would wait for them.
+// each other, and what is computed meanwhile would wait for them. How many rounds and which cache
+// are best differs from machine to machine (benchmarks/notes.md); one with AVX-512 is taken for a
+// Xeon, one without for a Zen.
 class RowsAhead {
  public:
-  // In one round or two, each of which is a call of `some`.
+#if defined(__AVX512F__)
+  static constexpr int64_t kMostRounds = 5;
+#else
+  static constexpr int64_t kMostRounds = 2;
+#endif
+
   template <typename scalar_t>
-  void start(const ItemTable<scalar_t>& table, const scalar_t* item_bias, bool twice) {
+  void start(const ItemTable<scalar_t>& table, const scalar_t* item_bias) {
     rows_ = table.data;
     row_bytes_ = table.row_bytes;
     biases_ = reinterpret_cast<const std::byte*>(item_bias);
     bias_bytes_ = sizeof(scalar_t);
-    twice_ = twice;
     lists_ = list_ = 0;
     total_ = 0;
   }
@@ -61,6 +67,12 @@ class RowsAhead {
     begins_[lists_] = items;
     ends_[lists_++] = items + count;
     total_ += count;
+  }
+
+  // In so many rounds at most, each of which is a call of `some`.
+  void share_out(int64_t rounds) {
+    const int64_t num = std::clamp(rounds, int64_t{1}, kMostRounds);
+    a_round_ = (total_ + num - 1) / num;
   }
 
   void stop() { lists_ = list_ = 0; }
@@ -85,24 +97,25 @@ class RowsAhead {
   template <int64_t kLines>
   ALWAYS_INLINE void ask_lines() {
     const int64_t row_bytes = kLines > 0 ? kLines * kCacheLine : row_bytes_;
-    for (int64_t left = twice_ ? (total_ + 1) / 2 : total_; left > 0 && list_ < lists_;) {
+    for (int64_t left = a_round_; left > 0 && list_ < lists_;) {
       const int64_t* item = begins_[list_];
       const int64_t* end = std::min(item + left, ends_[list_]);
       left -= end - item;
       for (; item < end; ++item) {
         const std::byte* row = rows_ + *item * row_bytes;
-        for (int64_t at = 0; at < row_bytes; at += kCacheLine) __builtin_prefetch(row + at, 0, 2);
-        __builtin_prefetch(biases_ + *item * bias_bytes_, 0, 2);
+        for (int64_t at = 0; at < row_bytes; at += kCacheLine)
+          __builtin_prefetch(row + at, 0, kNear);
+        __builtin_prefetch(biases_ + *item * bias_bytes_, 0, kNear);
       }
       begins_[list_] = item;
       list_ += item == ends_[list_];
     }
   }
 
+  static constexpr int kNear = kMostRounds > 2 ? 3 : 2;  // as prefetch_row has it
   static constexpr int kMostLists = 4;  // items and negatives, of support and query
   const std::byte *rows_ = nullptr, *biases_ = nullptr;
-  int64_t row_bytes_ = 0, bias_bytes_ = 0, total_ = 0;
-  bool twice_ = false;
+  int64_t row_bytes_ = 0, bias_bytes_ = 0, total_ = 0, a_round_ = 0;
   const int64_t* begins_[kMostLists];
   const int64_t* ends_[kMostLists];
   int lists_ = 0, list_ = 0;

@@ -68,7 +68,7 @@ ALWAYS_INLINE void each_dots(const scalar_t* left, const Rows<scalar_t>& rows, c
           sums[r] = kWidth > 0 && i == 0 ? product : sums[r] + product;
         }
       }
-      sink(first, sum_lanes_of_each(sums));
+      sink(first, sum_lanes_of_each([&](int r) ALWAYS_INLINE_LAMBDA { return sums[r]; }));
     }
 #endif
   for (; first < count; first += kLane) {
@@ -208,6 +208,9 @@ ALWAYS_INLINE void multiply(const Coefficients<scalar_t>& coefficients, int64_t 
     multiply_block<8, 1>(coefficients, m, basis, 0, count, result, result_stride, stream);
   for (; m + 4 <= rows; m += 4) {
     int64_t i = 0;
+    if constexpr (kNativeBytes == 64)  // which has 32 registers
+      for (; i + 4 * kLane <= width; i += 4 * kLane)
+        multiply_block<4, 4>(coefficients, m, basis, i, count, result, result_stride, stream);
     for (; i + 2 * kLane <= width; i += 2 * kLane)
       multiply_block<4, 2>(coefficients, m, basis, i, count, result, result_stride, stream);
     for (; i < width; i += kLane)

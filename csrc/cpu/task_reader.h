@@ -145,7 +145,7 @@ class TaskReader {
 
   // Lets `ahead` ask for the rows of task `t`, bit by bit while the one before it is adapted.
   void aim(RowsAhead& ahead, int64_t t, const EntryData<scalar_t>* query) const {
-    ahead.start(item_table_, item_bias_, /*twice=*/loop.steps > 1);
+    ahead.start(item_table_, item_bias_);
     for (const EntryData<scalar_t>* entries : {&support, query}) {
       if (entries == nullptr) continue;
       const int64_t begin = entries->begin(t), end = entries->begin(t + 1),
@@ -153,6 +153,7 @@ class TaskReader {
       ahead.add(entries->items + begin, end - begin);
       if (M > 0) ahead.add(entries->negatives + begin * M, (end - begin) * M);
     }
+    ahead.share_out(loop.steps);
   }
 
   // A row for each pair of an entry's item and a negative: their difference.

@@ -259,37 +259,47 @@ ALWAYS_INLINE Quad<scalar_t> sum_lanes(const Vector<scalar_t>* vectors) {
 }
 
 #if defined(__AVX512F__)
-// Lane i is the sum of all lanes of vectors[i]: each round adds the halves of pairs of vectors, so
-// that 15 additions and 31 shuffles do what takes 44 and 59 with four at a time.
-ALWAYS_INLINE Vector<float> sum_lanes_of_each(const Vector<float>* vectors) {
-  __m512 eights[8], fours[4], twos[2];
-  const auto at = [&](int i) ALWAYS_INLINE_LAMBDA { return (__m512)vectors[i]; };
-  for (int i = 0; i < 8; ++i)
-    eights[i] =
-        _mm512_shuffle_f32x4(at(i), at(i + 8), 0x44) + _mm512_shuffle_f32x4(at(i), at(i + 8), 0xEE);
-  for (int i = 0; i < 4; ++i)
-    fours[i] = _mm512_shuffle_f32x4(eights[i], eights[i + 4], 0x88) +
-               _mm512_shuffle_f32x4(eights[i], eights[i + 4], 0xDD);
-  for (int i = 0; i < 2; ++i)
-    twos[i] =
-        _mm512_unpacklo_ps(fours[i], fours[i + 2]) + _mm512_unpackhi_ps(fours[i], fours[i + 2]);
-  const __m512 sums = _mm512_unpacklo_ps(twos[0], twos[1]) + _mm512_unpackhi_ps(twos[0], twos[1]);
-  return (Vector<float>)_mm512_shuffle_f32x4(sums, sums, _MM_SHUFFLE(3, 1, 2, 0));
+// Lane i is the sum of all lanes of vector(i), i < 16: each round adds what two vectors have in
+// halves of a kind, so that 15 additions and 32 shuffles and blends do what takes 44 and 59 with
+// four at a time. Half of these are blends, which any port does. Vectors are asked for one after
+// the other as their sums go on, and so that these end in their order.
+template <int kFirst, typename Get>
+ALWAYS_INLINE __m512 sum_halves(const Get& vector) {
+  const __m512 a = (__m512)vector(kFirst), b = (__m512)vector(kFirst + 4);
+  return _mm512_mask_blend_ps(0xFF00, a, b) + _mm512_shuffle_f32x4(a, b, 0x4E);
+}
+template <int kFirst, typename Get>
+ALWAYS_INLINE __m512 sum_quarters(const Get& vector) {
+  const __m512 a = sum_halves<kFirst>(vector), b = sum_halves<kFirst + 8>(vector);
+  return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xDD);
+}
+template <int kFirst, typename Get>
+ALWAYS_INLINE __m512 sum_eighths(const Get& vector) {
+  const __m512 a = sum_quarters<kFirst>(vector), b = sum_quarters<kFirst + 2>(vector);
+  return _mm512_mask_blend_ps(0xCCCC, a, b) + _mm512_shuffle_ps(a, b, 0x4E);
+}
+template <typename Get>
+ALWAYS_INLINE Vector<float> sum_lanes_of_each(const Get& vector) {
+  const __m512 a = sum_eighths<0>(vector), b = sum_eighths<1>(vector);
+  return (Vector<float>)(_mm512_mask_blend_ps(0xAAAA, a, b) +
+                         _mm512_permute_ps(_mm512_mask_blend_ps(0xAAAA, b, a), 0xB1));
 }
 #elif defined(__AVX__)
-// Lane i is the sum of all lanes of vectors[i]: 7 additions and 14 shuffles for what takes 14 and
-// 21 with four at a time.
-ALWAYS_INLINE Vector<float> sum_lanes_of_each(const Vector<float>* vectors) {
-  __m256 fours[4], twos[2];
-  const auto at = [&](int i) ALWAYS_INLINE_LAMBDA { return (__m256)vectors[i]; };
-  for (int i = 0; i < 4; ++i)
-    fours[i] = _mm256_permute2f128_ps(at(i), at(i + 4), 0x20) +
-               _mm256_permute2f128_ps(at(i), at(i + 4), 0x31);
-  for (int i = 0; i < 2; ++i)
-    twos[i] =
-        _mm256_unpacklo_ps(fours[i], fours[i + 2]) + _mm256_unpackhi_ps(fours[i], fours[i + 2]);
-  return (Vector<float>)(_mm256_unpacklo_ps(twos[0], twos[1]) +
-                         _mm256_unpackhi_ps(twos[0], twos[1]));
+// The same of eight: 7 additions and 14 shuffles for what takes 14 and 21 with four at a time.
+template <int kFirst, typename Get>
+ALWAYS_INLINE __m256 sum_quarters(const Get& vector) {
+  const __m256 a = (__m256)vector(kFirst), b = (__m256)vector(kFirst + 4);
+  return _mm256_permute2f128_ps(a, b, 0x20) + _mm256_permute2f128_ps(a, b, 0x31);
+}
+template <int kFirst, typename Get>
+ALWAYS_INLINE __m256 sum_halves(const Get& vector) {
+  const __m256 a = sum_quarters<kFirst>(vector), b = sum_quarters<kFirst + 2>(vector);
+  return _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b);
+}
+template <typename Get>
+ALWAYS_INLINE Vector<float> sum_lanes_of_each(const Get& vector) {
+  const __m256 a = sum_halves<0>(vector), b = sum_halves<1>(vector);
+  return (Vector<float>)(_mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b));
 }
 #endif
 
