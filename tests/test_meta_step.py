@@ -1,7 +1,9 @@
 """The operator meta_step: the outer loss and every meta-gradient equal autograd through the reference."""
 
+import re
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -394,6 +396,29 @@ def test_results_of_any_size_but_a_small_one_get_the_memory_of_the_last_one(mega
     gradient = SparseRows(torch.arange(count), torch.ones(count, 64))
     first = F.coalesce_rows(gradient).rows.data_ptr()  # freed at once
     assert F.coalesce_rows(gradient).rows.data_ptr() == first
+
+
+@pytest.mark.cpu
+@pytest.mark.skipif("not _keeps_result_memory()")
+def test_only_memory_that_was_not_in_use_lately_is_free_to_take():
+    rollup = Path("/proc/self/smaps_rollup")
+    if not rollup.exists():
+        pytest.skip("Linux says what is free to take")
+
+    def free_to_take():
+        return int(re.search(r"LazyFree: +(\d+) kB", rollup.read_text())[1]) / 1024
+
+    def compute_and_forget(megabytes):
+        count = megabytes * 2**20 // 256
+        F.coalesce_rows(SparseRows(torch.arange(count), torch.ones(count, 64)))
+
+    for _ in range(4):
+        compute_and_forget(48)  # whatever was kept before is free to take by now
+    before = free_to_take()
+    compute_and_forget(8)
+    assert free_to_take() == before
+    compute_and_forget(96)
+    assert free_to_take() >= before + 90
 
 
 def _keeps_result_memory():
