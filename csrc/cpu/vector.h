@@ -261,7 +261,7 @@ ALWAYS_INLINE Quad<scalar_t> sum_lanes(const Vector<scalar_t>* vectors) {
 #if defined(__AVX512F__)
 // Lane i is the sum of all lanes of vector(i), i < 16: each round adds what two vectors have in
 // halves of a kind, so that 15 additions and 32 shuffles and blends do what takes 44 and 59 with
-// four at a time. Half of these are blends, which any port does. Vectors are asked for one after
+// four at a time. Half of these are blends, which two ports do. Vectors are asked for one after
 // the other as their sums go on, and so that these end in their order.
 template <int kFirst, typename Get>
 ALWAYS_INLINE __m512 sum_halves(const Get& vector) {
