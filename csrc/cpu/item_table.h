@@ -46,12 +46,6 @@ class ItemTable {
 // Xeon, one without for a Zen.
 class RowsAhead {
  public:
-#if defined(__AVX512F__)
-  static constexpr int64_t kMostRounds = 5;
-#else
-  static constexpr int64_t kMostRounds = 2;
-#endif
-
   template <typename scalar_t>
   void start(const ItemTable<scalar_t>& table, const scalar_t* item_bias) {
     rows_ = table.data;
@@ -112,7 +106,13 @@ class RowsAhead {
     }
   }
 
-  static constexpr int kNear = kMostRounds > 2 ? 3 : 2;  // as prefetch_row has it
+#if defined(__AVX512F__)
+  static constexpr int64_t kMostRounds = 5;
+  static constexpr int kNear = 3;  // as prefetch_row has it
+#else
+  static constexpr int64_t kMostRounds = 2;
+  static constexpr int kNear = 2;
+#endif
   static constexpr int kMostLists = 4;  // items and negatives, of support and query
   const std::byte *rows_ = nullptr, *biases_ = nullptr;
   int64_t row_bytes_ = 0, bias_bytes_ = 0, total_ = 0, a_round_ = 0;

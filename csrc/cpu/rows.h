@@ -68,7 +68,7 @@ ALWAYS_INLINE void each_dots(const scalar_t* left, const Rows<scalar_t>& rows, c
           sums[r] = kWidth > 0 && i == 0 ? product : sums[r] + product;
         }
       }
-      sink(first, sum_lanes_of_each([&](int r) ALWAYS_INLINE_LAMBDA { return sums[r]; }));
+      sink(first, sum_lanes_of_each(sums));
     }
 #endif
   for (; first < count; first += kLane) {

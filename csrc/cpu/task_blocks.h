@@ -48,10 +48,6 @@ class TaskBlocks {
     const int64_t threads = worth_sharing_ ? torch::stable::get_num_threads() : 1;
     const int64_t share = (size() + threads - 1) / threads;  // as parallel_for has it
     const int64_t num_parts = (size() + share - 1) / share;
-    struct alignas(kCacheLine) Part {
-      std::atomic<int64_t> next;
-      int64_t end;
-    };
     std::array<Part, kMostBlocks> parts;
     for (int64_t i = 0; i < num_parts; ++i) {
       parts[i].next = i * share;
@@ -61,14 +57,10 @@ class TaskBlocks {
       Worker worker{};
       for (int64_t i = 0; i < num_parts; ++i) {
         Part& part = parts[(begin / share + i) % num_parts];
-        for (int64_t block = part.next.load(); block < part.end;) {
-          const int64_t end = block + std::max<int64_t>(1, (part.end - block) / 2);
-          if (!part.next.compare_exchange_weak(block, end)) continue;
+        for (int64_t block, end; part.take(block, end);)
           for (; block < end; ++block)
             for (int64_t task = bounds_[block]; task < bounds_[block + 1]; ++task)
               body(block, task, bounds_[end], worker);
-          block = part.next.load();
-        }
       }
       finish_streaming();
     };
@@ -79,6 +71,22 @@ class TaskBlocks {
   }
 
  private:
+  // Blocks that one thread begins with, on cache lines of their own.
+  struct alignas(kCacheLine) Part {
+    std::atomic<int64_t> next;
+    int64_t end;
+
+    // The first half of what is left, a block at least; false if nothing is.
+    bool take(int64_t& first, int64_t& last) {
+      first = next.load();
+      do {
+        if (first >= end) return false;
+        last = first + std::max<int64_t>(1, (end - first) / 2);
+      } while (!next.compare_exchange_weak(first, last));
+      return true;
+    }
+  };
+
   static constexpr int64_t kTaskCost = 8;
   // Multiply-adds that take about as long as waking a thread up, and as what a block costs.
   static constexpr int64_t kWorthSharing = 500'000, kLeastWork = 100'000;

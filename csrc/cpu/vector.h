@@ -259,47 +259,40 @@ ALWAYS_INLINE Quad<scalar_t> sum_lanes(const Vector<scalar_t>* vectors) {
 }
 
 #if defined(__AVX512F__)
-// Lane i is the sum of all lanes of vector(i), i < 16: each round adds what two vectors have in
-// halves of a kind, so that 15 additions and 32 shuffles and blends do what takes 44 and 59 with
-// four at a time. Half of these are blends, which two ports do. Vectors are asked for one after
-// the other as their sums go on, and so that these end in their order.
-template <int kFirst, typename Get>
-ALWAYS_INLINE __m512 sum_halves(const Get& vector) {
-  const __m512 a = (__m512)vector(kFirst), b = (__m512)vector(kFirst + 4);
-  return _mm512_mask_blend_ps(0xFF00, a, b) + _mm512_shuffle_f32x4(a, b, 0x4E);
-}
-template <int kFirst, typename Get>
-ALWAYS_INLINE __m512 sum_quarters(const Get& vector) {
-  const __m512 a = sum_halves<kFirst>(vector), b = sum_halves<kFirst + 8>(vector);
-  return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xDD);
-}
-template <int kFirst, typename Get>
-ALWAYS_INLINE __m512 sum_eighths(const Get& vector) {
-  const __m512 a = sum_quarters<kFirst>(vector), b = sum_quarters<kFirst + 2>(vector);
-  return _mm512_mask_blend_ps(0xCCCC, a, b) + _mm512_shuffle_ps(a, b, 0x4E);
-}
-template <typename Get>
-ALWAYS_INLINE Vector<float> sum_lanes_of_each(const Get& vector) {
-  const __m512 a = sum_eighths<0>(vector), b = sum_eighths<1>(vector);
-  return (Vector<float>)(_mm512_mask_blend_ps(0xAAAA, a, b) +
-                         _mm512_permute_ps(_mm512_mask_blend_ps(0xAAAA, b, a), 0xB1));
+// Lane i is the sum of all lanes of vectors[i]: each round adds what two vectors have in halves of
+// a kind, so that 15 additions, 19 shuffles and 12 blends do what takes 44 and 59 shuffles with
+// four at a time. Two ports blend and one shuffles; pairs are such that the sums end in order.
+ALWAYS_INLINE Vector<float> sum_lanes_of_each(const Vector<float>* vectors) {
+  __m512 quarters[4], eighths[2];
+  const auto halves = [&](int i) ALWAYS_INLINE_LAMBDA {
+    const __m512 a = (__m512)vectors[i], b = (__m512)vectors[i + 4];
+    return _mm512_mask_blend_ps(0xFF00, a, b) + _mm512_shuffle_f32x4(a, b, 0x4E);
+  };
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = halves(i), b = halves(i + 8);
+    quarters[i] = _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xDD);
+  }
+  for (int i = 0; i < 2; ++i)
+    eighths[i] = _mm512_mask_blend_ps(0xCCCC, quarters[i], quarters[i + 2]) +
+                 _mm512_shuffle_ps(quarters[i], quarters[i + 2], 0x4E);
+  const __m512 here = _mm512_mask_blend_ps(0xAAAA, eighths[0], eighths[1]),
+               beside = _mm512_mask_blend_ps(0xAAAA, eighths[1], eighths[0]);
+  return (Vector<float>)(here + _mm512_permute_ps(beside, 0xB1));
 }
 #elif defined(__AVX__)
-// The same of eight: 7 additions and 14 shuffles for what takes 14 and 21 with four at a time.
-template <int kFirst, typename Get>
-ALWAYS_INLINE __m256 sum_quarters(const Get& vector) {
-  const __m256 a = (__m256)vector(kFirst), b = (__m256)vector(kFirst + 4);
-  return _mm256_permute2f128_ps(a, b, 0x20) + _mm256_permute2f128_ps(a, b, 0x31);
-}
-template <int kFirst, typename Get>
-ALWAYS_INLINE __m256 sum_halves(const Get& vector) {
-  const __m256 a = sum_quarters<kFirst>(vector), b = sum_quarters<kFirst + 2>(vector);
-  return _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b);
-}
-template <typename Get>
-ALWAYS_INLINE Vector<float> sum_lanes_of_each(const Get& vector) {
-  const __m256 a = sum_halves<0>(vector), b = sum_halves<1>(vector);
-  return (Vector<float>)(_mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b));
+// Lane i is the sum of all lanes of vectors[i]: 7 additions and 14 shuffles for what takes 14 and
+// 21 with four at a time.
+ALWAYS_INLINE Vector<float> sum_lanes_of_each(const Vector<float>* vectors) {
+  __m256 fours[4], twos[2];
+  const auto at = [&](int i) ALWAYS_INLINE_LAMBDA { return (__m256)vectors[i]; };
+  for (int i = 0; i < 4; ++i)
+    fours[i] = _mm256_permute2f128_ps(at(i), at(i + 4), 0x20) +
+               _mm256_permute2f128_ps(at(i), at(i + 4), 0x31);
+  for (int i = 0; i < 2; ++i)
+    twos[i] =
+        _mm256_unpacklo_ps(fours[i], fours[i + 2]) + _mm256_unpackhi_ps(fours[i], fours[i + 2]);
+  return (Vector<float>)(_mm256_unpacklo_ps(twos[0], twos[1]) +
+                         _mm256_unpackhi_ps(twos[0], twos[1]));
 }
 #endif
 
